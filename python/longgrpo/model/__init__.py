@@ -1,0 +1,1 @@
+"""The model to train: loading, LoRA, and attention over packed sequences."""

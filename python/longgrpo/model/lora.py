@@ -1,0 +1,51 @@
+"""Low-rank adapters, through PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class LoraConfig:
+    """rank and alpha as in PEFT (scale = alpha / rank). targets: "all-linear" (each linear layer but the head) or module names.
+
+    There is no dropout: the rollout samples from the model without it, and the ratio compares the two.
+    """
+
+    rank: int = 16
+    alpha: float = 16
+    targets: str | list[str] = "all-linear"
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+    """Wraps `model` in place. B starts at zero, A is drawn from `seed` (the global generator is left as it was).
+    The base's parameters are frozen; the adapter's are fp32."""
+    import peft
+
+    if config.rank < 1:
+        raise ValueError(f"lora.rank = {config.rank}: must be at least 1")
+    lora = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, lora)
+
+
+def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def save_adapter(model: PeftModel, directory: Path) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, which peft loads."""
+    model.save_pretrained(str(directory), save_embedding_layers=False)
