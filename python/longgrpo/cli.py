@@ -1,0 +1,71 @@
+"""The command line: `longgrpo train CONFIG.yaml [--group.key VALUE ...]`, `longgrpo train --resume RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import sys
+from pathlib import Path
+
+from longgrpo.train.errors import ConfigError, UserError
+
+EPILOG = """any key of the config can be overridden: --train.steps 5 --rewards.1.weight 0.5
+exit status: 0 done, 2 something to put right, 128 + n stopped by signal n (then the run is saved)"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="longgrpo", description="GRPO for long contexts")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser(
+        "train", help="train a model", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    train.add_argument("config", nargs="?", type=Path, help="a YAML file; see examples/")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
+    train.add_argument("--print-config", action="store_true", help="print the whole config, defaults included, and stop")
+    options, overrides = parser.parse_known_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("longgrpo").setLevel(logging.INFO)
+    try:
+        return _train(options, overrides)
+    except UserError as error:
+        print(f"longgrpo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("longgrpo: stopped at once; the last checkpoint stands", file=sys.stderr)
+        return 130
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    from longgrpo.train.config import dump_config, load_config
+
+    if (options.config is None) == (options.resume is None):
+        raise ConfigError("train takes a config file, or --resume RUN: one of the two")
+    source = options.config or options.resume / "config.yaml"
+    config = load_config(source, overrides)
+    if options.print_config:
+        print(dump_config(config), end="")
+        return 0
+
+    from longgrpo.train.trainer import Trainer
+
+    if options.resume:
+        trainer = Trainer.resume(options.resume, overrides)
+    else:
+        directory = Path(config.output_dir) if config.output_dir else _free_directory(Path("runs"), options.config.stem)
+        trainer = Trainer(config, directory)
+    summary = trainer.run()
+    if summary is None:
+        return 128 + (trainer.stop.signal or 0)
+    print(f"done: {trainer.directory}/summary.json, {trainer.directory}/metrics.jsonl")
+    return 0
+
+
+def _free_directory(parent: Path, name: str) -> Path:
+    """parent/name, or parent/name-2 and so on: a second run never touches the first."""
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    return next(parent / candidate for candidate in names if not (parent / candidate).exists())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""The errors that a user can act on. The command line prints them without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something that the user can put right: the message names the value and the remedy."""
+
+
+class ConfigError(UserError):
+    """A config file or an override that cannot be run."""
+
+
+class DataError(UserError):
+    """A task that does not exist, or that gives no usable prompts."""
+
+
+class RewardError(UserError):
+    """A reward function that raised, or returned something other than one number or None a completion."""
+
+
+class TrainingError(UserError):
+    """A run that must not go on: its numbers are no longer finite."""

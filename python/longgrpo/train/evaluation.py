@@ -1,0 +1,69 @@
+"""Greedy accuracy on the held-out problems, and what two evaluations of the same problems say together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from longgrpo.rollout.engine import RolloutEngine
+from longgrpo.rollout.sampling import Sampling
+from longgrpo.train.data import Problem, as_reply, check_length, columns_of, encode
+from longgrpo.train.rewards import Reward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One entry a problem, in the order of the problems."""
+
+    questions: list[str]
+    replies: list[str]
+    scores: list[float]
+
+    @property
+    def solved(self) -> list[bool]:
+        return [score >= 1.0 for score in self.scores]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.solved) / len(self.solved)
+
+
+def evaluate(
+    engine: RolloutEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    reward: Reward,
+    max_tokens: int,
+    prefill: str | None = None,
+) -> Evaluation:
+    """Greedy replies. With `prefill`, each reply begins with that template filled from the problem; the reward sees what follows."""
+    prefixes = [prefill.format(**problem.fields()) if prefill else "" for problem in problems]
+    prompts = [encode(tokenizer, problem.prompt, prefix) for problem, prefix in zip(problems, prefixes, strict=True)]
+    for ids, problem in zip(prompts, problems, strict=True):
+        check_length(ids, problem, engine.max_length())
+    completions = engine.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0.0), [0] * len(prompts))
+    replies = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+    values = reward(
+        [problem.prompt for problem in problems],
+        [as_reply(problem.prompt, text) for problem, text in zip(problems, replies, strict=True)],
+        [completion.token_ids for completion in completions],
+        columns_of(problems),
+    )
+    return Evaluation([p.question for p in problems], replies, values.nan_to_num(nan=0.0).tolist())
+
+
+def paired_interval(
+    before: Sequence[bool], after: Sequence[bool], resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % bootstrap interval of accuracy(after) - accuracy(before), resampling the problems that both answered."""
+    difference = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(difference), (resamples, len(difference)), generator=generator)
+    low, high = difference[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

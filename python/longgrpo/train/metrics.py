@@ -1,0 +1,116 @@
+"""The numbers of a step, by name."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from longgrpo.train.advantages import has_spread
+from longgrpo.train.packing import MicroBatch, Sample
+from longgrpo.train.rewards import Reward
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class Agreement:
+    """|logprob of the engine - logprob of the trainer| of the sampled tokens, gathered wherever the trainer has them."""
+
+    def __init__(self) -> None:
+        self._total, self._count, self.max = 0.0, 0, 0.0
+
+    def add(self, batch: MicroBatch, logp: Tensor) -> None:
+        """logp [M]: the trainer's."""
+        engine = torch.tensor([x for sample in batch.samples for x in sample.completion.logprobs], device=logp.device)
+        difference = (engine - logp.detach()).abs()
+        self._total += difference.sum().item()
+        self._count += difference.numel()
+        self.max = max(self.max, difference.max().item())
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "engine_trainer_logprob_diff_mean": self._total / max(self._count, 1),
+            "engine_trainer_logprob_diff_max": self.max,
+        }
+
+
+class Meter:
+    """The metrics of a step's micro-batches: the loss is their sum, the others a mean over tokens, or a *_min or *_max."""
+
+    def __init__(self) -> None:
+        self._loss, self._tokens = 0.0, 0
+        self._values: dict[str, float] = {}
+
+    def add(self, loss: Tensor, metrics: Mapping[str, Tensor], tokens: int) -> None:
+        share = tokens / (self._tokens + tokens)
+        for name, tensor in metrics.items():
+            value = tensor.item()
+            old = self._values.get(name, value)
+            if name.endswith("_min"):
+                self._values[name] = min(old, value)
+            elif name.endswith("_max"):
+                self._values[name] = max(old, value)
+            else:
+                self._values[name] = old + (value - old) * share
+        self._loss += loss.item()
+        self._tokens += tokens
+
+    def metrics(self) -> dict[str, float]:
+        return {"loss": self._loss, **self._values}
+
+
+def reward_metrics(functions: Sequence[Reward], samples: Sequence[Sample], totals: Tensor) -> dict[str, float | None]:
+    """Mean and deviation of the weighted sum and of each function over the completions to which it applies (None: to
+    none), and the share of groups with spread. totals [problems, num_generations] f64."""
+    named = {"reward": totals.flatten()}
+    for function in functions:
+        named[f"reward/{function.name}"] = torch.tensor([s.rewards[function.name] for s in samples], dtype=torch.float64)
+    metrics: dict[str, float | None] = {}
+    for name, values in named.items():
+        known = values[~values.isnan()]
+        metrics[f"{name}/mean"] = known.mean().item() if len(known) else None
+        metrics[f"{name}/std"] = known.std(correction=0).item() if len(known) else None
+    return metrics | {"groups_with_spread": has_spread(totals).float().mean().item()}
+
+
+def length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Tokens of a completion, and the share cut off at the longest allowed length."""
+    lengths = [len(sample) for sample in samples]
+    truncated = [sample.completion.finish_reason == "length" for sample in samples]
+    return {
+        "completion_length/mean": sum(lengths) / len(lengths),
+        "completion_length/min": min(lengths),
+        "completion_length/max": max(lengths),
+        "completion_length/truncated": sum(truncated) / len(truncated),
+    }
+
+
+def speed_metrics(samples: Sequence[Sample], active: Sequence[Sample], seconds: Mapping[str, float]) -> dict[str, float]:
+    """Completion tokens a second: sampled, and trained on (samples without a gradient are not counted)."""
+    return {
+        "tokens_per_second/rollout": sum(map(len, samples)) / seconds["roll_out"],
+        "tokens_per_second/training": sum(map(len, active)) / (seconds["score"] + seconds["loss_and_backward"]),
+    }
+
+
+def peak_memory() -> dict[str, int]:
+    """The most memory that this process has held: in RAM (Linux counts it in KiB) and, with a GPU, on the device."""
+    memory = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available():
+        memory["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    return memory

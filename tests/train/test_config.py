@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from longgrpo.train.config import build_config, dump_config, load_config, parse_overrides
+from longgrpo.train.errors import ConfigError
+
+
+@pytest.fixture
+def path(tree, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def test_what_is_printed_reads_back_the_same(path, tmp_path):
+    config = load_config(path)
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_the_example_is_valid():
+    config = load_config(Path(__file__).parents[2] / "examples" / "smollm2-arithmetic.yaml")
+    assert config.train.learning_rate == 1e-3 and config.loss.loss_type == "dapo" and len(config.rewards) == 2
+
+
+def test_overrides_reach_groups_lists_and_absent_groups(path):
+    config = load_config(
+        path, ["--train.steps", "7", "--rewards.0.weight=0.5", "--loss.beta", "1e-2", "--train.betas", "[0.8, 0.9]"]
+    )
+    assert (config.train.steps, config.rewards[0].weight, config.loss.beta) == (7, 0.5, 0.01)
+    assert config.train.betas == (0.8, 0.9)
+
+
+def test_a_null_lora_means_full_fine_tuning(path):
+    assert load_config(path, ["--lora", "null"]).lora is None
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (["--train.stepz", "5"], ["mine.yaml", "'train.stepz'", "did you mean 'steps'"]),
+        (["--rewards.0.wieght", "5"], ["'rewards.0.wieght'", "did you mean 'weight'"]),
+        (["--loss.bet", "5"], ["'loss.bet'", "did you mean 'beta'"]),
+        (["--lora.rnak", "5"], ["'lora.rnak'", "did you mean 'rank'"]),
+        (["--traim", "{}"], ["'traim'", "did you mean 'train'"]),
+        (["--train.zzz", "5"], ["known keys are steps"]),
+        (["--train.steps", "many"], ["train.steps = 'many'", "integer"]),
+        (["--train.steps", "0"], ["steps = 0", "at least 1"]),
+        (["--train.learning_rate", "-1"], ["learning_rate = -1", "above 0"]),
+        (["--rollout.num_generations", "1"], ["num_generations = 1", "take 8"]),
+        (["--rollout.temperature", "0"], ["temperature = 0", "above 0"]),
+        (["--rewards", "[]"], ["rewards is empty"]),
+        (["--loss.loss_type", "ppo"], ["loss.loss_type = 'ppo'", "'dapo'"]),
+        (["--rewards.3.weight", "1"], ["a list of 1"]),
+        (["--train.steps"], ["needs a value"]),
+        (["steps", "5"], ["'steps'", "--train.steps 5"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_remedy(path, override, expected):
+    with pytest.raises(ConfigError) as error:
+        load_config(path, override)
+    for part in expected:
+        assert part in str(error.value)
+
+
+def test_bf16_without_lora_is_refused(tree):
+    tree["model"]["dtype"] = "bfloat16"
+    build_config(tree)
+    del tree["lora"]
+    with pytest.raises(ConfigError, match=r"model.dtype = bfloat16 without lora.*float32"):
+        build_config(tree)
+
+
+def test_a_missing_group_is_named(tree):
+    del tree["task"]
+    with pytest.raises(ConfigError, match="'task' is missing"):
+        build_config(tree)
+
+
+def test_files_that_are_no_config(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_override_values_are_yaml():
+    assert parse_overrides(["--a.b=[1, 2]", "--c", "null", "--d", "-3"]) == [("a.b", [1, 2]), ("c", None), ("d", -3)]
