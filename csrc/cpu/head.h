@@ -1,0 +1,240 @@
+// The head pass's Device on the CPU. Runtime lends the GEMM and the threads: torch's in the extension, BLAS and OpenMP
+// in the benchmark binary.
+//   runtime.gemm(a, b, c)                 c = a b, fp32, any strides
+//   runtime.parallel_for(n, f)            f(i) for i in [0, n)
+#pragma once
+
+#include <cmath>
+#include <functional>
+#include <vector>
+
+#include "../head/head_pass.h"
+#include "convert.h"
+#include "rows.h"
+
+namespace longgrpo {
+
+struct Matrix {
+  float* data;
+  int64_t rows, columns, row_stride, column_stride;
+};
+
+inline Matrix row_major(float* data, int64_t rows, int64_t columns, int64_t stride) {
+  return {data, rows, columns, stride, 1};
+}
+inline Matrix transposed(const Matrix& m) { return {m.data, m.columns, m.rows, m.column_stride, m.row_stride}; }
+
+struct HeadInputs {
+  const void* hidden;            // [tokens, hidden]
+  const void* reference_hidden;  // the same, or null
+  Dtype hidden_dtype;
+  const void* weight;            // [vocabulary, hidden]
+  const void* reference_weight;  // the same; may be `weight`
+  Dtype weight_dtype;
+  const int64_t* target;           // [tokens]
+  const float* token_temperature;  // [tokens] or null
+  float temperature;
+  LogitTransform transform;
+  ExactKl exact_kl;
+};
+
+struct HeadOutputs {  // null where not wanted
+  float* logp;        // [tokens]
+  float* entropy;     // [tokens]
+  float* kl;          // [tokens]
+  void* direction;    // [tokens, hidden] in the hidden states' dtype: dL/dhidden = scale * direction
+  float* scale;       // [tokens]; null: direction is dL/dhidden itself
+  float* dweight;     // [vocabulary, hidden], zeroed
+  float* dbias;       // [vocabulary], zeroed
+};
+
+// What the loss says of one row once its logp is there. Null: no gradient.
+using RowLoss = std::function<RowGradient(int64_t token, float logp)>;
+
+template <class Runtime>
+class CpuHead {
+ public:
+  // `rows` lists the tokens in the order of the pass. With `logits_kept` a gradient other than logp's is possible.
+  CpuHead(Runtime& runtime, const HeadShape& shape, const HeadPlan& plan, const HeadInputs& in, const HeadOutputs& out,
+          const std::vector<int64_t>& rows, const RowLoss& loss, bool logits_kept, float* workspace)
+      : runtime_(runtime), shape_(shape), plan_(plan), in_(in), out_(out), rows_(rows), loss_(loss),
+        logits_kept_(logits_kept || in.transform.softcap > 0 || plan.reference), slots_(plan.tile_rows) {
+    const int64_t tile = plan.tile_rows;
+    logits_ = workspace;
+    hidden_ = logits_ + tile * shape.vocabulary;
+    float* next = hidden_ + tile * shape.hidden;
+    if (plan.hidden_gradient) direction_ = next, next += tile * shape.hidden;
+    if (plan.reference) {
+      reference_logits_ = next, next += tile * shape.vocabulary;
+      reference_hidden_ = next, next += tile * shape.hidden;
+    }
+    staged_ = next;
+  }
+
+  void logits(int64_t begin, int64_t rows) {
+    first_logits(in_.hidden, in_.weight, begin, rows, hidden_, logits_);
+    if (plan_.reference) {
+      first_logits(in_.reference_hidden, in_.reference_weight, begin, rows, reference_hidden_, reference_logits_);
+    }
+  }
+
+  int64_t rows(int64_t begin, int64_t rows, bool gradient) {
+    runtime_.parallel_for(rows, [&](int64_t i) { slots_[i] = row(i, rows_[begin + i], gradient); });
+    return gradient ? compact(rows) : 0;
+  }
+
+  void hidden_gradient(int64_t rows) {
+    const int64_t h = shape_.hidden;
+    const Matrix signed_rows = row_major(logits_, rows, shape_.vocabulary, shape_.vocabulary);
+    weight_chunks(in_.weight, [&](int64_t j, int64_t n, float* weight, bool first) {
+      float* product = first ? direction_ : hidden_;  // GEMMs here do not accumulate, and the hidden tile is free now
+      runtime_.gemm({signed_rows.data + j, rows, n, shape_.vocabulary, 1}, row_major(weight, n, h, h),
+                    row_major(product, rows, h, h));
+      if (!first) add(direction_, product, rows * h);
+    });
+    runtime_.parallel_for(rows, [&](int64_t i) {
+      char* to = static_cast<char*>(out_.direction) + slots_[i].token * h * size_of(in_.hidden_dtype);
+      const float factor = out_.scale ? slots_[i].factor : slots_[i].factor * slots_[i].scale;
+      from_float(direction_ + i * h, factor, to, in_.hidden_dtype, h);
+    });
+  }
+
+  void weight_gradient(int64_t rows) {
+    const int64_t h = shape_.hidden, v = shape_.vocabulary;
+    runtime_.parallel_for(rows, [&](int64_t i) {
+      float* x = hidden_ + i * h;
+      from_float(x, slots_[i].scale * slots_[i].factor, x, Dtype::f32, h);
+    });
+    const Matrix hidden = row_major(hidden_, rows, h, h);
+    for (int64_t j = 0; out_.dweight && j < v; j += plan_.weight_chunk) {
+      const int64_t n = std::min(plan_.weight_chunk, v - j);
+      runtime_.gemm(transposed({logits_ + j, rows, n, v, 1}), hidden, row_major(staged_, n, h, h));
+      add(out_.dweight + j * h, staged_, n * h);
+    }
+    if (out_.dbias) {
+      constexpr int64_t columns = 4096;
+      runtime_.parallel_for((v + columns - 1) / columns, [&](int64_t block) {
+        const int64_t end = std::min(v, (block + 1) * columns);
+        for (int64_t i = 0; i < rows; ++i) {
+          const float factor = slots_[i].scale * slots_[i].factor;
+          for (int64_t j = block * columns; j < end; ++j) out_.dbias[j] += factor * logits_[i * v + j];
+        }
+      });
+    }
+  }
+
+ private:
+  struct Slot {
+    int64_t token;
+    float factor;  // dlogits = scale * factor * (signed row)
+    float scale;
+  };
+
+  void first_logits(const void* hidden, const void* weight, int64_t begin, int64_t rows, float* tile, float* logits) {
+    const int64_t h = shape_.hidden, padded = std::max(rows, kMinTileRows);
+    runtime_.parallel_for(padded, [&](int64_t i) {
+      float* to = tile + i * h;
+      if (i >= rows) return std::fill(to, to + h, 0.0f);
+      const char* from = static_cast<const char*>(hidden) + rows_[begin + i] * h * size_of(in_.hidden_dtype);
+      to_float(from, in_.hidden_dtype, to, h);
+    });
+    weight_chunks(weight, [&](int64_t j, int64_t n, float* chunk, bool) {
+      runtime_.gemm(row_major(tile, padded, h, h), transposed(row_major(chunk, n, h, h)),
+                    row_major(logits + j, padded, n, shape_.vocabulary));
+    });
+  }
+
+  // f(first vocabulary row, rows, fp32 [rows, hidden], whether it is the first chunk)
+  template <class F>
+  void weight_chunks(const void* weight, F&& f) {
+    if (in_.weight_dtype == Dtype::f32)
+      return f(0, shape_.vocabulary, const_cast<float*>(static_cast<const float*>(weight)), true);
+    const int64_t h = shape_.hidden;
+    for (int64_t j = 0; j < shape_.vocabulary; j += plan_.weight_chunk) {
+      const int64_t n = std::min(plan_.weight_chunk, shape_.vocabulary - j);
+      runtime_.parallel_for(n, [&](int64_t i) {
+        to_float(static_cast<const char*>(weight) + (j + i) * h * size_of(in_.weight_dtype), in_.weight_dtype,
+                 staged_ + i * h, h);
+      });
+      f(j, n, staged_, j == 0);
+    }
+  }
+
+  Slot row(int64_t i, int64_t token, bool gradient) {
+    float* x = logits_ + i * shape_.vocabulary;
+    const int64_t v = shape_.vocabulary, target = in_.target[token];
+    const float temperature = in_.token_temperature ? in_.token_temperature[token] : in_.temperature;
+    const float factor = prepare_row(in_.transform, temperature, x);
+    const bool keep = gradient && !logits_kept_;
+    const RowStatistics row = read_row(x, v, target, factor, out_.entropy || logits_kept_, keep);
+    const ReferenceRow reference = read_reference(i, token, temperature, x, row);
+    if (out_.logp) out_.logp[token] = row.softmax.logp;
+    if (out_.entropy) out_.entropy[token] = row.softmax.entropy;
+    if (out_.kl) out_.kl[token] = reference.divergence;
+    if (!gradient) return {token, 0, 0};
+
+    const RowGradient g = loss_(token, row.softmax.logp);
+    const float to_logits = in_.transform.logit_scale / temperature;
+    Slot slot{token, to_logits, g.logp};
+    if (keep) {
+      slot.factor *= -std::exp(-row.softmax.offset);
+    } else {
+      // A common factor of the three keeps the direction near 1, whatever the loss's normaliser is: no underflow in fp16.
+      slot.scale = std::max({std::fabs(g.logp), std::fabs(g.entropy), std::fabs(g.kl)});
+      if (slot.scale != 0)
+        sign_row(in_.transform, x, target, row,
+                 {g.logp / slot.scale, g.entropy / slot.scale, g.kl / slot.scale}, reference);
+    }
+    if (out_.scale) out_.scale[token] = slot.scale;
+    return slot;
+  }
+
+  ReferenceRow read_reference(int64_t i, int64_t token, float temperature, const float* row_x,
+                              const RowStatistics& row) {
+    ReferenceRow reference;
+    if (!plan_.reference) return reference;
+    float* x = reference_logits_ + i * shape_.vocabulary;
+    const float factor = prepare_row(in_.transform, temperature, x);
+    const RowStatistics statistics = read_row(x, shape_.vocabulary, in_.target[token], factor, false, false);
+    reference = {in_.exact_kl, x, statistics, 0};
+    reference.divergence = exact_kl(row_x, shape_.vocabulary, row, reference);
+    return reference;
+  }
+
+  // Rows with a gradient to the front. Moving a row costs 1 / hidden of the GEMM that it saves.
+  int64_t compact(int64_t rows) {
+    const int64_t v = shape_.vocabulary, h = shape_.hidden;
+    int64_t end = rows;
+    for (int64_t i = 0; i < end; ++i) {
+      if (slots_[i].scale != 0) continue;
+      while (end > i + 1 && slots_[end - 1].scale == 0) --end;
+      if (--end <= i) break;
+      std::copy(logits_ + end * v, logits_ + (end + 1) * v, logits_ + i * v);
+      if (plan_.weight_gradient) std::copy(hidden_ + end * h, hidden_ + (end + 1) * h, hidden_ + i * h);
+      slots_[i] = slots_[end];
+    }
+    return end;
+  }
+
+  void add(float* to, const float* from, int64_t n) {
+    constexpr int64_t block = 1 << 15;
+    runtime_.parallel_for((n + block - 1) / block, [&](int64_t b) {
+      const int64_t end = std::min(n, (b + 1) * block);
+#pragma omp simd
+      for (int64_t i = b * block; i < end; ++i) to[i] += from[i];
+    });
+  }
+
+  Runtime& runtime_;
+  const HeadShape& shape_;
+  const HeadPlan& plan_;
+  const HeadInputs& in_;
+  const HeadOutputs& out_;
+  const std::vector<int64_t>& rows_;
+  const RowLoss& loss_;
+  const bool logits_kept_;
+  std::vector<Slot> slots_;
+  float *logits_, *hidden_, *direction_ = nullptr, *reference_logits_ = nullptr, *reference_hidden_ = nullptr, *staged_;
+};
+
+}  // namespace longgrpo

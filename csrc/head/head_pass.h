@@ -1,0 +1,72 @@
+// The heart: one pass of the language-model head over tiles of rows, for every loss and every device.
+//
+//   logits = hidden W^T      first GEMM
+//   rows                     logp, entropy, the loss's gradient, the signed row: in place, one row at a time
+//   direction = row W        second GEMM, left out for rows without gradient
+//   dW += row^T hidden       third GEMM, for a trainable head
+//
+// A whole row of logits is in the workspace at once, so c = dL/d(logp) is known before the second GEMM and a row
+// whose c is 0 costs the first GEMM only. The workspace bounds the rows of a tile, not the number of tokens.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace longgrpo {
+
+struct HeadShape {
+  int64_t tokens, hidden, vocabulary;
+};
+
+struct HeadPlan {
+  int64_t rows;    // rows that are visited
+  int64_t active;  // of these, the first `active` may have a gradient
+  int64_t tile_rows;
+  int64_t weight_chunk;  // vocabulary rows whose fp32 copy or gradient is staged at once; 0: none
+  bool hidden_gradient, weight_gradient;
+  bool reference;  // logits of a reference row beside each row (exact KL)
+
+  bool gradient() const { return hidden_gradient || weight_gradient; }
+};
+
+// GEMMs of fewer rows may take another kernel, and then another rounding: tiles are padded to this, so that the logp
+// of a token does not depend on its neighbours.
+constexpr int64_t kMinTileRows = 8;
+
+inline int64_t tile_bytes(const HeadPlan& plan, const HeadShape& shape, int64_t rows) {
+  const int64_t logits = shape.vocabulary * (plan.reference ? 2 : 1);
+  const int64_t hidden = shape.hidden * (1 + (plan.reference ? 1 : 0) + (plan.hidden_gradient ? 1 : 0));
+  return 4 * (rows * (logits + hidden) + plan.weight_chunk * shape.hidden);
+}
+
+// Fills tile_rows: as many as the workspace allows, tiles of equal size.
+inline HeadPlan plan_tiles(HeadPlan plan, const HeadShape& shape, int64_t workspace_bytes) {
+  plan.weight_chunk = std::min(plan.weight_chunk, shape.vocabulary);
+  const int64_t fixed = tile_bytes(plan, shape, 0), per_row = tile_bytes(plan, shape, 1) - fixed;
+  const int64_t limit = (workspace_bytes - fixed) / per_row;
+  if (limit < kMinTileRows)
+    throw std::invalid_argument("workspace of " + std::to_string(workspace_bytes) + " bytes is too small for a tile of " +
+                                std::to_string(kMinTileRows) + " rows of this head: give workspace >= " +
+                                std::to_string(fixed + kMinTileRows * per_row));
+  const int64_t tiles = std::max<int64_t>(1, (plan.rows + limit - 1) / limit);
+  plan.tile_rows = std::max(kMinTileRows, (plan.rows + tiles - 1) / tiles);
+  return plan;
+}
+
+// Device: logits(begin, rows); rows(begin, rows, gradient) -> rows with a gradient, moved to the front of the tile;
+// hidden_gradient(rows); weight_gradient(rows).
+template <class Device>
+void head_pass(Device& device, const HeadPlan& plan) {
+  for (int64_t begin = 0; begin < plan.rows; begin += plan.tile_rows) {
+    const int64_t rows = std::min(plan.tile_rows, plan.rows - begin);
+    device.logits(begin, rows);
+    const int64_t active = device.rows(begin, rows, plan.gradient() && begin < plan.active);
+    if (active == 0) continue;
+    if (plan.weight_gradient) device.weight_gradient(active);  // the last to read the hidden tile
+    if (plan.hidden_gradient) device.hidden_gradient(active);
+  }
+}
+
+}  // namespace longgrpo

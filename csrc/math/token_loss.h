@@ -1,0 +1,190 @@
+// Every loss of the GRPO family as one scalar a token: c = dL/d(logp). Each formula stands here and nowhere else.
+//
+// Sources: GRPO arXiv:2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, CISPO 2506.13585, GSPO 2507.18071,
+// GMPO 2507.20673, SAPO 2511.20347, VESPO 2602.10693; KL estimators: Schulman 2020, "Approximating KL divergence".
+#pragma once
+
+#include "portable.h"
+
+namespace longgrpo {
+
+// The order of these names is the order of LOSS_TYPES and KL_ESTIMATORS in python/longgrpo/loss/config.py.
+enum class LossType : int { grpo, bnpo, dr_grpo, dapo, cispo, sapo, vespo, luspo, gmpo };
+enum class Kl : int {
+  k1,
+  abs,
+  k2,
+  k3,
+  k3_plus,
+  forward,
+  forward_unbiased,
+  article_reverse,
+  article_forward,
+  exact_reverse,
+  exact_forward
+};
+
+struct LossConfig {
+  LossType type;
+  Kl kl;
+  bool sequence_level;  // the importance ratio is the sequence's geometric mean (GSPO)
+  bool kl_correction;   // k3 weighted by the importance ratio
+  bool detach;          // false: the on-policy ratio exp(q - q), whose policy gradient is zero
+  float beta;
+  float epsilon;
+  float epsilon_high;
+  float delta;  // infinity: no upper bound on the ratio
+  float entropy_coef;
+  float sapo_temperature_pos, sapo_temperature_neg;
+  float vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg;
+
+  LONGGRPO_HD bool exact_kl() const { return kl == Kl::exact_reverse || kl == Kl::exact_forward; }
+  // Whether c needs all of a sequence before it is known.
+  LONGGRPO_HD bool needs_sequence() const {
+    return sequence_level || type == LossType::vespo || type == LossType::gmpo;
+  }
+};
+
+constexpr float kMaxLogRatio = 20.0f;  // exp stays finite in fp32, and inf times 0 is NaN
+
+LONGGRPO_HD float clamp(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
+
+LONGGRPO_HD float importance_ratio(float log_ratio) { return expf(clamp(log_ratio, -kMaxLogRatio, kMaxLogRatio)); }
+
+struct PolicyTerm {
+  float value;
+  float slope;  // derivative by the ratio, or by logp where the ratio is detached
+  bool clip_low = false;
+  bool clip_high = false;
+};
+
+// PPO's clipped surrogate with an optional upper bound delta on the ratio: -min(min(r, delta) A, clip(r) A).
+LONGGRPO_HD PolicyTerm ppo_term(const LossConfig& config, float ratio, float advantage) {
+  const float low = 1 - config.epsilon, high = 1 + config.epsilon_high;
+  const float bounded = ratio < config.delta ? ratio : config.delta;
+  const float plain = bounded * advantage, clipped = clamp(ratio, low, high) * advantage;
+  PolicyTerm term{-(plain < clipped ? plain : clipped), 0.0f};
+  const float upper = config.delta > high ? config.delta : high;
+  const bool alive = advantage > 0 ? ratio <= (config.delta < high ? config.delta : high)
+                                   : advantage < 0 && ratio >= low && ratio <= upper;
+  if (alive) term.slope = -advantage;
+  term.clip_low = advantage < 0 && ratio < low;
+  term.clip_high = advantage > 0 && ratio > high;
+  return term;
+}
+
+// SAPO: a sigmoid gate instead of the clip; its temperature depends on the sign of the advantage.
+LONGGRPO_HD PolicyTerm sapo_term(const LossConfig& config, float ratio, float advantage) {
+  const float t = advantage > 0 ? config.sapo_temperature_pos : config.sapo_temperature_neg;
+  const float gate = 1.0f / (1.0f + expf(-t * (ratio - 1)));
+  return {-(4 / t) * gate * advantage, -4 * gate * (1 - gate) * advantage};
+}
+
+// Losses that are a function of the ratio; GMPO's clip is inside its ratio.
+LONGGRPO_HD PolicyTerm ratio_term(const LossConfig& config, float ratio, float advantage) {
+  if (config.type == LossType::sapo) return sapo_term(config, ratio, advantage);
+  if (config.type == LossType::gmpo) return {-ratio * advantage, -advantage};
+  return ppo_term(config, ratio, advantage);
+}
+
+// CISPO: the capped, detached ratio weighs REINFORCE; epsilon_high is the cap itself.
+LONGGRPO_HD PolicyTerm cispo_term(const LossConfig& config, float ratio, float advantage, float logp) {
+  const float capped = ratio < config.epsilon_high ? ratio : config.epsilon_high;
+  return {-capped * advantage * logp, -capped * advantage, false, ratio > config.epsilon_high};
+}
+
+LONGGRPO_HD float vespo_clamp(float log_weight) { return clamp(log_weight, -18.420681f /* log 1e-8 */, kMaxLogRatio); }
+
+// VESPO: a detached weight that falls off on both sides of a log weight of 0.
+LONGGRPO_HD PolicyTerm vespo_term(const LossConfig& config, float log_weight, float advantage, float logp) {
+  const float k = advantage >= 0 ? config.vespo_k_pos : config.vespo_k_neg;
+  const float lambda = advantage >= 0 ? config.vespo_lambda_pos : config.vespo_lambda_neg;
+  const float phi = expf(lambda + k * log_weight - lambda * expf(log_weight));
+  return {-phi * advantage * logp, -phi * advantage};
+}
+
+// GMPO clips each token's log ratio before the geometric mean.
+LONGGRPO_HD float gmpo_clip(const LossConfig& config, float log_ratio, float advantage, bool* clipped) {
+  const float bounded = advantage > 0 ? (log_ratio < config.epsilon_high ? log_ratio : config.epsilon_high)
+                                      : (log_ratio > -config.epsilon ? log_ratio : -config.epsilon);
+  *clipped = bounded != log_ratio;
+  return bounded;
+}
+
+struct KlTerm {
+  float value;
+  float slope;  // derivative by logp as the estimator defines it, see docs
+};
+
+// D = ref - logp. Beyond D = 20 the exponential saturates in the value and in the slope; the slope keeps its sign.
+LONGGRPO_HD KlTerm kl_term(Kl kl, float logp, float ref) {
+  const float d = ref - logp;
+  const float bounded = d < kMaxLogRatio ? d : kMaxLogRatio;
+  const float k3 = expm1f(bounded) - d;
+  switch (kl) {
+    case Kl::k1:
+      return {-d, 1.0f};
+    case Kl::abs:
+      return {fabsf(d), d < 0 ? 1.0f : (d > 0 ? -1.0f : 0.0f)};
+    case Kl::k2:
+      return {0.5f * d * d, -d};
+    case Kl::k3:
+      return {k3, -expm1f(bounded)};
+    case Kl::k3_plus:
+      return {k3, -d};
+    case Kl::forward:
+      return {expf(bounded) * d, -expf(bounded) * (1 + d)};
+    case Kl::forward_unbiased:
+      return {expf(bounded) * d, -expf(bounded)};
+    case Kl::article_reverse:
+      return {expf(logp) * k3, -expf(logp) * d};
+    case Kl::article_forward:
+      return {expf(ref) * d, -expf(ref)};
+    default:  // the exact divergences are sums over the vocabulary: the head adds them
+      return {0.0f, 0.0f};
+  }
+}
+
+struct Token {
+  float logp;
+  float old_logp;    // logp itself on policy
+  float ref_logp;    // read only where beta != 0
+  float advantage;
+  float importance;  // weighs the policy term alone
+};
+
+struct TokenTerm {
+  float policy, policy_slope;  // value and derivative by logp, not yet weighted
+  float kl, kl_slope;
+  float ratio;
+  bool clip_low, clip_high;
+};
+
+// A token-level loss: everything is known from the token alone.
+LONGGRPO_HD TokenTerm token_term(const LossConfig& config, const Token& token) {
+  const float ratio = importance_ratio(token.logp - token.old_logp);
+  const bool detached = config.type == LossType::cispo;
+  const PolicyTerm policy = detached ? cispo_term(config, ratio, token.advantage, token.logp)
+                                     : ratio_term(config, ratio, token.advantage);
+  const float slope = detached ? policy.slope : (config.detach ? policy.slope * ratio : 0.0f);
+  TokenTerm term{policy.value, slope, 0.0f, 0.0f, ratio, policy.clip_low, policy.clip_high};
+  if (config.beta != 0) {
+    const KlTerm kl = kl_term(config.kl, token.logp, token.ref_logp);
+    term.kl = config.kl_correction ? ratio * kl.value : kl.value;
+    term.kl_slope = config.kl_correction ? ratio * (token.logp - token.ref_logp) : kl.slope;
+  }
+  return term;
+}
+
+// What multiplies the policy term. An importance of 0 is a mask; VESPO has the ratio itself inside its weight.
+LONGGRPO_HD float policy_part(const LossConfig& config, const Token& token, float value) {
+  if (token.importance == 0) return 0.0f;  // selected, not multiplied: the masked value may be inf or NaN
+  return config.type == LossType::vespo ? value : token.importance * value;
+}
+
+// c = dL/d(logp) for a token of weight w.
+LONGGRPO_HD float logp_gradient(const LossConfig& config, const TokenTerm& term, const Token& token, float weight) {
+  return weight * (policy_part(config, token, term.policy_slope) + config.beta * term.kl_slope);
+}
+
+}  // namespace longgrpo

@@ -1,0 +1,324 @@
+// Schemas of the loss ops and their CPU kernels. Shapes: N tokens, H hidden, V vocabulary, S sequences.
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/token_loss.h"
+#include "torch_runtime.h"
+
+#define HEAD_ARGUMENTS                                                                                         \
+  "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? token_temperature, float temperature, " \
+  "float softcap, float logit_scale, "
+#define TOKEN_ARGUMENTS \
+  "Tensor token_weight, Tensor advantages, Tensor? old_logp, Tensor? ref_logp, Tensor? importance, Tensor? cu_seqlens, "
+#define CONFIG_ARGUMENTS "int[] options, float[] constants"
+
+STABLE_TORCH_LIBRARY(longgrpo, m) {
+  m.def("linear_logprob(" HEAD_ARGUMENTS
+        "bool entropy, bool direction, int workspace) -> (Tensor logp, Tensor entropy, Tensor direction)");
+  m.def("linear_logprob_backward(" HEAD_ARGUMENTS
+        "Tensor logp_grad, Tensor? entropy_grad, bool need_hidden, bool need_weight, bool need_bias, int workspace) -> "
+        "(Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)");
+  m.def("token_loss(Tensor logp, " TOKEN_ARGUMENTS "Tensor? entropy, " CONFIG_ARGUMENTS
+        ") -> (Tensor loss, Tensor metrics, Tensor logp_grad)");
+  m.def("linear_grpo_loss(" HEAD_ARGUMENTS TOKEN_ARGUMENTS "Tensor? ref_hidden, Tensor? ref_weight, " CONFIG_ARGUMENTS
+        ", bool need_hidden, bool need_weight, bool need_bias, bool metrics, int workspace) -> "
+        "(Tensor loss, Tensor metrics, Tensor direction, Tensor scale, Tensor weight_grad, Tensor bias_grad)");
+  m.def("scale_rows(Tensor x, Tensor scale) -> Tensor");
+  m.def("scale_rows_(Tensor(a!) x, Tensor scale) -> ()");
+}
+
+namespace longgrpo {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+template <class T = float>
+const T* pointer(const OptionalTensor& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      STD_TORCH_CHECK(false, "longgrpo takes float32, bfloat16 and float16 tensors");
+  }
+}
+
+Tensor zeros(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
+  return torch::stable::new_zeros(like, size, dtype);
+}
+
+LossConfig loss_config(const std::vector<int64_t>& options, const std::vector<double>& constants) {
+  STD_TORCH_CHECK(options.size() == 5 && constants.size() == 11, "longgrpo: a loss has 5 options and 11 constants");
+  const auto f = [&](int i) { return float(constants[i]); };
+  return {LossType(options[0]), Kl(options[1]), options[2] != 0, options[3] != 0, options[4] != 0,
+          f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10)};
+}
+
+ExactKl exact_kl_of(const LossConfig& config) {
+  if (config.beta == 0 || !config.exact_kl()) return ExactKl::none;
+  return config.kl == Kl::exact_reverse ? ExactKl::reverse : ExactKl::forward;
+}
+
+// The head of one call: inputs as the pass wants them, and one pass after another over them.
+struct Head {
+  HeadShape shape;
+  HeadInputs in;
+  int64_t workspace;
+  Tensor like;
+
+  Head(const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+       const OptionalTensor& token_temperature, double temperature, double softcap, double logit_scale,
+       int64_t workspace_bytes)
+      : shape{hidden.size(0), hidden.size(1), weight.size(0)}, workspace(workspace_bytes), like(hidden) {
+    in = {hidden.const_data_ptr(), nullptr, dtype_of(hidden), weight.const_data_ptr(), nullptr, dtype_of(weight),
+          static_cast<const int64_t*>(target.const_data_ptr()), pointer(token_temperature), float(temperature),
+          {shape.vocabulary, float(logit_scale), float(softcap), pointer(bias)}, ExactKl::none};
+    for (int64_t t = 0; t < shape.tokens; ++t)
+      STD_TORCH_CHECK(in.target[t] < shape.vocabulary, "target[", t, "] = ", in.target[t],
+                      " is outside the vocabulary of ", shape.vocabulary, " (a negative target is ignored)");
+  }
+
+  std::vector<int64_t> rows_with_target() const {
+    std::vector<int64_t> rows;
+    for (int64_t t = 0; t < shape.tokens; ++t)
+      if (in.target[t] >= 0) rows.push_back(t);
+    return rows;
+  }
+
+  void pass(const std::vector<int64_t>& rows, int64_t active, const HeadOutputs& out, const RowLoss& loss,
+            bool logits_kept) const {
+    if (rows.empty()) return;
+    const bool weight_gradient = out.dweight || out.dbias;
+    const bool staged = in.weight_dtype != Dtype::f32 || out.dweight;
+    HeadPlan plan{int64_t(rows.size()), active, 0, staged ? int64_t{4096} : 0, out.direction != nullptr,
+                  weight_gradient, in.exact_kl != ExactKl::none && in.reference_hidden};
+    // A quarter of the workspace at most holds a copy of the weight's rows.
+    plan.weight_chunk = std::min(plan.weight_chunk, std::max<int64_t>(1, workspace / (16 * shape.hidden)));
+    plan = plan_tiles(plan, shape, workspace);
+    const int64_t bytes = tile_bytes(plan, shape, plan.tile_rows);
+    Tensor space = torch::stable::new_empty(like, {bytes / 4}, ScalarType::Float);
+    TorchRuntime runtime;
+    CpuHead<TorchRuntime> head(runtime, shape, plan, in, out, rows, loss, logits_kept,
+                               static_cast<float*>(space.mutable_data_ptr()));
+    head_pass(head, plan);
+  }
+};
+
+const float* read(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+
+float* data(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor, Tensor> linear_logprob(
+    const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+    const OptionalTensor& token_temperature, double temperature, double softcap, double logit_scale, bool entropy,
+    bool direction, int64_t workspace) {
+  const Head head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, workspace);
+  const int64_t n = head.shape.tokens;
+  Tensor logp = zeros(hidden, {n}, ScalarType::Float);
+  Tensor ent = zeros(hidden, {entropy ? n : 0}, ScalarType::Float);
+  Tensor u = zeros(hidden, {direction ? n : 0, head.shape.hidden}, hidden.scalar_type());
+  const HeadOutputs out{data(logp), entropy ? data(ent) : nullptr, nullptr, direction ? u.mutable_data_ptr() : nullptr,
+                        nullptr, nullptr, nullptr};
+  const std::vector<int64_t> rows = head.rows_with_target();
+  head.pass(rows, int64_t(rows.size()), out, [](int64_t, float) { return RowGradient{1, 0, 0}; }, false);
+  return {logp, ent, u};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(
+    const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+    const OptionalTensor& token_temperature, double temperature, double softcap, double logit_scale,
+    const Tensor& logp_grad, const OptionalTensor& entropy_grad, bool need_hidden, bool need_weight, bool need_bias,
+    int64_t workspace) {
+  const Head head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, workspace);
+  const auto [n, h, v] = head.shape;
+  Tensor dhidden = zeros(hidden, {need_hidden ? n : 0, h}, hidden.scalar_type());
+  Tensor dweight = zeros(hidden, {need_weight ? v : 0, h}, ScalarType::Float);
+  Tensor dbias = zeros(hidden, {need_bias ? v : 0}, ScalarType::Float);
+  const HeadOutputs out{nullptr, nullptr, nullptr, need_hidden ? dhidden.mutable_data_ptr() : nullptr, nullptr,
+                        need_weight ? data(dweight) : nullptr, need_bias ? data(dbias) : nullptr};
+  const float *c = read(logp_grad), *e = pointer(entropy_grad);
+  std::vector<int64_t> rows;
+  for (int64_t t : head.rows_with_target())
+    if (c[t] != 0 || (e && e[t] != 0)) rows.push_back(t);
+  head.pass(rows, int64_t(rows.size()), out, [=](int64_t t, float) { return RowGradient{c[t], e ? e[t] : 0.0f, 0}; },
+            e != nullptr);
+  return {dhidden, dweight, dbias};
+}
+
+TokenBatch token_batch(const Tensor& token_weight, const Tensor& advantages, const OptionalTensor& old_logp,
+                       const OptionalTensor& ref_logp, const OptionalTensor& importance) {
+  return {token_weight.numel(), read(token_weight), read(advantages), pointer(old_logp), pointer(ref_logp),
+          pointer(importance)};
+}
+
+struct LossResult {
+  Tensor loss, metrics;
+};
+
+LossResult finish_loss(const LossSums& sums, const Tensor& like) {
+  Tensor loss = zeros(like, {}, ScalarType::Float);
+  *data(loss) = sums.loss();
+  constexpr int64_t count = sizeof(LossMetrics) / sizeof(float);
+  Tensor metrics = zeros(like, {count}, ScalarType::Float);
+  *reinterpret_cast<LossMetrics*>(data(metrics)) = sums.metrics();
+  return {loss, metrics};
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_loss_op(
+    const Tensor& logp, const Tensor& token_weight, const Tensor& advantages, const OptionalTensor& old_logp,
+    const OptionalTensor& ref_logp, const OptionalTensor& importance, const OptionalTensor& cu_seqlens,
+    const OptionalTensor& entropy, const std::vector<int64_t>& options, const std::vector<double>& constants) {
+  const LossConfig config = loss_config(options, constants);
+  const TokenBatch batch = token_batch(token_weight, advantages, old_logp, ref_logp, importance);
+  Tensor gradient = zeros(logp, {batch.tokens}, ScalarType::Float);
+  const LossSums sums =
+      token_loss(config, batch, read(logp), pointer(entropy), nullptr, pointer<int32_t>(cu_seqlens),
+                 cu_seqlens ? cu_seqlens->numel() - 1 : 0, data(gradient));
+  const auto [loss, metrics] = finish_loss(sums, logp);
+  return {loss, metrics, gradient};
+}
+
+// Tokens of the loss in the order of the pass: first those that can have a gradient, then those that only report.
+struct RowOrder {
+  std::vector<int64_t> rows;
+  int64_t active;
+};
+
+RowOrder order_rows(const LossConfig& config, const TokenBatch& batch, const int64_t* target, const int32_t* cu_seqlens,
+                    int64_t sequences, bool report) {
+  const auto in_loss = [&](int64_t t) { return batch.weight[t] != 0 && target[t] >= 0; };
+  const auto moves = [&](int64_t t) {
+    return config.beta != 0 || config.entropy_coef != 0 ||
+           (batch.advantage[t] != 0 && (!batch.importance || batch.importance[t] != 0));
+  };
+  RowOrder order{{}, 0};
+  std::vector<int64_t> quiet;
+  const auto visit = [&](int64_t begin, int64_t end, bool active) {
+    for (int64_t t = begin; t < end; ++t)
+      if (in_loss(t)) (active ? order.rows : quiet).push_back(t);
+  };
+  if (config.needs_sequence()) {  // one token's advantage can move every token of its sequence
+    for (int64_t s = 0; s < sequences; ++s) {
+      bool active = false;
+      for (int64_t t = cu_seqlens[s]; t < cu_seqlens[s + 1] && !active; ++t) active = in_loss(t) && moves(t);
+      visit(cu_seqlens[s], cu_seqlens[s + 1], active);
+    }
+  } else {
+    for (int64_t t = 0; t < batch.tokens; ++t) visit(t, t + 1, in_loss(t) && moves(t));
+  }
+  order.active = int64_t(order.rows.size());
+  if (report) order.rows.insert(order.rows.end(), quiet.begin(), quiet.end());
+  return order;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_grpo_loss(
+    const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+    const OptionalTensor& token_temperature, double temperature, double softcap, double logit_scale,
+    const Tensor& token_weight, const Tensor& advantages, const OptionalTensor& old_logp,
+    const OptionalTensor& ref_logp, const OptionalTensor& importance, const OptionalTensor& cu_seqlens,
+    const OptionalTensor& ref_hidden, const OptionalTensor& ref_weight, const std::vector<int64_t>& options,
+    const std::vector<double>& constants, bool need_hidden, bool need_weight, bool need_bias, bool metrics,
+    int64_t workspace) {
+  const LossConfig config = loss_config(options, constants);
+  Head head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, workspace);
+  head.in.reference_hidden = ref_hidden ? ref_hidden->const_data_ptr() : nullptr;
+  head.in.reference_weight = ref_weight ? ref_weight->const_data_ptr() : head.in.weight;
+  const ExactKl kl_kind = exact_kl_of(config);
+  const auto [n, h, v] = head.shape;
+  const int64_t sequences = cu_seqlens ? cu_seqlens->numel() - 1 : 0;
+  const TokenBatch batch = token_batch(token_weight, advantages, old_logp, ref_logp, importance);
+  const RowOrder order =
+      order_rows(config, batch, head.in.target, pointer<int32_t>(cu_seqlens), sequences, metrics);
+
+  Tensor logp = zeros(hidden, {n}, ScalarType::Float), entropy = zeros(hidden, {n}, ScalarType::Float);
+  Tensor kl = zeros(hidden, {kl_kind == ExactKl::none ? 0 : n}, ScalarType::Float);
+  Tensor direction = zeros(hidden, {need_hidden ? n : 0, h}, hidden.scalar_type());
+  Tensor scale = zeros(hidden, {need_hidden ? n : 0}, ScalarType::Float);
+  Tensor dweight = zeros(hidden, {need_weight ? v : 0, h}, ScalarType::Float);
+  Tensor dbias = zeros(hidden, {need_bias ? v : 0}, ScalarType::Float);
+  Tensor c = zeros(hidden, {n}, ScalarType::Float);
+
+  const HeadOutputs scores{data(logp), metrics || config.entropy_coef != 0 ? data(entropy) : nullptr, nullptr, nullptr,
+                         nullptr, nullptr, nullptr};
+  HeadOutputs gradients{nullptr, nullptr, kl_kind == ExactKl::none ? nullptr : data(kl),
+                        need_hidden ? direction.mutable_data_ptr() : nullptr, need_hidden ? data(scale) : nullptr,
+                        need_weight ? data(dweight) : nullptr, need_bias ? data(dbias) : nullptr};
+  const bool trains_head = need_weight || need_bias, any = need_hidden || trains_head;
+  const bool logits_kept = config.entropy_coef != 0 || kl_kind != ExactKl::none;
+  const float* w = batch.weight;
+  const auto row_gradient = [&](int64_t t, float c_t) {
+    return RowGradient{c_t, -config.entropy_coef * w[t], kl_kind == ExactKl::none ? 0.0f : config.beta * w[t]};
+  };
+  const auto sum = [&] {
+    return token_loss(config, batch, data(logp), data(entropy), kl_kind == ExactKl::none ? nullptr : data(kl),
+                      pointer<int32_t>(cu_seqlens), sequences, data(c));
+  };
+
+  if (!config.needs_sequence()) {  // c is known in the row: one pass
+    head.in.exact_kl = kl_kind;
+    gradients.logp = scores.logp;
+    gradients.entropy = scores.entropy;
+    head.pass(order.rows, order.active, gradients, [&](int64_t t, float logp_t) {
+      const Token token = batch.at(t, logp_t);
+      return row_gradient(t, logp_gradient(config, token_term(config, token), token, w[t]));
+    }, logits_kept);
+  } else if (any && !trains_head && !logits_kept) {  // the direction of logp now, its factor c after the sequences
+    gradients.logp = scores.logp;
+    gradients.entropy = scores.entropy;
+    head.pass(order.rows, order.active, gradients, [](int64_t, float) { return RowGradient{1, 0, 0}; }, false);
+    const LossSums sums = sum();
+    std::copy(data(c), data(c) + n, data(scale));
+    const auto [loss, report] = finish_loss(sums, hidden);
+    return {loss, report, direction, scale, dweight, dbias};
+  } else {  // a scoring pass, then a pass with every gradient given
+    head.pass(order.rows, 0, scores, nullptr, false);
+    sum();
+    head.in.exact_kl = kl_kind;
+    if (any || kl_kind != ExactKl::none)
+      head.pass(order.rows, order.active, gradients, [&](int64_t t, float) { return row_gradient(t, data(c)[t]); },
+                logits_kept);
+  }
+  const auto [loss, report] = finish_loss(sum(), hidden);
+  return {loss, report, direction, scale, dweight, dbias};
+}
+
+void scale_rows_(const Tensor& x, const Tensor& scale) {
+  const int64_t n = x.size(0), h = x.size(1);
+  const Dtype dtype = dtype_of(x);
+  char* rows = static_cast<char*>(x.mutable_data_ptr());
+  const float* factor = read(scale);
+  torch::stable::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(static_cast<size_t>(h));
+    for (int64_t t = begin; t < end; ++t) {
+      void* at = rows + t * h * size_of(dtype);
+      to_float(at, dtype, row.data(), h);
+      from_float(row.data(), factor[t], at, dtype, h);
+    }
+  });
+}
+
+Tensor scale_rows(const Tensor& x, const Tensor& scale) {
+  Tensor out = torch::stable::clone(x);
+  scale_rows_(out, scale);
+  return out;
+}
+
+}  // namespace
+}  // namespace longgrpo
+
+STABLE_TORCH_LIBRARY_IMPL(longgrpo, CPU, m) {
+  m.impl("linear_logprob", TORCH_BOX(&longgrpo::linear_logprob));
+  m.impl("linear_logprob_backward", TORCH_BOX(&longgrpo::linear_logprob_backward));
+  m.impl("token_loss", TORCH_BOX(&longgrpo::token_loss_op));
+  m.impl("linear_grpo_loss", TORCH_BOX(&longgrpo::linear_grpo_loss));
+  m.impl("scale_rows", TORCH_BOX(&longgrpo::scale_rows));
+  m.impl("scale_rows_", TORCH_BOX(&longgrpo::scale_rows_));
+}

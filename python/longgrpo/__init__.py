@@ -1,0 +1,23 @@
+"""longgrpo: long-context GRPO on few GPUs."""
+
+from longgrpo.loss import (
+    GRPOLoss,
+    GRPOLossConfig,
+    LinearGRPOLoss,
+    LogProb,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_logprob,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRPOLoss",
+    "GRPOLossConfig",
+    "LinearGRPOLoss",
+    "LogProb",
+    "grpo_loss",
+    "linear_grpo_loss",
+    "linear_logprob",
+]

@@ -1,0 +1,1 @@
+"""The dispatcher's ops: libraries, fake kernels, autograd."""

@@ -1,0 +1,27 @@
+"""Opens the compiled libraries; importing this module registers `torch.ops.longgrpo`."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import torch
+
+_MINIMUM_TORCH = (2, 11)
+
+
+def _open(name: str) -> None:
+    path = files("longgrpo") / name
+    if not path.is_file():
+        raise ImportError(f"longgrpo was installed without its compiled part {name}: install the wheel, or build it")
+    torch.ops.load_library(str(path))
+
+
+def _check_torch() -> None:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < _MINIMUM_TORCH:
+        raise ImportError(f"longgrpo needs torch >= {'.'.join(map(str, _MINIMUM_TORCH))}, found {torch.__version__}")
+
+
+_check_torch()
+_open("_cpu.so")
+ops = torch.ops.longgrpo

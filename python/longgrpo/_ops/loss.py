@@ -1,0 +1,185 @@
+"""Fake kernels and autograd of the loss ops. Shapes: N tokens, H hidden size, V vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longgrpo._ops.library import ops
+
+# The order of LossMetrics in csrc/cpu/token_loss.h.
+METRICS = (
+    "policy_loss", "kl", "entropy", "ratio_mean", "ratio_min", "ratio_max", "clip_low", "clip_high", "active", "tokens",
+)  # fmt: skip
+
+_register = {"lib": torch.library.Library("longgrpo", "FRAGMENT")}
+
+
+def _f32(like: Tensor, *size: int | torch.SymInt) -> Tensor:
+    return like.new_empty(size, dtype=torch.float32)
+
+
+@torch.library.register_fake("longgrpo::linear_logprob", **_register)
+def _(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, entropy, direction, workspace):
+    n, h = hidden.shape
+    return _f32(hidden, n), _f32(hidden, n if entropy else 0), hidden.new_empty((n if direction else 0, h))
+
+
+@torch.library.register_fake("longgrpo::linear_logprob_backward", **_register)
+def _(
+    hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, logp_grad, entropy_grad,
+    need_hidden, need_weight, need_bias, workspace,
+):  # fmt: skip
+    (n, h), v = hidden.shape, weight.shape[0]
+    return (
+        hidden.new_empty((n if need_hidden else 0, h)),
+        _f32(hidden, v if need_weight else 0, h),
+        _f32(hidden, v if need_bias else 0),
+    )
+
+
+@torch.library.register_fake("longgrpo::token_loss", **_register)
+def _(logp, token_weight, advantages, old_logp, ref_logp, importance, cu_seqlens, entropy, options, constants):
+    return _f32(logp), _f32(logp, len(METRICS)), _f32(logp, logp.shape[0])
+
+
+@torch.library.register_fake("longgrpo::linear_grpo_loss", **_register)
+def _(
+    hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, token_weight, advantages,
+    old_logp, ref_logp, importance, cu_seqlens, ref_hidden, ref_weight, options, constants, need_hidden, need_weight,
+    need_bias, metrics, workspace,
+):  # fmt: skip
+    (n, h), v = hidden.shape, weight.shape[0]
+    return (
+        _f32(hidden),
+        _f32(hidden, len(METRICS)),
+        hidden.new_empty((n if need_hidden else 0, h)),
+        _f32(hidden, n if need_hidden else 0),
+        _f32(hidden, v if need_weight else 0, h),
+        _f32(hidden, v if need_bias else 0),
+    )
+
+
+@torch.library.register_fake("longgrpo::scale_rows", **_register)
+def _(x, scale):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("longgrpo::scale_rows_", **_register)
+def _(x, scale):
+    return None
+
+
+# ---- autograd ----
+
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _scale_saved(direction: Tensor, scale: Tensor) -> Tensor:
+    """direction * scale[:, None], in direction's own memory where no other backward can ask for it again."""
+    if torch.compiler.is_compiling() or _keeps_graph():
+        return ops.scale_rows(direction, scale)
+    ops.scale_rows_(direction, scale)
+    return direction
+
+
+def _setup_linear_logprob(ctx, inputs, output):
+    hidden, weight, target, bias, token_temperature, *scalars, entropy, direction, workspace = inputs
+    _, _, u = output
+    ctx.mark_non_differentiable(u)
+    ctx.set_materialize_grads(False)
+    ctx.scalars, ctx.workspace, ctx.has_direction = scalars, workspace, direction
+    # The inputs are needed only where c or e must meet the logits again: a trainable head, or an entropy gradient.
+    ctx.keeps_inputs = entropy or not direction
+    kept = (hidden, weight, target, bias, token_temperature) if ctx.keeps_inputs else ()
+    ctx.save_for_backward(u, *kept)
+
+
+def _linear_logprob_backward(ctx, logp_grad, entropy_grad, _):
+    u, *kept = ctx.saved_tensors
+    none = (None,) * 6  # token_temperature ... direction, workspace are not differentiable
+    if logp_grad is None and entropy_grad is None:
+        return (None, None, None, None, *none, None)
+    if entropy_grad is None and ctx.has_direction:
+        return (_scale_saved(u, logp_grad), None, None, None, *none, None)
+    hidden, weight, target, bias, token_temperature = kept
+    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+    if logp_grad is None:
+        logp_grad = torch.zeros_like(entropy_grad)
+    d_hidden, d_weight, d_bias = ops.linear_logprob_backward(
+        hidden, weight, target, bias, token_temperature, *ctx.scalars, logp_grad.contiguous(),
+        None if entropy_grad is None else entropy_grad.contiguous(), need_hidden, need_weight, need_bias, ctx.workspace,
+    )  # fmt: skip
+    return (
+        d_hidden if need_hidden else None,
+        d_weight.to(weight.dtype) if need_weight else None,
+        None,
+        d_bias.to(bias.dtype) if need_bias else None,
+        *none,
+        None,
+    )
+
+
+torch.library.register_autograd(
+    "longgrpo::linear_logprob", _linear_logprob_backward, setup_context=_setup_linear_logprob, **_register
+)
+
+
+def _setup_token_loss(ctx, inputs, output):
+    token_weight, entropy, constants = inputs[1], inputs[7], inputs[9]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.entropy_coef = constants[4] if entropy is not None else 0.0
+    ctx.save_for_backward(output[2], token_weight)
+
+
+def _token_loss_backward(ctx, loss_grad, _metrics, _logp_grad):
+    if loss_grad is None:
+        return (None,) * 10
+    logp_grad, token_weight = ctx.saved_tensors
+    entropy_grad = -ctx.entropy_coef * loss_grad * token_weight if ctx.needs_input_grad[7] else None
+    return (logp_grad * loss_grad, None, None, None, None, None, None, entropy_grad, None, None)
+
+
+torch.library.register_autograd(
+    "longgrpo::token_loss", _token_loss_backward, setup_context=_setup_token_loss, **_register
+)
+
+
+def _setup_linear_grpo_loss(ctx, inputs, output):
+    _, _, direction, scale, d_weight, d_bias = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = inputs[1].dtype, None if inputs[3] is None else inputs[3].dtype
+    ctx.save_for_backward(direction, scale, d_weight, d_bias)
+
+
+def _linear_grpo_loss_backward(ctx, loss_grad, *_):
+    if loss_grad is None:
+        return (None,) * 23
+    direction, scale, d_weight, d_bias = ctx.saved_tensors
+    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+    weight_dtype, bias_dtype = ctx.dtypes
+    return (
+        _scale_saved(direction, scale * loss_grad) if need_hidden else None,
+        (d_weight * loss_grad).to(weight_dtype) if need_weight else None,
+        None,
+        (d_bias * loss_grad).to(bias_dtype) if need_bias else None,
+        *(None,) * 19,
+    )
+
+
+torch.library.register_autograd(
+    "longgrpo::linear_grpo_loss", _linear_grpo_loss_backward, setup_context=_setup_linear_grpo_loss, **_register
+)
+
+
+def _refuse_double_backward(ctx, *_):
+    raise RuntimeError(
+        "longgrpo's losses have no second derivative: their saved direction would look constant to autograd and the "
+        "result would be wrong. Use longgrpo.loss.reference for double backward."
+    )
+
+
+for _name in ("linear_logprob_backward", "scale_rows"):
+    torch.library.register_autograd(f"longgrpo::{_name}", _refuse_double_backward, **_register)

@@ -1,0 +1,160 @@
+"""Log-probabilities straight from hidden states, without a [tokens, vocabulary] matrix."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import longgrpo._ops.loss  # noqa: F401 - registers fake kernels and autograd
+from longgrpo._ops.library import ops
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DEFAULT_WORKSPACE = 256 << 20  # bytes
+
+
+class LogProb(NamedTuple):
+    """logp, and entropy where it was asked for: float32, of target's shape."""
+
+    logp: Tensor
+    entropy: Tensor | None
+
+
+class Head(NamedTuple):
+    """The head's arguments as the ops take them, checked and flat: N tokens."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    target: Tensor  # [N] int64
+    bias: Tensor | None  # [V] f32
+    token_temperature: Tensor | None  # [N] f32
+    temperature: float
+    softcap: float
+    logit_scale: float
+
+    @property
+    def needs(self) -> tuple[bool, bool, bool]:
+        """Which of hidden, weight and bias get a gradient."""
+        tensors = (self.hidden, self.weight, self.bias)
+        hidden, weight, bias = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
+        return hidden, weight, bias
+
+
+def head_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> Head:
+    """Checks the arguments that every head op shares and flattens the tokens."""
+    _check_shapes(hidden, weight, target, bias)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0, or None for no cap, got {softcap}")
+    if not logit_scale > 0:
+        raise ValueError(f"logit_scale must be > 0, got {logit_scale}")
+    token_temperature = None
+    if isinstance(temperature, Tensor):
+        if temperature.shape != target.shape:
+            raise ValueError(f"temperature {list(temperature.shape)} must be a float or of target's shape "
+                             f"{list(target.shape)}")  # fmt: skip
+        token_temperature = temperature.detach().reshape(-1).float().contiguous()
+        if _can_look(token_temperature) and bool((token_temperature <= 0).any()):
+            raise ValueError("temperature must be > 0 everywhere; for greedy decoding score at temperature 1")
+        temperature = 1.0
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}; for greedy decoding score at temperature 1")
+    flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    if os.environ.get("LONGGRPO_CHECK_FINITE") == "1":
+        check_finite("hidden", flat, target.reshape(-1) >= 0)
+    return Head(
+        flat,
+        weight.contiguous(),
+        target.reshape(-1).contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        token_temperature,
+        float(temperature),
+        float(softcap or 0.0),
+        float(logit_scale),
+    )
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+    if hidden.dim() not in (2, 3) or hidden.shape[:-1] != target.shape:
+        raise ValueError(f"hidden must be [N, H] with target [N], or [B, T, H] with target [B, T]; got hidden "
+                         f"{list(hidden.shape)} and target {list(target.shape)}")  # fmt: skip
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight must be [vocabulary, {hidden.shape[-1]}] (the lm_head's own layout), got "
+                         f"{list(weight.shape)}")  # fmt: skip
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64, got {target.dtype}")
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    if not hidden.device == weight.device == target.device:
+        raise ValueError(f"hidden ({hidden.device}), weight ({weight.device}) and target ({target.device}) must be on "
+                         "one device")  # fmt: skip
+
+
+def _can_look(tensor: Tensor) -> bool:
+    """Whether a value may be read here: looking at a CUDA tensor would wait for the device, a traced one has none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_finite(name: str, rows: Tensor, used: Tensor) -> None:
+    """Raises FloatingPointError naming the first row of `rows` [N, H] that is used [N] and not finite."""
+    bad = (~rows.isfinite()).any(-1) & used
+    if bool(bad.any()):
+        raise FloatingPointError(f"{name} of token {int(bad.nonzero()[0])} holds inf or NaN ({int(bad.sum())} tokens)")
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    workspace: int = DEFAULT_WORKSPACE,
+) -> LogProb:
+    """log p(target) under the head `weight`, differentiable in hidden, weight and bias.
+
+    z = cap(logit_scale (hidden weight^T + bias)) / temperature with cap(x) = softcap tanh(x / softcap), and
+    logp = z[target] - logsumexp(z). Logits are fp32 and exact for confident tokens; they are never all in memory.
+
+    Costs, in GEMMs of N H V multiply-adds: 1 without gradient, 2 with a frozen head, 4 with a trainable one; an
+    entropy gradient through a frozen head adds 2.
+
+    Args:
+        hidden: [N, H] or [B, T, H], float32, bfloat16 or float16: hidden[i] predicts target[i].
+        weight: [V, H], the lm_head.
+        target: [N] or [B, T] int64; a negative target is ignored: logp 0, entropy 0, no gradient, no cost.
+        bias: [V].
+        temperature: a float, or a tensor of target's shape.
+        softcap: C of C tanh(x / C) (Gemma), None for none.
+        logit_scale: factor of the logits (Cohere, Granite).
+        entropy: whether to return the entropy of each row too, in nats.
+        workspace: bytes that the logits may use.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or constants that do not fit.
+        RuntimeError: a target outside the vocabulary, a workspace too small for a tile, double backward.
+    """
+    head = head_arguments(
+        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+    )
+    need_hidden, need_weight, need_bias = head.needs
+    # A frozen head lets the forward keep dlogp/dhidden; a trainable one has to meet the logits again anyway.
+    direction = need_hidden and not (need_weight or need_bias)
+    logp, entropies, _ = ops.linear_logprob(*head, entropy, direction, workspace)
+    return LogProb(logp.view(target.shape), entropies.view(target.shape) if entropy else None)
