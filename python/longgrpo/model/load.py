@@ -49,7 +49,9 @@ def resolve_model(path: str) -> Path:
         raise FileNotFoundError(f"model.path = {path!r} holds no config.json: not a model in the Hugging Face format")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         return _from_hub(path)
-    raise FileNotFoundError(f"model.path = {path!r} does not exist: give a directory, a hub id (owner/name) or {SMOLLM2!r}")
+    raise FileNotFoundError(
+        f"model.path = {path!r} does not exist: give a directory, a hub id (owner/name) or {SMOLLM2!r}"
+    )
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -79,6 +81,13 @@ def end_token_ids(directory: Path) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids or [])
 
 
+def context_length(directory: Path) -> int:
+    """The tokens that the model's positions reach."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().max_position_embeddings
+
+
 def backbone(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
     """The decoder under the head, PEFT or not: called with input_ids it returns the final hidden states."""
     return base_model(model).base_model
@@ -101,7 +110,9 @@ def _from_hub(path: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"model.path = {path!r} is no directory here and the hub did not give it: {error}") from error
+        raise FileNotFoundError(
+            f"model.path = {path!r} is no directory here and the hub did not give it: {error}"
+        ) from error
 
 
 def _smollm2() -> Path:

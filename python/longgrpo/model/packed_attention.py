@@ -86,7 +86,9 @@ def _attention(
     lengths = [end - start for start, end in pairwise(cu_seq_lens_q.tolist())]
     # split and not slices: its backward is one concatenation, that of a slice is as long as the whole row.
     sequences = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    rows = [scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in sequences]
+    rows = [
+        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in sequences
+    ]
     return torch.cat(rows, 2).transpose(1, 2), None
 
 

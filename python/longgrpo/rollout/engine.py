@@ -52,9 +52,7 @@ class RolloutEngine(Protocol):
     def attach(self, model: PreTrainedModel | PeftModel) -> None:
         """From now on generate() samples from `model`: engine.model itself, or engine.model wrapped by PEFT."""
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
-    ) -> list[Completion]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """One completion an entry of `prompts`, in order, entry i sampled with seeds[i]. A prompt that leaves no room
         for a token within max_length() raises ValueError; a completion ends with "length" where the context ends."""
 

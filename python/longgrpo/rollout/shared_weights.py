@@ -63,7 +63,9 @@ class LoraMerge:
         self.files = _checkpoint_files(directory)
         for name, saved in self._saved():
             if not torch.equal(self._weight(name), saved):
-                raise ValueError(f"{name}.weight is not what {directory} holds: LoRA in place needs the base as it was loaded")
+                raise ValueError(
+                    f"{name}.weight is not what {directory} holds: LoRA in place needs the base as it was loaded"
+                )
 
     @contextmanager
     def merged(self) -> Iterator[None]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longgrpo.model.load import ModelConfig, base_model, end_token_ids, resolve_model
+from longgrpo.model.load import ModelConfig, base_model, context_length, end_token_ids, resolve_model
 from longgrpo.rollout import vllm_private
 from longgrpo.rollout.engine import Completion, RolloutConfig, check_prompts
 from longgrpo.rollout.sampling import Sampling
@@ -57,17 +56,23 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and truncation included
             enable_prefix_caching=True,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
         )
         if vllm_private.is_cpu():
-            options |= dict(enforce_eager=True, block_size=32)  # short prompts find their prefix; the default block is 128
+            options |= dict(
+                enforce_eager=True, block_size=32
+            )  # short prompts find their prefix; the default block is 128
             # vLLM rewinds the generator of a request whose prompt it has read in part, which the CPU's generators refuse
             # ("CPU Generator does not use offset"): a prompt is read whole or waits for the next pass.
-            options |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(8192, config.max_model_len or _context(self.directory)))
+            context = config.max_model_len or context_length(self.directory)
+            options |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(8192, context))
         return options
 
     def attach(self, model: PreTrainedModel | PeftModel) -> None:
         if base_model(model) is not self.model:
-            raise ValueError("attach() takes engine.model, or engine.model wrapped by PEFT: other weights are not the engine's")
+            raise ValueError(
+                "attach() takes engine.model, or engine.model wrapped by PEFT: other weights are not the engine's"
+            )
         self._merge = LoraMerge(model, self.directory) if model is not self.model else None
         self.weights_changed()
 
@@ -113,9 +118,3 @@ def _completion(output: Any) -> Completion:
     token_ids = list(output.token_ids)
     logprobs = [step[token].logprob for step, token in zip(output.logprobs, token_ids, strict=True)]
     return Completion(token_ids, logprobs, output.finish_reason)
-
-
-def _context(directory: Path) -> int:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().max_position_embeddings

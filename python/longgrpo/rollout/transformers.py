@@ -1,0 +1,154 @@
+"""transformers' own generate, on the trained model itself: slower than vLLM, and wherever torch runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from longgrpo.model.load import ModelConfig, base_model, context_length, end_token_ids, load_model, resolve_model
+from longgrpo.rollout.engine import Completion, RolloutConfig, check_prompts
+from longgrpo.rollout.sampling import Sampling
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+BATCH = 64  # prompts that share a forward: bounds the key-value cache
+
+
+class TransformersEngine:
+    """See RolloutEngine. The model that is sampled from and the one that is trained are one object."""
+
+    name = "transformers"
+    shares_weights = True
+
+    def __init__(self, config: RolloutConfig, model: ModelConfig) -> None:
+        self.directory = resolve_model(model.path)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model: PreTrainedModel = load_model(self.directory, model.dtype).to(device)
+        self._attached: PreTrainedModel | PeftModel = self.model
+        self._end_tokens = end_token_ids(self.directory)
+        context = context_length(self.directory)
+        self._max_length = min(config.max_model_len or context, context)
+
+    def attach(self, model: PreTrainedModel | PeftModel) -> None:
+        if base_model(model) is not self.model:
+            raise ValueError(
+                "attach() takes engine.model, or engine.model wrapped by PEFT: other weights are not the engine's"
+            )
+        self._attached = model
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+        check_prompts(prompts, seeds, self._max_length)
+        completions: list[Completion] = []
+        with _generating(self._attached), torch.no_grad():
+            for i in range(0, len(prompts), BATCH):
+                completions += self._batch(prompts[i : i + BATCH], sampling, seeds[i : i + BATCH])
+        return completions
+
+    def _batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        ends = {*self._end_tokens, *sampling.stop_token_ids}
+        limits = [min(sampling.max_tokens, self._max_length - len(prompt)) for prompt in prompts]
+        sampler = _Sampler(sampling, seeds)
+        input_ids, attention_mask = _pad_left(prompts, self.model.device)
+        config = GenerationConfig(
+            max_new_tokens=max(limits), do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=0
+        )
+        tokens = self._attached.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            use_model_defaults=False,  # a model's own sampling defaults must not leak into training
+            logits_processor=LogitsProcessorList([sampler]),
+        )[:, input_ids.shape[1] :]  # [B, steps]
+        logprobs = torch.stack(sampler.logprobs, 1)  # [B, steps]
+        return [
+            _completion(row[:limit], row_logprobs[:limit], ends)
+            for row, row_logprobs, limit in zip(tokens.tolist(), logprobs.tolist(), limits, strict=True)
+        ]
+
+    def weights_changed(self) -> None:
+        """Nothing is cached between two calls of generate()."""
+
+    def max_length(self) -> int:
+        return self._max_length
+
+    def close(self) -> None:
+        del self.model, self._attached
+
+
+class _Sampler:
+    """A logits processor that draws the token itself, each row from a generator of its own, and leaves generate()'s greedy
+    choice no other. So a completion depends on its own seed alone, and its logprob is at hand."""
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
+        self.temperature = sampling.temperature
+        self.warpers = _warpers(sampling)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.logprobs: list[Tensor] = []  # a [B] for each step
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = self.warpers(input_ids, scores.float())  # [B, V]
+        logp = scores.log_softmax(-1)
+        token = scores.argmax(-1, keepdim=True) if self.temperature == 0 else self._draw(logp)  # [B, 1]
+        self.logprobs.append(logp.gather(1, token)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0)
+
+    def _draw(self, logp: Tensor) -> Tensor:
+        cdf = logp.double().exp().cumsum(-1)  # [B, V]
+        uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators]).to(cdf.device)
+        # right: the first token whose cdf exceeds the draw, which one of probability 0 never is.
+        return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
+
+
+def _warpers(sampling: Sampling) -> Any:
+    """Temperature, then the truncations, in vLLM's order."""
+    from transformers import LogitsProcessorList
+    from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers = LogitsProcessorList()
+    if sampling.temperature == 0:
+        return warpers
+    warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.min_p > 0:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    if sampling.top_k > 0:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers
+
+
+@contextmanager
+def _generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Generation's attention (padding, a cache) and eval mode, and the trainer's own put back."""
+    base = base_model(model)
+    attention, training = base.config._attn_implementation, model.training
+    base.set_attn_implementation("sdpa")
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        base.set_attn_implementation(attention)
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, [B, T] int64 each."""
+    width = max(len(prompt) for prompt in prompts)
+    rows = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+
+
+def _completion(tokens: list[int], logprobs: list[float], ends: set[int]) -> Completion:
+    stop = next((i for i, token in enumerate(tokens) if token in ends), None)
+    if stop is None:
+        return Completion(tokens, logprobs, "length")
+    return Completion(tokens[: stop + 1], logprobs[: stop + 1], "stop")
