@@ -9,7 +9,7 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -37,8 +37,8 @@ class ModelConfig:
 def resolve_model(path: str) -> Path:
     """The directory, in the Hugging Face format, of the model that `path` names (see ModelConfig).
 
-    SmolLM2 is converted once into LONGGRPO_CACHE (default ~/.cache/longgrpo); a hub id is downloaded into the hub's cache.
-    Raises FileNotFoundError where there is no such model.
+    SmolLM2 is converted once into LONGGRPO_CACHE (default ~/.cache/longgrpo); a hub id is downloaded into the hub's
+    cache. Raises FileNotFoundError where there is no such model.
     """
     if path == SMOLLM2:
         return _smollm2()
@@ -61,12 +61,12 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(directory, padding_side="left", local_files_only=True)
 
 
-def load_model(directory: Path, dtype: Dtype = "float32") -> PreTrainedModel:
-    """The model in `directory`, from safetensors alone, on the CPU and in eval mode."""
+def load_model(directory: Path, dtype: Dtype = "float32", device: str = "cpu") -> PreTrainedModel:
+    """The model in `directory`, from safetensors alone and in eval mode."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
+        directory, dtype=getattr(torch, dtype), device_map=device, local_files_only=True, use_safetensors=True
     )
 
 
@@ -100,7 +100,8 @@ def lm_head(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model itself, whose linears PEFT has replaced where it wraps it."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "peft_config") else wrapped
 
 
 def _from_hub(path: str) -> Path:
@@ -141,7 +142,7 @@ def _smollm2() -> Path:
 
 
 def _convert_gguf(gguf: Path, directory: Path) -> None:
-    """Writes the model and the tokenizer in `gguf` as fp32 safetensors: what Q4_1 decodes to is exact in no half format."""
+    """Writes `gguf`'s model and tokenizer, as fp32 safetensors: what Q4_1 decodes to is exact in no half format."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)

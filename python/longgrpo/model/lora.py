@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoraConfig:
-    """rank and alpha as in PEFT (scale = alpha / rank). targets: "all-linear" (each linear layer but the head) or module names.
+    """rank and alpha as in PEFT (scale = alpha / rank). targets: "all-linear" (each linear layer but the head), or
+    module names.
 
     There is no dropout: the rollout samples from the model without it, and the ratio compares the two.
     """
 
     rank: int = 16
-    alpha: float = 16
+    alpha: int = 16
     targets: str | list[str] = "all-linear"
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

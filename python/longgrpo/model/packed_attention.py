@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from longgrpo.model.load import backbone, base_model
 
@@ -39,10 +39,10 @@ def use_packed_attention(model: PreTrainedModel | PeftModel) -> None:
 
 
 def packed_hidden(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> Tensor:
-    """The final hidden states, [N, H] in the model's dtype: row i is what the head turns into the distribution of token i + 1.
+    """The final hidden states, [N, H] in the model's dtype: the head turns row i into the distribution of token i + 1.
 
-    Differentiable, with gradient checkpointing or without. Raises ValueError where use_packed_attention was not called, for
-    another attention would let the sequences see each other.
+    Differentiable, with gradient checkpointing or without. Raises ValueError where use_packed_attention was not called,
+    for another attention would let the sequences see each other.
     """
     if base_model(model).config._attn_implementation != NAME:
         raise ValueError("packed_hidden needs use_packed_attention(model) first")
@@ -85,11 +85,9 @@ def _attention(
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None], None
     lengths = [end - start for start, end in pairwise(cu_seq_lens_q.tolist())]
     # split and not slices: its backward is one concatenation, that of a slice is as long as the whole row.
-    sequences = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    rows = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in sequences
-    ]
-    return torch.cat(rows, 2).transpose(1, 2), None
+    sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    rows = [sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in sequences]
+    return torch.cat(rows, dim=2).transpose(1, 2), None
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None) -> Tensor:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longgrpo.model.load import base_model
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 
 def model_on(views: dict[str, Tensor], directory: Path) -> PreTrainedModel:
-    """The model that `directory` describes, its parameters the tensors in `views` themselves (checkpoint name -> tensor).
+    """The model that `directory` describes, on the very tensors in `views` (checkpoint name -> tensor).
 
     Raises NotImplementedError where the names do not fit: an architecture that the engine lays out in a way of its own.
     """
@@ -50,19 +52,21 @@ def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
 class LoraMerge:
     """Merges the adapter of `model` into its base in place, and takes it out again exactly.
 
-    Subtracting what was added drifts by a rounding each time, and a pristine copy doubles the memory: the touched weights
-    are read back from the checkpoint in `directory`, tensor by tensor. Raises ValueError where a weight is not the
-    checkpoint's to begin with, for it would be lost.
+    Subtracting what was added drifts by a rounding each time, and a pristine copy doubles the memory: the touched
+    weights are read back from the checkpoint in `directory`, tensor by tensor. Raises ValueError where a weight is not
+    the checkpoint's to begin with, for it would be lost.
     """
 
-    def __init__(self, model: PeftModel, directory: Path) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, directory: Path) -> None:
         from peft.tuners.lora import Linear
 
-        base = model.get_base_model()
-        self.layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, Linear)}
+        modules = base_model(model).named_modules()
+        self.layers = {name: layer for name, layer in modules if isinstance(layer, Linear)}
+        # .data, so that autograd's version counters see no change: once the rollout is over there is none.
+        self.weights: dict[str, Tensor] = {n: layer.get_base_layer().weight.data for n, layer in self.layers.items()}
         self.files = _checkpoint_files(directory)
         for name, saved in self._saved():
-            if not torch.equal(self._weight(name), saved):
+            if not torch.equal(self.weights[name], saved):
                 raise ValueError(
                     f"{name}.weight is not what {directory} holds: LoRA in place needs the base as it was loaded"
                 )
@@ -73,15 +77,11 @@ class LoraMerge:
             with torch.no_grad():
                 for name, layer in self.layers.items():
                     for adapter in layer.active_adapters:
-                        self._weight(name).add_(layer.get_delta_weight(adapter))
+                        self.weights[name].add_(layer.get_delta_weight(adapter))
             yield
         finally:
             for name, saved in self._saved():
-                self._weight(name).copy_(saved)
-
-    def _weight(self, name: str) -> Tensor:
-        # .data, so that autograd's version counters see no change: after the rollout there is none.
-        return self.layers[name].get_base_layer().weight.data
+                self.weights[name].copy_(saved)
 
     def _saved(self) -> Iterator[tuple[str, Tensor]]:
         """(layer name, the checkpoint's weight in the model's dtype), file by file."""
@@ -89,8 +89,8 @@ class LoraMerge:
 
         for file, keys in self.files.items():
             with safe_open(file, framework="pt") as checkpoint:
-                for name in [n for n in self.layers if f"{n}.weight" in keys]:
-                    weight = self._weight(name)
+                for name in [n for n in self.weights if f"{n}.weight" in keys]:
+                    weight = self.weights[name]
                     yield name, checkpoint.get_tensor(f"{name}.weight").to(weight.device, weight.dtype)
 
 

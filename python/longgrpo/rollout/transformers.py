@@ -29,8 +29,8 @@ class TransformersEngine:
     def __init__(self, config: RolloutConfig, model: ModelConfig) -> None:
         self.directory = resolve_model(model.path)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: PreTrainedModel = load_model(self.directory, model.dtype).to(device)
-        self._attached: PreTrainedModel | PeftModel = self.model
+        self.model = load_model(self.directory, model.dtype, device)
+        self._attached: Any = self.model
         self._end_tokens = end_token_ids(self.directory)
         context = context_length(self.directory)
         self._max_length = min(config.max_model_len or context, context)
@@ -64,7 +64,6 @@ class TransformersEngine:
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
-            use_model_defaults=False,  # a model's own sampling defaults must not leak into training
             logits_processor=LogitsProcessorList([sampler]),
         )[:, input_ids.shape[1] :]  # [B, steps]
         logprobs = torch.stack(sampler.logprobs, 1)  # [B, steps]
@@ -84,8 +83,8 @@ class TransformersEngine:
 
 
 class _Sampler:
-    """A logits processor that draws the token itself, each row from a generator of its own, and leaves generate()'s greedy
-    choice no other. So a completion depends on its own seed alone, and its logprob is at hand."""
+    """A logits processor that draws the token itself, each row from a generator of its own, and leaves generate()'s
+    greedy choice no other. So a completion depends on its own seed alone, and its logprob is at hand."""
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
         self.temperature = sampling.temperature
@@ -127,15 +126,20 @@ def _warpers(sampling: Sampling) -> Any:
 
 @contextmanager
 def _generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Generation's attention (padding, a cache) and eval mode, and the trainer's own put back."""
+    """Generation's attention (padding, a cache), eval mode, and none of the sampling defaults that a model brings along
+    (generate() would take them for whatever is not set); the trainer's own are put back."""
+    from transformers import GenerationConfig
+
     base = base_model(model)
-    attention, training = base.config._attn_implementation, model.training
+    attention, training, defaults = base.config._attn_implementation, model.training, base.generation_config
     base.set_attn_implementation("sdpa")
+    base.generation_config = GenerationConfig()
     model.eval()
     try:
         yield
     finally:
         model.train(training)
+        base.generation_config = defaults
         base.set_attn_implementation(attention)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class VllmEngine:
     """See RolloutEngine. One a process, and torch's thread count is to be set before it is built.
 
-    A PEFT model that is attached has its adapter merged into the shared base while generate() runs, and at no other time.
+    An attached PEFT model has its adapter merged into the shared base while generate() runs, and at no other time.
     """
 
     name = "vllm"
@@ -59,11 +59,10 @@ class VllmEngine:
             use_tqdm_on_load=False,
         )
         if vllm_private.is_cpu():
-            options |= dict(
-                enforce_eager=True, block_size=32
-            )  # short prompts find their prefix; the default block is 128
-            # vLLM rewinds the generator of a request whose prompt it has read in part, which the CPU's generators refuse
-            # ("CPU Generator does not use offset"): a prompt is read whole or waits for the next pass.
+            # Short prompts find their prefix in blocks of 32 tokens; the default is 128.
+            options |= dict(enforce_eager=True, block_size=32)
+            # vLLM rewinds the generator of a request whose prompt it has read in part, which the CPU's generators
+            # refuse ("CPU Generator does not use offset"): a prompt is read whole or waits for the next pass.
             context = config.max_model_len or context_length(self.directory)
             options |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(8192, context))
         return options

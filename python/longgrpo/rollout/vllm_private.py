@@ -1,4 +1,4 @@
-"""Every private name of vLLM that longgrpo touches, and the versions in which each was tested to mean what it does here."""
+"""Every private name of vLLM that longgrpo touches, and the versions in which they were tested."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def check_version(version: str) -> None:
     if version.split("+")[0] in TESTED or os.environ.get(OVERRIDE) == "1":
         return
     raise RuntimeError(
-        f"vLLM {version} is untested: longgrpo shares weights through private names of vLLM, tested in {', '.join(TESTED)}. "
-        f"Install one of these, set rollout.engine to transformers, or set {OVERRIDE}=1 to try."
+        f"vLLM {version} is untested: longgrpo shares weights through private names of vLLM, "
+        f"tested in {', '.join(TESTED)}. Install that, set rollout.engine to transformers, or set {OVERRIDE}=1 to try."
     )
 
 
 @contextmanager
 def no_dynamo() -> Iterator[None]:
-    """vLLM's CPU sampler carries torch.compile decorators that cost a first call 13 to 29 s of compiling, even in eager mode.
+    """vLLM's CPU sampler carries torch.compile decorators, which cost a first call 13 to 29 s even in eager mode.
     Dynamo is off while vLLM runs and not in the whole process, whose training may want it."""
     if torch.cuda.is_available():
         yield
@@ -63,7 +63,7 @@ def no_dynamo() -> Iterator[None]:
 
 @contextmanager
 def no_side_effects() -> Iterator[None]:
-    """Building an engine seeds the global generators and replaces torch.set_num_threads by a no-op: both are put back."""
+    """Building an engine seeds the global generators and disarms torch.set_num_threads: both are put back."""
     import numpy
 
     python_state, numpy_state, set_num_threads = random.getstate(), numpy.random.get_state(), torch.set_num_threads
@@ -78,13 +78,13 @@ def no_side_effects() -> Iterator[None]:
 
 @contextmanager
 def live_linears() -> Iterator[None]:
-    """An engine built in here computes on its `weight` parameters themselves. vLLM's CPU build otherwise packs each linear
-    into a layout of its own and leaves an empty `weight` behind, and a tied head keeps a packed copy that goes stale."""
+    """An engine built in here computes on its `weight` parameters themselves. vLLM's CPU build otherwise packs each
+    linear into a layout of its own and leaves an empty `weight` behind; a tied head's packed copy goes stale."""
     from vllm.model_executor.layers import utils
 
     packing = utils.dispatch_cpu_unquantized_gemm
 
-    def dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def dispatch(layer: Any, remove_weight: bool) -> None:
         if layer.weight.ndim == 2:
             layer.cpu_linear = torch.nn.functional.linear
         else:
@@ -105,14 +105,15 @@ def engine_module(llm: LLM) -> torch.nn.Module:
 def weight_views(module: torch.nn.Module, vocab_size: int) -> dict[str, Tensor]:
     """The engine's parameters under the checkpoint's names, each a view of the engine's storage: fused projections cut
     into their parts, embedding and head cut to the true vocabulary (vLLM pads it to a multiple of 64)."""
-    packed = module.packed_modules_mapping  # {"qkv_proj": ["q_proj", "k_proj", "v_proj"], ...}
+    packed: Any = module.packed_modules_mapping  # {"qkv_proj": ["q_proj", "k_proj", "v_proj"], ...}
     views: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         owner, _, kind = name.rpartition(".")
         parent, _, leaf = owner.rpartition(".")
         data = parameter.data
         if leaf in packed:
-            parts = data.split(module.get_submodule(owner).output_sizes)
+            sizes: Any = module.get_submodule(owner).output_sizes
+            parts = data.split(sizes)
             views |= {f"{parent}.{part}.{kind}": view for part, view in zip(packed[leaf], parts, strict=True)}
         elif leaf in ("embed_tokens", "lm_head"):
             views[name] = data[:vocab_size]
