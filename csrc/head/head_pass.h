@@ -33,7 +33,7 @@ struct HeadPlan {
 
 // GEMMs of fewer rows may take another kernel, and then another rounding: tiles are padded to this, so that the logp
 // of a token does not depend on its neighbours.
-constexpr int64_t kMinTileRows = 8;
+constexpr int64_t kMinTileRows = 16;
 
 inline int64_t tile_bytes(const HeadPlan& plan, const HeadShape& shape, int64_t rows) {
   const int64_t logits = shape.vocabulary * (plan.reference ? 2 : 1);

@@ -21,7 +21,8 @@ struct SequenceSums {  // over the tokens of the mask
     count += 1;
     log_ratio += config.type == LossType::vespo ? clamp(log_ratio_t, -kMaxLogRatio, kMaxLogRatio) : log_ratio_t;
     if (config.type == LossType::gmpo) clipped_log_ratio += gmpo_clip(config, log_ratio_t, token.advantage, &clipped);
-    if (config.type == LossType::vespo && token.importance > 0) log_importance += logf(token.importance);
+    if (config.type == LossType::vespo && token.importance > 0)
+      log_importance += vespo_clamp(logf(token.importance));
   }
 };
 
@@ -37,7 +38,7 @@ LONGGRPO_HD Sequence finish_sequence(const LossConfig& config, const SequenceSum
   Sequence sequence{float(count), importance_ratio(float(sums.log_ratio / count)), 0.0f, 0.0f};
   sequence.policy_ratio = config.type == LossType::gmpo ? importance_ratio(float(sums.clipped_log_ratio / count))
                                                         : sequence.ratio;
-  sequence.log_weight = vespo_clamp(float(sums.log_ratio)) + vespo_clamp(float(sums.log_importance));
+  sequence.log_weight = vespo_clamp(float(sums.log_ratio + sums.log_importance));
   return sequence;
 }
 

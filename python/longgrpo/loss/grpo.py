@@ -92,17 +92,19 @@ def _prepare(
     cu_seqlens = _sequence_bounds(shape, advantages, cu_seqlens, normaliser, config)
     _check_combination(old_logp, ref_logp, config)
 
-    def flat(name: str, tensor: Tensor | None) -> Tensor | None:
+    def flat(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().float().reshape(-1).contiguous()
+
+    def spread(name: str, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        tensor = tensor.detach().float()
+        sequences = None if cu_seqlens is None else cu_seqlens.numel() - 1
+        if cu_seqlens is not None and tensor.shape == (sequences,):
+            return per_token(tensor.detach().float(), cu_seqlens, tokens)
         if tensor.shape == shape:
-            return tensor.reshape(-1).contiguous()
-        if cu_seqlens is not None and tensor.shape == (cu_seqlens.numel() - 1,):
-            return per_token(tensor, cu_seqlens, tokens)
-        sequences = "?" if cu_seqlens is None else cu_seqlens.numel() - 1
-        raise ValueError(f"{name} {list(tensor.shape)} must be of target's shape {list(shape)} or have one entry for "
-                         f"each of the {sequences} sequences")  # fmt: skip
+            return flat(tensor)
+        raise ValueError(f"{name} {list(tensor.shape)} must have one entry for each of the {sequences} sequences, or be "
+                         f"of target's shape {list(shape)}")  # fmt: skip
 
     for name, tensor in (("mask", mask), ("old_logp", old_logp), ("ref_logp", ref_logp)):
         if tensor is not None and tensor.shape != shape:
@@ -110,14 +112,14 @@ def _prepare(
     if isinstance(normaliser, int | float) and not normaliser > 0:
         raise ValueError(f"normaliser must be > 0, got {normaliser}")
     in_loss = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask.reshape(-1).bool()
-    advantage = flat("advantages", advantages)
+    advantage = spread("advantages", advantages)
     assert advantage is not None
     return _Tokens(
         token_weights(in_loss, cu_seqlens, config, normaliser),
         advantage,
-        flat("old_logp", old_logp),
-        flat("ref_logp", ref_logp) if config.beta else None,
-        flat("importance", importance),
+        flat(old_logp),
+        flat(ref_logp) if config.beta else None,
+        spread("importance", importance),
         cu_seqlens,
     )
 
@@ -175,7 +177,7 @@ def grpo_loss(
 
     Args:
         logp: [N] with `cu_seqlens`, or [B, T]: log-probabilities of the sampled tokens under the policy, in nats.
-        advantages: one a sequence, or of logp's shape.
+        advantages: one a sequence, or of logp's shape (read as the former where both fit).
         mask: of logp's shape; tokens outside it change nothing, whatever they hold. None: every token counts.
         cu_seqlens: [sequences + 1], rising from 0 to N.
         old_logp: log-probabilities under the policy that sampled, of logp's shape. None: on policy, the ratio is 1.

@@ -1,0 +1,166 @@
+"""The same losses in plain torch, as the papers write them: the oracle of the tests.
+
+Slow and memory-hungry on purpose: whole logits, a Python loop over sequences, autograd for every gradient. Runs in
+any dtype, float64 included, and has second derivatives.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from longgrpo.loss.config import GRPOLossConfig
+
+
+def log_softmax_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """hidden [N, H], weight [V, H] -> log-probabilities [N, V]."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    divisor = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    return torch.log_softmax(logits / divisor, dim=-1)
+
+
+def logprob_and_entropy(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [N, V] of log-probabilities, target [N] -> logp [N], entropy [N]; both 0 where the target is negative."""
+    used = target >= 0
+    logp = rows.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    entropy = -(rows.exp() * rows).sum(-1)
+    zero = torch.zeros_like(logp)
+    return torch.where(used, logp, zero), torch.where(used, entropy, zero)
+
+
+def exact_kl(rows: Tensor, reference_rows: Tensor, kl: str) -> Tensor:
+    """KL over the vocabulary between log-probabilities [N, V]: [N]."""
+    if kl == "exact_reverse":
+        return (rows.exp() * (rows - reference_rows)).sum(-1)
+    return (reference_rows.exp() * (reference_rows - rows)).sum(-1)
+
+
+def kl_estimate(kl: str, logp: Tensor, ref: Tensor) -> Tensor:
+    """One token's estimate of the divergence from the reference, with the gradient that the estimator defines."""
+    d = ref - logp
+    k3 = torch.expm1(d) - d
+    if kl == "k3_plus":  # the value of k3, the gradient of k2
+        k2 = d.square() / 2
+        return k2 + (k3 - k2).detach()
+    if kl == "forward_unbiased":  # d/dtheta KL(ref || policy) = -E_policy[e^D dlogp/dtheta]
+        return (d.exp() * d).detach() - d.exp().detach() * (logp - logp.detach())
+    return {
+        "k1": -d,
+        "abs": d.abs(),
+        "k2": d.square() / 2,
+        "k3": k3,
+        "forward": d.exp() * d,
+        "article_reverse": logp.exp() * k3,
+        "article_forward": ref.exp() * d,
+    }[kl]
+
+
+def grpo_loss(
+    logp: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    importance: Tensor | None = None,
+    entropy: Tensor | None = None,
+    exact: Tensor | None = None,
+    normaliser: float | None = None,
+    config: GRPOLossConfig,
+) -> Tensor:
+    """The loss of flat tokens: logp, old_logp, ref_logp, importance, entropy and exact (the exact KL) are [N], mask [N]
+    bool, advantages [S] or [N], cu_seqlens [S + 1]."""
+    bounds = cu_seqlens.tolist()
+    total = logp.new_zeros(())
+    for s in range(len(bounds) - 1):
+        span = slice(bounds[s], bounds[s + 1])
+        keep = mask[span]
+        if not bool(keep.any()):
+            continue
+
+        def pick(x: Tensor | None, span: slice = span, keep: Tensor = keep) -> Tensor | None:
+            return None if x is None else x[span][keep]
+
+        advantage = advantages[s] if advantages.numel() == len(bounds) - 1 else pick(advantages)
+        policy, kl_weight = _policy(pick(logp), pick(old_logp), advantage, pick(importance), config)
+        per_token = policy
+        if config.beta:
+            estimate = pick(exact) if config.exact_kl else kl_estimate(config.kl, pick(logp), pick(ref_logp))
+            per_token = per_token + config.beta * (kl_weight * estimate if config.kl_correction else estimate)
+        if config.entropy_coef:
+            per_token = per_token - config.entropy_coef * pick(entropy)
+        share = int(keep.sum()) if config.loss_type in ("grpo", "sapo", "gmpo") else 1
+        total = total + per_token.sum() / share
+    return total / _denominator(mask, len(bounds) - 1, normaliser, config)
+
+
+def _denominator(mask: Tensor, sequences: int, normaliser: float | None, config: GRPOLossConfig) -> float:
+    if normaliser is not None:
+        return normaliser
+    if config.loss_type == "dr_grpo":
+        assert config.max_completion_length is not None
+        return sequences * config.max_completion_length
+    if config.loss_type in ("grpo", "sapo", "gmpo", "luspo"):
+        return sequences
+    return max(int(mask.sum()), 1)
+
+
+def _policy(
+    logp: Tensor, old: Tensor | None, advantage: Tensor, importance: Tensor | None, config: GRPOLossConfig
+) -> tuple[Tensor, Tensor]:
+    """One sequence's policy terms [n], not yet weighted, and the ratio that kl_correction uses."""
+    if old is None:
+        old = logp.detach() if config.detach else logp
+    advantage = advantage.expand_as(logp)
+    log_ratio = logp - old
+    token_ratio = log_ratio.clamp(-20, 20).exp()
+    sequence_ratio = log_ratio.mean().exp().expand_as(logp)
+    ratio = sequence_ratio if config.importance_level == "sequence" else token_ratio
+    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    mask = torch.ones_like(logp) if importance is None else importance
+    if config.loss_type == "cispo":
+        value = -ratio.detach().clamp(max=high) * advantage * logp
+    elif config.loss_type == "sapo":
+        positive = advantage > 0
+        t = torch.where(positive, config.sapo_temperature_pos, config.sapo_temperature_neg).to(logp)
+        value = -(4 / t) * torch.sigmoid(t * (ratio - 1)) * advantage
+    elif config.loss_type == "vespo":
+        value = -_vespo_weight(log_ratio, importance, advantage, config) * advantage * logp
+        mask = (mask != 0).to(logp)
+    elif config.loss_type == "gmpo":
+        bounded = torch.where(advantage > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=-config.epsilon))
+        value = -bounded.mean().exp() * advantage
+    else:
+        bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
+        value = -torch.minimum(bounded * advantage, ratio.clamp(1 - config.epsilon, 1 + high) * advantage)
+    return torch.where(mask == 0, torch.zeros_like(value), mask * value), ratio
+
+
+def _vespo_weight(
+    log_ratio: Tensor, importance: Tensor | None, advantage: Tensor, config: GRPOLossConfig
+) -> Tensor:
+    lowest = math.log(1e-8)
+    log_weight = log_ratio.clamp(-20, 20).sum()
+    if importance is not None:
+        log_weight = log_weight + importance[importance > 0].log().clamp(lowest, 20).sum()
+    log_weight = log_weight.clamp(lowest, 20).detach()
+    positive = advantage >= 0
+    k = torch.where(positive, config.vespo_k_pos, config.vespo_k_neg)
+    lam = torch.where(positive, config.vespo_lambda_pos, config.vespo_lambda_neg)
+    return (lam + k * log_weight - lam * log_weight.exp()).exp()

@@ -1,0 +1,192 @@
+"""Random inputs for the loss, and the comparison that all its tests use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from longgrpo import GRPOLossConfig
+from longgrpo.loss import reference
+from longgrpo.loss.config import KL_ESTIMATORS, LOSS_TYPES
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Head:
+    """Head inputs, flat: hidden [N, H], weight [V, H], target [N], bias [V]."""
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    bias: Tensor | None = None
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @property
+    def options(self) -> dict:
+        return {
+            "bias": self.bias, "temperature": self.temperature, "softcap": self.softcap, "logit_scale": self.logit_scale
+        }  # fmt: skip
+
+    def cast(self, dtype: torch.dtype, *, train_head: bool) -> Head:
+        """A copy in another dtype that asks for gradients: the oracle gets the very values that the op got."""
+        temperature = self.temperature
+        return replace(
+            self,
+            hidden=self.hidden.detach().to(dtype).requires_grad_(),
+            weight=self.weight.detach().to(dtype).requires_grad_(train_head),
+            bias=None if self.bias is None else self.bias.detach().to(dtype).requires_grad_(train_head),
+            temperature=temperature.double() if dtype == torch.float64 and isinstance(temperature, Tensor) else temperature,
+        )
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.hidden, self.weight, self.bias) if x is not None and x.requires_grad]
+
+    def rows(self) -> Tensor:
+        return reference.log_softmax_rows(self.hidden, self.weight, **self.options)
+
+    def logprob(self) -> tuple[Tensor, Tensor]:
+        return reference.logprob_and_entropy(self.rows(), self.target)
+
+
+def make_head(
+    seed: int, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype = torch.float32, *, bias: bool = False,
+    temperature: float | None = 1.0, softcap: float | None = None, logit_scale: float = 1.0, ignored: float = 0.0,
+    spread: float = 2.0,
+) -> Head:  # fmt: skip
+    """spread: standard deviation of the logits. temperature None: one for each token."""
+    g = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, vocabulary, (tokens,), generator=g)
+    target[torch.rand(tokens, generator=g) < ignored] = -100
+    token_temperature = torch.rand(tokens, generator=g) + 0.5
+    return Head(
+        torch.randn(tokens, hidden, generator=g).to(dtype),
+        (torch.randn(vocabulary, hidden, generator=g) * spread / hidden**0.5).to(dtype),
+        target,
+        torch.randn(vocabulary, generator=g).to(dtype) if bias else None,
+        token_temperature if temperature is None else temperature,
+        softcap,
+        logit_scale,
+    )
+
+
+@st.composite
+def heads(draw, max_tokens: int = 40) -> Head:
+    return make_head(
+        draw(st.integers(0, 2**31)),
+        draw(st.integers(0, max_tokens)),
+        draw(st.integers(1, 48)),
+        draw(st.integers(1, 300)),
+        draw(st.sampled_from(DTYPES)),
+        bias=draw(st.booleans()),
+        temperature=draw(st.sampled_from([1.0, 0.7, 1.5, None])),
+        softcap=draw(st.sampled_from([None, 5.0, 30.0])),
+        logit_scale=draw(st.sampled_from([1.0, 0.25])),
+        ignored=draw(st.sampled_from([0.0, 0.4, 1.0])),
+        spread=draw(st.sampled_from([0.5, 2.0, 6.0])),
+    )
+
+
+@dataclass
+class Batch:
+    """Per-token inputs of the loss over flat sequences. Masked positions hold NaN and inf on purpose."""
+
+    logp: Tensor
+    entropy: Tensor
+    advantages: Tensor
+    mask: Tensor
+    cu_seqlens: Tensor
+    old_logp: Tensor | None
+    ref_logp: Tensor
+    importance: Tensor | None
+
+    def arguments(self, config: GRPOLossConfig) -> dict:
+        return {
+            "mask": self.mask, "cu_seqlens": self.cu_seqlens, "old_logp": self.old_logp,
+            "ref_logp": self.ref_logp if config.beta else None, "importance": self.importance,
+        }  # fmt: skip
+
+    def oracle(self, config: GRPOLossConfig, normaliser: float | None = None, **overrides) -> Tensor:
+        """The reference in float64, or in the dtype of the logp that overrides this batch's."""
+        values = {"logp": self.logp.double(), "entropy": self.entropy.double(), **overrides}
+        dtype = values["logp"].dtype
+        per_token = {k: None if v is None else v.to(dtype) for k, v in self.arguments(config).items()
+                     if k in ("old_logp", "ref_logp", "importance")}  # fmt: skip
+        return reference.grpo_loss(
+            values["logp"], self.advantages.to(dtype), mask=self.mask, cu_seqlens=self.cu_seqlens, **per_token,
+            entropy=values["entropy"], exact=values.get("exact"), normaliser=normaliser, config=config,
+        )  # fmt: skip
+
+
+def make_batch(
+    seed: int, lengths: list[int], *, masked: float = 0.3, off_policy: float | None = 0.2, importance: bool = False,
+    token_advantages: bool = False, zero_advantages: float = 0.2, logp: Tensor | None = None,
+) -> Batch:  # fmt: skip
+    """off_policy: deviation of the log ratio, None for old_logp=None."""
+    g = torch.Generator().manual_seed(seed)
+    n, sequences = sum(lengths), len(lengths)
+    noise = lambda scale: torch.randn(n, generator=g) * scale  # noqa: E731
+    if logp is None:
+        logp = -torch.rand(n, generator=g) * 4
+    mask = torch.rand(n, generator=g) >= masked
+    advantages = torch.randn(n if token_advantages else sequences, generator=g)
+    advantages[torch.rand(advantages.numel(), generator=g) < zero_advantages] = 0
+    old = None if off_policy is None else logp.detach() + noise(off_policy)
+    ref = logp.detach() + noise(0.5)
+    ratio = None
+    if importance:
+        ratio = noise(0.3).exp()
+        ratio[torch.rand(n, generator=g) < 0.2] = 0
+    for poisoned in (old, ref, ratio, advantages if token_advantages else None):
+        if poisoned is not None:
+            poisoned[~mask] = torch.tensor([float("nan"), float("inf"), -float("inf")])[
+                torch.randint(0, 3, (int((~mask).sum()),), generator=g)
+            ]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    return Batch(logp, torch.rand(n, generator=g), advantages, mask, bounds, old, ref, ratio)
+
+
+@st.composite
+def configs(draw) -> GRPOLossConfig:
+    """Every combination of the options that makes sense; the others are refused, which test_errors checks."""
+    loss_type = draw(st.sampled_from(LOSS_TYPES))
+    kl = draw(st.sampled_from([kl for kl in KL_ESTIMATORS if not kl.startswith("exact")]))
+    own_weight, clips = loss_type in ("vespo", "gmpo"), loss_type not in ("cispo", "sapo", "vespo", "gmpo")
+    return GRPOLossConfig(
+        loss_type=loss_type,
+        importance_level="token" if own_weight else draw(st.sampled_from(["token", "sequence"])),
+        kl=kl,
+        kl_correction=kl == "k3" and draw(st.booleans()),
+        beta=draw(st.sampled_from([0.0, 0.04, 1.0])),
+        epsilon=draw(st.sampled_from([0.0, 0.2])),
+        epsilon_high=5.0 if loss_type == "cispo" else draw(st.sampled_from([None, 0.28])),
+        delta=draw(st.sampled_from([None, 1.1, 3.0])) if clips else None,
+        entropy_coef=draw(st.sampled_from([0.0, 0.01])),
+        max_completion_length=64,
+    )
+
+
+@st.composite
+def batches(draw) -> Batch:
+    return make_batch(
+        draw(st.integers(0, 2**31)),
+        # With as many tokens as sequences an advantage would be read as a sequence's.
+        draw(st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(lambda x: sum(x) != len(x))),
+        masked=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        off_policy=draw(st.sampled_from([None, 0.05, 0.5])),
+        importance=draw(st.booleans()),
+        token_advantages=draw(st.booleans()),
+    )
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of the oracle's; absolute where the oracle is 0."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    difference, norm = (actual - expected).norm(), expected.norm()
+    return float(difference / norm if norm > 0 else difference)

@@ -1,0 +1,105 @@
+"""The ops as torch sees them: schemas, fake kernels, autograd registration, torch.compile, double backward."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import make_batch, make_head
+
+from longgrpo import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_logprob
+
+ops = torch.ops.longgrpo
+HEAD = (None, None, 1.0, 0.0, 1.0)  # bias, token_temperature, temperature, softcap, logit_scale
+MIB = 1 << 20
+
+
+def head_tensors(train_head: bool) -> tuple:
+    h = make_head(1, 12, 16, 40).cast(torch.float32, train_head=train_head)
+    return h.hidden, h.weight, h.target
+
+
+def token_tensors() -> tuple:
+    n = 12
+    return (torch.full((n,), 1 / n), torch.randn(n), torch.randn(n) - 2, torch.randn(n) - 2, torch.rand(n),
+            torch.tensor([0, 5, n], dtype=torch.int32))  # fmt: skip
+
+
+def op_samples():
+    config = GRPOLossConfig(beta=0.1, loss_type="grpo").packed()
+    for train_head in (False, True):
+        head = head_tensors(train_head)
+        yield "linear_logprob", (*head, *HEAD, True, not train_head, MIB)
+        needs = (True, train_head, False)
+        yield "linear_grpo_loss", (*head, *HEAD, *token_tensors(), None, None, *config, *needs, True, MIB)
+    head = tuple(t.detach() for t in head_tensors(False))
+    yield "linear_logprob_backward", (*head, *HEAD, torch.randn(12), torch.randn(12), True, True, False, MIB)
+    logp = (torch.randn(12) - 2).requires_grad_()
+    yield "token_loss", (logp, *token_tensors(), torch.rand(12).requires_grad_(), *config)
+    yield "scale_rows", (torch.randn(12, 16), torch.randn(12))
+    yield "scale_rows_", (torch.randn(12, 16), torch.randn(12))
+
+
+@pytest.mark.parametrize(("name", "arguments"), list(op_samples()), ids=lambda x: x if isinstance(x, str) else "")
+def test_opcheck(name, arguments):
+    torch.library.opcheck(getattr(ops, name).default, arguments)
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_double_backward_is_refused(train_head):
+    h = make_head(2, 12, 16, 40).cast(torch.float32, train_head=train_head)
+    batch = make_batch(2, [5, 7])
+    logp = linear_logprob(h.hidden, h.weight, h.target).logp
+    fused = linear_grpo_loss(h.hidden, h.weight, h.target, batch.advantages, cu_seqlens=batch.cu_seqlens).loss
+    for output in (logp.square().sum(), fused):
+        (gradient,) = torch.autograd.grad(output, h.hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            gradient.square().sum().backward()
+
+
+def loss_of(hidden, weight, target, advantages, old_logp, cu_seqlens, fused: bool):
+    config = GRPOLossConfig(loss_type="grpo", epsilon_high=0.28)
+    kw = {"old_logp": old_logp, "cu_seqlens": cu_seqlens, "config": config}
+    if fused:
+        return linear_grpo_loss(hidden, weight, target, advantages, **kw).loss
+    out = linear_logprob(hidden, weight, target, entropy=True)
+    return grpo_loss(out.logp, advantages, entropy=out.entropy, **kw).loss + 0.01 * out.entropy.mean()
+
+
+def compiled_equals_eager() -> None:
+    """Runs in a process of its own: vLLM's CPU engine switches torch.compile off for the whole process."""
+    batch = make_batch(3, [5, 7], masked=0.0)
+    for fused in (True, False):
+        for train_head in (False, True):
+            h = make_head(3, 12, 16, 40).cast(torch.float32, train_head=train_head)
+            args = (h.hidden, h.weight, h.target, batch.advantages, batch.old_logp, batch.cu_seqlens, fused)
+            eager = loss_of(*args)
+            compiled = torch.compile(loss_of, fullgraph=True)(*args)
+            torch.testing.assert_close(compiled, eager)
+            for a, b in zip(torch.autograd.grad(compiled, h.leaves), torch.autograd.grad(eager, h.leaves),
+                            strict=True):  # fmt: skip
+                torch.testing.assert_close(a, b)
+
+
+def test_torch_compile_takes_the_ops():
+    code = "import sys; sys.path.insert(0, 'tests/loss'); import test_ops; test_ops.compiled_equals_eager()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=500)
+
+
+def test_import_needs_torch_alone():
+    """transformers, vllm, peft and the rest are imported where they are used."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import longgrpo; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "known = {m.split('.')[0] for m in before} | set(sys.stdlib_module_names) | {'longgrpo'}; "
+        "assert new <= known, new - known"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+def test_gradient_carries_no_graph():
+    h = make_head(4, 12, 16, 40).cast(torch.float32, train_head=False)
+    (gradient,) = torch.autograd.grad(linear_logprob(h.hidden, h.weight, h.target).logp.sum(), h.hidden)
+    assert not gradient.requires_grad
