@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class LoraMerge:
         modules = base_model(model).named_modules()
         self.layers = {name: layer for name, layer in modules if isinstance(layer, Linear)}
         # .data, so that autograd's version counters see no change: once the rollout is over there is none.
-        self.weights: dict[str, Tensor] = {n: layer.get_base_layer().weight.data for n, layer in self.layers.items()}
+        self.weights: dict[str, Any] = {n: layer.get_base_layer().weight.data for n, layer in self.layers.items()}
         self.files = _checkpoint_files(directory)
         for name, saved in self._saved():
             if not torch.equal(self.weights[name], saved):

@@ -64,7 +64,7 @@ class VllmEngine:
             # vLLM rewinds the generator of a request whose prompt it has read in part, which the CPU's generators
             # refuse ("CPU Generator does not use offset"): a prompt is read whole or waits for the next pass.
             context = config.max_model_len or context_length(self.directory)
-            options |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(8192, context))
+            options |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(2048, context))
         return options
 
     def attach(self, model: PreTrainedModel | PeftModel) -> None:

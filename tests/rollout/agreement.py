@@ -1,0 +1,34 @@
+"""The oracle of the rollout tests: the trainer's logprobs of the tokens that an engine sampled."""
+
+import torch
+from longgrpo.model.load import ModelConfig, lm_head
+from longgrpo.model.packed_attention import PackedBatch, packed_hidden, use_packed_attention
+
+SMOLLM2 = ModelConfig("smollm2-135m-instruct")
+CONTEXT = 512
+
+
+def trainer_logprobs(model, prompts, completions, temperature=1.0):
+    """What the trainer computes for the sampled tokens, packed, one flat tensor in order."""
+    use_packed_attention(model)
+    rows = [list(p) + c.token_ids for p, c in zip(prompts, completions, strict=True)]
+    batch = PackedBatch(
+        torch.tensor([token for row in rows for token in row]),
+        torch.cat([torch.arange(len(row)) for row in rows]),
+        torch.tensor([0] + [len(row) for row in rows]).cumsum(0).int(),
+    )
+    with torch.no_grad():
+        logits = lm_head(model)(packed_hidden(model, batch)) / temperature
+    logp = logits.log_softmax(-1)[:-1].gather(1, batch.input_ids[1:, None])[:, 0]  # row i: token i + 1
+    spans = zip(batch.cu_seqlens.tolist(), prompts, completions, strict=False)
+    return torch.cat([logp[s + len(p) - 1 : s + len(p) - 1 + len(c.token_ids)] for s, p, c in spans])
+
+
+def sampled_logprobs(completions):
+    return torch.tensor([logp for c in completions for logp in c.logprobs])
+
+
+def assert_agrees(model, prompts, completions, temperature=1.0):
+    difference = (trainer_logprobs(model, prompts, completions, temperature) - sampled_logprobs(completions)).abs()
+    assert difference.mean() <= 1e-5
+    assert difference.max() <= 5e-4
