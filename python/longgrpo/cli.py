@@ -10,6 +10,7 @@ from pathlib import Path
 
 from longgrpo.train.errors import ConfigError, UserError
 
+OPTIONS = ("--help", "--resume", "--print-config")
 EPILOG = """any key of the config can be overridden: --train.steps 5 --rewards.1.weight 0.5
 exit status: 0 done, 2 something to put right, 128 + n stopped by signal n (then the run is saved)"""
 
@@ -23,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("config", nargs="?", type=Path, help="a YAML file; see examples/")
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
     train.add_argument("--print-config", action="store_true", help="print the whole config, defaults included, and stop")
-    options, overrides = parser.parse_known_args(arguments)
+    rest, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(rest)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("longgrpo").setLevel(logging.INFO)
     try:
@@ -59,6 +61,18 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         return 128 + (trainer.stop.signal or 0)
     print(f"done: {trainer.directory}/summary.json, {trainer.directory}/metrics.jsonl")
     return 0
+
+
+def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Takes out `--group.key VALUE`, which argparse would read as a flag and a config file."""
+    rest, overrides = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if not argument.startswith("--") or argument in OPTIONS or argument.startswith("--resume="):
+            rest.append(argument)
+        else:
+            overrides += [argument] if "=" in argument else [argument, *itertools.islice(remaining, 1)]
+    return rest, overrides
 
 
 def _free_directory(parent: Path, name: str) -> Path:

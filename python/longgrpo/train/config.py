@@ -114,6 +114,10 @@ class TrainConfig:
             f"rollout.temperature = {self.rollout.temperature}: must be above 0, or all completions of a group are equal",
         )
         _require(len(self.rewards) > 0, "rewards is empty: name at least one reward function")
+        _require(
+            not self.loss.exact_kl,
+            f"loss.kl = {self.loss.kl!r}: the trainer keeps the reference's logprobs of the sampled tokens alone; take k3",
+        )
         names = [reward.function for reward in self.rewards]
         _require(len(set(names)) == len(names), f"rewards: a function is named twice in {names}; add up its weights")
         _require(
@@ -216,7 +220,7 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"{key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":  # our own checks name the value themselves
-        return f"{key}.{message}" if location else message
+        return f"{key}: {message}" if location else message
     return f"{key} = {problem['input']!r}: {message}"
 
 

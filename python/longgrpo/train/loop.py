@@ -64,9 +64,9 @@ def step(policy: Policy, number: int) -> StepResult:
         with clock("advantage"):
             active = advantage(policy, samples, totals)
         with clock("score"):
-            agreement = score(policy, samples, active)
+            score(policy, active)
         with clock("loss_and_backward"):
-            losses = loss_and_backward(policy, samples, active, agreement)
+            losses = loss_and_backward(policy, samples, active)
         with clock("optimiser_step"):
             updates = optimiser_step(policy, number) if active else {"grad_norm": 0.0}
         with clock("publish"):
@@ -76,7 +76,6 @@ def step(policy: Policy, number: int) -> StepResult:
         **reward_metrics(policy.rewards, samples, totals),
         **losses,
         **updates,
-        **agreement.metrics(),
         **length_metrics(samples),
         **speed_metrics(samples, active, clock.seconds),
         **{f"seconds/{name}": value for name, value in clock.seconds.items()},
@@ -136,35 +135,32 @@ def advantage(policy: Policy, samples: Sequence[Sample], totals: Tensor) -> list
 
 # ---- 5
 @torch.no_grad()
-def score(policy: Policy, samples: Sequence[Sample], active: Sequence[Sample]) -> Agreement:
+def score(policy: Policy, active: Sequence[Sample]) -> None:
     """Sets the reference's logprobs, where the loss has a KL term.
 
     Old logprobs are not needed: a rollout serves one update, so that the policy is its own old one and the ratio is 1.
     """
-    agreement = Agreement()
-    if policy.config.loss.beta != 0:
-        for batch in _micro_batches(policy, active):
-            with _reference(policy) as model:
-                logp = _logprob(policy, model, batch).logp  # [M]
-            for sample, part in zip(batch.samples, logp.split([len(s) for s in batch.samples]), strict=True):
-                sample.ref_logp = part
-    if not active:  # nothing will be trained, yet every step compares engine and trainer
-        batch = _micro_batches(policy, samples)[0]
-        agreement.add(batch, _logprob(policy, policy.model, batch).logp)
-    return agreement
+    if policy.config.loss.beta == 0:
+        return
+    for batch in _micro_batches(policy, active):
+        with _reference(policy) as model:
+            logp = _logprob(policy, model, batch).logp  # [M]
+        for sample, part in zip(batch.samples, logp.split([len(s) for s in batch.samples]), strict=True):
+            sample.ref_logp = part
 
 
 # ---- 6
-def loss_and_backward(
-    policy: Policy, samples: Sequence[Sample], active: Sequence[Sample], agreement: Agreement
-) -> dict[str, float]:
-    """Accumulates the gradient of the step's loss, micro-batch by micro-batch, under one normaliser for the whole step."""
+def loss_and_backward(policy: Policy, samples: Sequence[Sample], active: Sequence[Sample]) -> dict[str, float]:
+    """Accumulates the gradient of the step's loss, micro-batch by micro-batch, under one normaliser for the whole step.
+
+    Where no sample has a gradient, one micro-batch is still looked at without one: every step compares engine and trainer.
+    """
     config = policy.config
     normaliser = step_normaliser(config.loss, samples, config.rollout.max_completion_length)
-    meter = Meter()
-    for batch in _micro_batches(policy, active):
-        logp, entropy = _logprob(policy, policy.model, batch)  # [M], [M]
-        agreement.add(batch, logp)
+    meter, agreement = Meter(), Agreement()
+    for batch in _micro_batches(policy, active) or _micro_batches(policy, samples)[:1]:
+        with torch.set_grad_enabled(bool(active)):
+            logp, entropy = _logprob(policy, policy.model, batch)  # [M], [M]
         reference = [sample.ref_logp for sample in batch.samples if sample.ref_logp is not None]
         result = grpo_loss(
             logp,
@@ -175,9 +171,11 @@ def loss_and_backward(
             normaliser=normaliser,
             config=config.loss,
         )
-        result.loss.backward()
+        if active:
+            result.loss.backward()
+        agreement.add(batch, logp)
         meter.add(result.loss, result.metrics, len(batch.target))
-    return meter.metrics()
+    return meter.metrics() | agreement.metrics()
 
 
 def step_normaliser(config: GRPOLossConfig, samples: Sequence[Sample], max_completion_length: int) -> float:

@@ -50,7 +50,9 @@ class Agreement:
 
 
 class Meter:
-    """The metrics of a step's micro-batches: the loss is their sum, the others a mean over tokens, or a *_min or *_max."""
+    """The metrics of a step's micro-batches as one: sums, the *_min and *_max, and means over the tokens."""
+
+    SUMS = ("policy_loss", "tokens")
 
     def __init__(self) -> None:
         self._loss, self._tokens = 0.0, 0
@@ -61,7 +63,9 @@ class Meter:
         for name, tensor in metrics.items():
             value = tensor.item()
             old = self._values.get(name, value)
-            if name.endswith("_min"):
+            if name in self.SUMS:
+                self._values[name] = self._values.get(name, 0.0) + value
+            elif name.endswith("_min"):
                 self._values[name] = min(old, value)
             elif name.endswith("_max"):
                 self._values[name] = max(old, value)
