@@ -82,8 +82,10 @@ struct Head {
           static_cast<const int64_t*>(target.const_data_ptr()), pointer(token_temperature), float(temperature),
           {shape.vocabulary, float(logit_scale), float(softcap), pointer(bias)}, ExactKl::none};
     for (int64_t t = 0; t < shape.tokens; ++t)
-      STD_TORCH_CHECK(in.target[t] < shape.vocabulary, "target[", t, "] = ", in.target[t],
-                      " is outside the vocabulary of ", shape.vocabulary, " (a negative target is ignored)");
+      if (in.target[t] >= shape.vocabulary)
+        throw std::invalid_argument("target[" + std::to_string(t) + "] = " + std::to_string(in.target[t]) +
+                                    " is outside the vocabulary of " + std::to_string(shape.vocabulary) +
+                                    " (a negative target is ignored)");
   }
 
   std::vector<int64_t> rows_with_target() const {

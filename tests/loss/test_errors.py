@@ -43,7 +43,7 @@ def score(head, **changes):
     [
         ({"target": torch.zeros(5, dtype=torch.int64)}, ValueError, "hidden must be"),
         ({"target": torch.zeros(6, dtype=torch.int32)}, TypeError, "int64"),
-        ({"target": torch.tensor([0, 0, 0, 99, 0, 0])}, RuntimeError, r"target\[3\] = 99 is outside the vocabulary of 9"),
+        ({"target": torch.tensor([0, 0, 0, 99, 0, 0])}, ValueError, r"target\[3\] = 99 is outside the vocabulary of 9"),
         ({"weight": torch.zeros(9, 5)}, ValueError, r"weight must be \[vocabulary, 4\]"),
         ({"weight": torch.zeros(9, 4, dtype=torch.float64)}, TypeError, "weight must be float32"),
         ({"bias": torch.zeros(8)}, ValueError, r"bias must be \[9\]"),
@@ -53,7 +53,7 @@ def score(head, **changes):
         ({"temperature": torch.ones(5)}, ValueError, "target's shape"),
         ({"softcap": 0.0}, ValueError, "softcap must be > 0"),
         ({"logit_scale": 0.0}, ValueError, "logit_scale must be > 0"),
-        ({"workspace": 100}, RuntimeError, "workspace of 100 bytes is too small.*give workspace >="),
+        ({"workspace": 100}, ValueError, "workspace of 100 bytes is too small.*give workspace >="),
     ],
 )
 def test_head(changes, error, message):
@@ -63,11 +63,11 @@ def test_head(changes, error, message):
 
 def test_the_named_workspace_is_enough():
     head = make_head(1, 6, 4, 9)
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(ValueError) as caught:
         score(head, workspace=100)
     needed = int(str(caught.value).split("workspace >= ")[1].split()[0])
     assert torch.equal(score(head, workspace=needed).logp, score(head).logp)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError):
         score(head, workspace=needed - 1)
 
 

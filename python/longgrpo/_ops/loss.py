@@ -77,10 +77,35 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 def _scale_saved(direction: Tensor, scale: Tensor) -> Tensor:
     """direction * scale[:, None], in direction's own memory where no other backward can ask for it again."""
-    if torch.compiler.is_compiling() or _keeps_graph():
+    scale = scale.contiguous()  # the gradient of a sum is an expanded scalar
+    traced = type(direction) is not Tensor  # a fake or functional tensor: a mutation would reach the forward's outputs
+    if traced or torch.compiler.is_compiling() or _keeps_graph():
         return ops.scale_rows(direction, scale)
     ops.scale_rows_(direction, scale)
     return direction
+
+
+class _FirstOrder(torch.autograd.Function):
+    """A gradient whose own gradient is refused: what it was made of looks constant to autograd, and is not."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "longgrpo's losses have no second derivative: their saved direction would look constant to autograd and "
+            "the result would be wrong. Use longgrpo.loss.reference for double backward."
+        )
+
+
+def _first_order(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    if not torch.is_grad_enabled():  # grad mode is on in a backward with create_graph alone
+        return gradients
+    return tuple(
+        None if g is None else _FirstOrder.apply(g.detach(), torch.empty((), requires_grad=True)) for g in gradients
+    )
 
 
 def _setup_linear_logprob(ctx, inputs, output):
@@ -101,7 +126,7 @@ def _linear_logprob_backward(ctx, logp_grad, entropy_grad, _):
     if logp_grad is None and entropy_grad is None:
         return (None, None, None, None, *none, None)
     if entropy_grad is None and ctx.has_direction:
-        return (_scale_saved(u, logp_grad), None, None, None, *none, None)
+        return (*_first_order(_scale_saved(u, logp_grad)), None, None, None, *none, None)
     hidden, weight, target, bias, token_temperature = kept
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     if logp_grad is None:
@@ -110,14 +135,12 @@ def _linear_logprob_backward(ctx, logp_grad, entropy_grad, _):
         hidden, weight, target, bias, token_temperature, *ctx.scalars, logp_grad.contiguous(),
         None if entropy_grad is None else entropy_grad.contiguous(), need_hidden, need_weight, need_bias, ctx.workspace,
     )  # fmt: skip
-    return (
+    d_hidden, d_weight, d_bias = _first_order(
         d_hidden if need_hidden else None,
         d_weight.to(weight.dtype) if need_weight else None,
-        None,
         d_bias.to(bias.dtype) if need_bias else None,
-        *none,
-        None,
     )
+    return (d_hidden, d_weight, None, d_bias, *none, None)
 
 
 torch.library.register_autograd(
@@ -160,26 +183,14 @@ def _linear_grpo_loss_backward(ctx, loss_grad, *_):
     direction, scale, d_weight, d_bias = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     weight_dtype, bias_dtype = ctx.dtypes
-    return (
+    d_hidden, d_weight, d_bias = _first_order(
         _scale_saved(direction, scale * loss_grad) if need_hidden else None,
         (d_weight * loss_grad).to(weight_dtype) if need_weight else None,
-        None,
         (d_bias * loss_grad).to(bias_dtype) if need_bias else None,
-        *(None,) * 19,
     )
+    return (d_hidden, d_weight, None, d_bias, *(None,) * 19)
 
 
 torch.library.register_autograd(
     "longgrpo::linear_grpo_loss", _linear_grpo_loss_backward, setup_context=_setup_linear_grpo_loss, **_register
 )
-
-
-def _refuse_double_backward(ctx, *_):
-    raise RuntimeError(
-        "longgrpo's losses have no second derivative: their saved direction would look constant to autograd and the "
-        "result would be wrong. Use longgrpo.loss.reference for double backward."
-    )
-
-
-for _name in ("linear_logprob_backward", "scale_rows"):
-    torch.library.register_autograd(f"longgrpo::{_name}", _refuse_double_backward, **_register)

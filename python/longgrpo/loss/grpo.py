@@ -246,8 +246,8 @@ def linear_grpo_loss(
         metrics: whether tokens without a gradient are to be counted in the metrics.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or options that do not fit.
-        RuntimeError: a target outside the vocabulary, a workspace too small for a tile, double backward.
+        ValueError, TypeError: as linear_logprob's and grpo_loss's.
+        RuntimeError: double backward.
     """
     head = head_arguments(
         hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale

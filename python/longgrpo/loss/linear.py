@@ -147,8 +147,9 @@ def linear_logprob(
         workspace: bytes that the logits may use.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or constants that do not fit.
-        RuntimeError: a target outside the vocabulary, a workspace too small for a tile, double backward.
+        ValueError, TypeError: shapes, dtypes, devices or constants that do not fit, a target outside the vocabulary, a
+            workspace too small for a tile.
+        RuntimeError: double backward.
     """
     head = head_arguments(
         hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale

