@@ -1,4 +1,4 @@
-"""Run by test_vllm.py: share_tiny_model.py ARCHITECTURE DIRECTORY. A small random model, its weights shared, then changed."""
+"""Run by test_vllm.py: share_tiny_model.py ARCHITECTURE DIRECTORY. Shares a small random model and changes it."""
 
 import sys
 

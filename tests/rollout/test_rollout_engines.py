@@ -87,13 +87,13 @@ def test_truncation_counts_in_the_logprobs(engine, prompts):
 
 def test_a_completion_ends_with_its_end_token_or_at_its_length(engine, prompts, tokenizer):
     end = tokenizer.eos_token_id
-    stopped = engine.generate(prompts, Sampling(max_tokens=64), seeds(8))
+    stopped = engine.generate(prompts, Sampling(max_tokens=32), seeds(8))
     assert {c.finish_reason for c in stopped} == {"stop", "length"}
     for completion in stopped:
         assert len(completion.logprobs) == len(completion.token_ids)
         assert end not in completion.token_ids[:-1]
         assert (completion.token_ids[-1] == end) == (completion.finish_reason == "stop")
-        assert completion.finish_reason == "stop" or len(completion.token_ids) == 64
+        assert completion.finish_reason == "stop" or len(completion.token_ids) == 32
     first = engine.generate(prompts[:1], GREEDY, [0])[0].token_ids[0]
     cut = engine.generate(prompts[:1], Sampling(temperature=0, stop_token_ids=(first,)), [0])[0]
     assert (cut.token_ids, cut.finish_reason) == ([first], "stop")

@@ -97,9 +97,12 @@ def test_a_stale_prefix_cache_is_caught(engine, prompts):
         engine.weights_changed()
 
 
-def test_more_prompt_tokens_than_a_pass_takes(engine):
+def test_more_prompt_tokens_than_a_pass_takes(engine, tokenizer):
     """Seeded requests over the batch limit: a prompt read in part would raise "CPU Generator does not use offset"."""
-    prompts = [[1000 + i] * 90 for i in range(25)]
+    stories = [
+        f"Story {i}. Once upon a time {i} dragons lived in a castle" + " and counted sheep" * 25 for i in range(25)
+    ]
+    prompts = [story[:90] for story in tokenizer(stories)["input_ids"]]
     assert sum(map(len, prompts)) > engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
     completions = engine.generate(prompts, Sampling(max_tokens=2), [seed_for(0, 0, i, 0) for i in range(25)])
     assert_agrees(engine.model, prompts, completions)

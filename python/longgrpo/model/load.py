@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import logging
 import os
 import re
-import tempfile
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -101,7 +102,7 @@ def lm_head(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model itself, whose linears PEFT has replaced where it wraps it."""
     wrapped: Any = model
-    return wrapped.get_base_model() if hasattr(model, "peft_config") else wrapped
+    return wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
 
 
 def _from_hub(path: str) -> Path:
@@ -127,17 +128,16 @@ def _smollm2() -> Path:
     if target.is_dir():
         return target
     # The file is read and the package never imported, for the import needs llama-cpp-python.
-    gguf = next(distribution.locate_file(f) for f in distribution.files or [] if f.suffix == ".gguf")
-    log.info("converting %s into %s (once, 540 MB)", Path(str(gguf)).name, target)
+    gguf = next(Path(str(f.locate())) for f in distribution.files or [] if f.suffix == ".gguf")
     cache.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed: no one sees half a model, and of two processes the slower finds the name taken.
-    with tempfile.TemporaryDirectory(dir=cache, prefix=f".{SMOLLM2}-") as scratch:
-        _convert_gguf(Path(str(gguf)), Path(scratch) / "model")
-        try:
-            (Path(scratch) / "model").rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
+    with (cache / f"{SMOLLM2}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one converts and the other finds it done
+        if not target.is_dir():
+            log.info("converting %s into %s (once, 540 MB)", gguf.name, target)
+            scratch = cache / f"{SMOLLM2}.partial"
+            shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
+            _convert_gguf(gguf, scratch)
+            scratch.rename(target)  # no one ever sees half a model
     return target
 
 

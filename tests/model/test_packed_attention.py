@@ -1,0 +1,116 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from longgrpo.model.load import backbone
+from longgrpo.model.lora import LoraConfig, add_lora, trainable_parameters
+from longgrpo.model.packed_attention import PackedBatch, packed_hidden, use_packed_attention
+from tiny import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def pack(rows, device="cpu"):
+    return PackedBatch(
+        torch.tensor([token for row in rows for token in row], device=device),
+        torch.cat([torch.arange(len(row), device=device) for row in rows]),
+        torch.tensor([0] + [len(row) for row in rows], device=device).cumsum(0).int(),
+    )
+
+
+def random_rows(lengths):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(97, (n,), generator=generator).tolist() for n in lengths]
+
+
+def one_by_one(model, rows):
+    """The oracle: transformers' plain attention, a sequence at a time."""
+    model.set_attn_implementation("eager")
+    return torch.cat([backbone(model)(torch.tensor([row])).last_hidden_state[0] for row in rows])
+
+
+def gradients(model, hidden):
+    model.zero_grad()
+    (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6))
+@settings(max_examples=10, deadline=None)
+def test_a_packed_sequence_is_what_it_is_alone(architecture, lengths):
+    model = tiny_model(architecture).double()
+    rows = random_rows(lengths)
+    expected = one_by_one(model, rows)
+    expected_gradients = gradients(model, expected)
+    use_packed_attention(model)
+    hidden = packed_hidden(model, pack(rows))
+    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)  # rotary angles and norms are fp32
+    for name, gradient in gradients(model, hidden).items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peft_and_gradient_checkpointing(checkpointing):
+    model = add_lora(tiny_model("llama"), LoraConfig(rank=4), seed=0)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model):
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    rows = random_rows([7, 1, 30, 12])
+    expected = gradients(model, one_by_one(model.get_base_model(), rows))
+    use_packed_attention(model)
+    model.train()
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable()
+    actual = gradients(model, packed_hidden(model, pack(rows)))
+    assert actual.keys() == expected.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_no_tensor_grows_with_the_square_of_the_row():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return out
+
+    model = tiny_model("llama")
+    use_packed_attention(model)
+    batch = pack(random_rows([64] * 32))  # 2,048 tokens
+    with Largest() as largest:
+        packed_hidden(model, batch).sum().backward()
+    assert 0 < largest.numel <= 2048 * 48  # tokens x intermediate
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bfloat16(device):
+    model = tiny_model("qwen3")
+    rows = random_rows([33, 2, 65])
+    expected = one_by_one(model, rows)
+    model.to(device, torch.bfloat16)
+    use_packed_attention(model)
+    hidden = packed_hidden(model, pack(rows, device))
+    assert hidden.dtype == torch.bfloat16
+    assert (hidden.float().cpu() - expected).abs().mean() < 0.03
+
+
+def test_misuse_is_refused():
+    model = tiny_model("llama")
+    batch = pack(random_rows([3, 4]))
+    with pytest.raises(ValueError, match="use_packed_attention"):
+        packed_hidden(model, batch)
+    use_packed_attention(model)
+    with pytest.raises(ValueError, match="packed_hidden"):
+        model(torch.tensor([[1, 2, 3]]))
+    windowed = tiny_model("mistral", sliding_window=4)
+    use_packed_attention(windowed)
+    packed_hidden(windowed, batch)
+    with pytest.raises(NotImplementedError, match="sliding window of 4 under a sequence of 5"):
+        packed_hidden(windowed, pack(random_rows([3, 5])))
