@@ -54,7 +54,7 @@ def test_a_packed_sequence_is_what_it_is_alone(architecture, lengths):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_peft_and_gradient_checkpointing(checkpointing):
-    model = add_lora(tiny_model("llama"), LoraConfig(rank=4), seed=0)
+    model = add_lora(tiny_model("llama"), LoraConfig(rank=4), seed=0).double()
     with torch.no_grad():
         for parameter in trainable_parameters(model):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
