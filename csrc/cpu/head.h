@@ -5,11 +5,13 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <vector>
 
 #include "../head/head_pass.h"
 #include "convert.h"
+#include "gemm_bf16.h"
 #include "rows.h"
 
 namespace longgrpo {
@@ -48,6 +50,21 @@ struct HeadOutputs {  // null where not wanted
   float* dbias;       // [vocabulary], zeroed
 };
 
+// Whether the GEMMs run on the bf16 operands as they are; otherwise they are upcast, block by block.
+inline bool native_bf16(const HeadInputs& in) {
+  return in.hidden_dtype == Dtype::bf16 && in.weight_dtype == Dtype::bf16 && bf16::supported();
+}
+
+// Vocabulary rows whose fp32 copy or gradient is staged at once.
+inline int64_t weight_chunk(const HeadShape& shape) { return std::min<int64_t>(shape.vocabulary, 4096); }
+
+inline int64_t staging_bytes(const HeadShape& shape, const HeadInputs& in, bool weight_gradient) {
+  constexpr int64_t alignment = 64;
+  if (native_bf16(in)) return alignment + bf16::kWorkspaceBytes;
+  const bool staged = in.weight_dtype != Dtype::f32 || weight_gradient;
+  return alignment + (staged ? 4 * weight_chunk(shape) * shape.hidden : 0);
+}
+
 // What the loss says of one row once its logp is there. Null: no gradient.
 using RowLoss = std::function<RowGradient(int64_t token, float logp)>;
 
@@ -58,7 +75,8 @@ class CpuHead {
   CpuHead(Runtime& runtime, const HeadShape& shape, const HeadPlan& plan, const HeadInputs& in, const HeadOutputs& out,
           const std::vector<int64_t>& rows, const RowLoss& loss, bool logits_kept, float* workspace)
       : runtime_(runtime), shape_(shape), plan_(plan), in_(in), out_(out), rows_(rows), loss_(loss),
-        logits_kept_(logits_kept || in.transform.softcap > 0 || plan.reference), slots_(plan.tile_rows) {
+        logits_kept_(logits_kept || in.transform.softcap > 0 || plan.reference), bf16_(native_bf16(in)),
+        slots_(size_t(plan.tile_rows)) {
     const int64_t tile = plan.tile_rows;
     logits_ = workspace;
     hidden_ = logits_ + tile * shape.vocabulary;
@@ -68,7 +86,7 @@ class CpuHead {
       reference_logits_ = next, next += tile * shape.vocabulary;
       reference_hidden_ = next, next += tile * shape.hidden;
     }
-    staged_ = next;
+    staged_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(next) + 63) & ~uintptr_t{63});
   }
 
   void logits(int64_t begin, int64_t rows) {
@@ -84,14 +102,17 @@ class CpuHead {
   }
 
   void hidden_gradient(int64_t rows) {
-    const int64_t h = shape_.hidden;
-    const Matrix signed_rows = row_major(logits_, rows, shape_.vocabulary, shape_.vocabulary);
-    weight_chunks(in_.weight, [&](int64_t j, int64_t n, float* weight, bool first) {
-      float* product = first ? direction_ : hidden_;  // GEMMs here do not accumulate, and the hidden tile is free now
-      runtime_.gemm({signed_rows.data + j, rows, n, shape_.vocabulary, 1}, row_major(weight, n, h, h),
-                    row_major(product, rows, h, h));
-      if (!first) add(direction_, product, rows * h);
-    });
+    const int64_t h = shape_.hidden, v = shape_.vocabulary;
+    if (bf16_) {
+      bf16::gemm(runtime_, {logits_, true, v, true, nullptr}, {in_.weight, false, h, false, nullptr}, rows, h, v, false,
+                 direction_, h, staged_);
+    } else {
+      weight_chunks(in_.weight, [&](int64_t j, int64_t n, float* weight, bool first) {
+        float* product = first ? direction_ : hidden_;  // torch's GEMM does not accumulate; the hidden tile is free now
+        runtime_.gemm({logits_ + j, rows, n, v, 1}, row_major(weight, n, h, h), row_major(product, rows, h, h));
+        if (!first) add(direction_, product, rows * h);
+      });
+    }
     runtime_.parallel_for(rows, [&](int64_t i) {
       char* to = static_cast<char*>(out_.direction) + slots_[i].token * h * size_of(in_.hidden_dtype);
       const float factor = out_.scale ? slots_[i].factor : slots_[i].factor * slots_[i].scale;
@@ -101,23 +122,28 @@ class CpuHead {
 
   void weight_gradient(int64_t rows) {
     const int64_t h = shape_.hidden, v = shape_.vocabulary;
-    runtime_.parallel_for(rows, [&](int64_t i) {
-      float* x = hidden_ + i * h;
-      from_float(x, slots_[i].scale * slots_[i].factor, x, Dtype::f32, h);
-    });
-    const Matrix hidden = row_major(hidden_, rows, h, h);
-    for (int64_t j = 0; out_.dweight && j < v; j += plan_.weight_chunk) {
-      const int64_t n = std::min(plan_.weight_chunk, v - j);
-      runtime_.gemm(transposed({logits_ + j, rows, n, v, 1}), hidden, row_major(staged_, n, h, h));
-      add(out_.dweight + j * h, staged_, n * h);
+    std::vector<float> factors(size_t(rows), 0.0f);
+    for (int64_t i = 0; i < rows; ++i) factors[size_t(i)] = slots_[i].scale * slots_[i].factor;
+    if (out_.dweight && bf16_) {
+      bf16::gemm(runtime_, {logits_, true, v, false, factors.data()}, {hidden_, false, h, false, nullptr}, v, h, rows,
+                 true, out_.dweight, h, staged_);
+    } else if (out_.dweight) {
+      runtime_.parallel_for(rows, [&](int64_t i) {
+        from_float(hidden_ + i * h, factors[size_t(i)], hidden_ + i * h, Dtype::f32, h);
+      });
+      for (int64_t j = 0; j < v; j += weight_chunk(shape_)) {
+        const int64_t n = std::min(weight_chunk(shape_), v - j);
+        runtime_.gemm(transposed({logits_ + j, rows, n, v, 1}), row_major(hidden_, rows, h, h),
+                      row_major(staged_, n, h, h));
+        add(out_.dweight + j * h, staged_, n * h);
+      }
     }
     if (out_.dbias) {
       constexpr int64_t columns = 4096;
       runtime_.parallel_for((v + columns - 1) / columns, [&](int64_t block) {
         const int64_t end = std::min(v, (block + 1) * columns);
         for (int64_t i = 0; i < rows; ++i) {
-          const float factor = slots_[i].scale * slots_[i].factor;
-          for (int64_t j = block * columns; j < end; ++j) out_.dbias[j] += factor * logits_[i * v + j];
+          for (int64_t j = block * columns; j < end; ++j) out_.dbias[j] += factors[size_t(i)] * logits_[i * v + j];
         }
       });
     }
@@ -131,16 +157,26 @@ class CpuHead {
   };
 
   void first_logits(const void* hidden, const void* weight, int64_t begin, int64_t rows, float* tile, float* logits) {
-    const int64_t h = shape_.hidden, padded = std::max(rows, kMinTileRows);
+    const int64_t h = shape_.hidden, v = shape_.vocabulary;
+    const auto source = [&](int64_t i) {
+      return static_cast<const char*>(hidden) + rows_[begin + i] * h * size_of(in_.hidden_dtype);
+    };
+    if (bf16_) {
+      uint16_t* gathered = reinterpret_cast<uint16_t*>(tile);
+      for (int64_t i = 0; i < rows; ++i) std::memcpy(gathered + i * h, source(i), size_t(h) * 2);
+      bf16::gemm(runtime_, {gathered, false, h, true, nullptr}, {weight, false, h, true, nullptr}, rows, v, h, false,
+                 logits, v, staged_);
+      return;
+    }
+    const int64_t padded = std::max(rows, kMinTileRows);
     runtime_.parallel_for(padded, [&](int64_t i) {
       float* to = tile + i * h;
       if (i >= rows) return std::fill(to, to + h, 0.0f);
-      const char* from = static_cast<const char*>(hidden) + rows_[begin + i] * h * size_of(in_.hidden_dtype);
-      to_float(from, in_.hidden_dtype, to, h);
+      to_float(source(i), in_.hidden_dtype, to, h);
     });
     weight_chunks(weight, [&](int64_t j, int64_t n, float* chunk, bool) {
       runtime_.gemm(row_major(tile, padded, h, h), transposed(row_major(chunk, n, h, h)),
-                    row_major(logits + j, padded, n, shape_.vocabulary));
+                    row_major(logits + j, padded, n, v));
     });
   }
 
@@ -150,8 +186,8 @@ class CpuHead {
     if (in_.weight_dtype == Dtype::f32)
       return f(0, shape_.vocabulary, const_cast<float*>(static_cast<const float*>(weight)), true);
     const int64_t h = shape_.hidden;
-    for (int64_t j = 0; j < shape_.vocabulary; j += plan_.weight_chunk) {
-      const int64_t n = std::min(plan_.weight_chunk, shape_.vocabulary - j);
+    for (int64_t j = 0; j < shape_.vocabulary; j += weight_chunk(shape_)) {
+      const int64_t n = std::min(weight_chunk(shape_), shape_.vocabulary - j);
       runtime_.parallel_for(n, [&](int64_t i) {
         to_float(static_cast<const char*>(weight) + (j + i) * h * size_of(in_.weight_dtype), in_.weight_dtype,
                  staged_ + i * h, h);
@@ -203,14 +239,15 @@ class CpuHead {
 
   // Rows with a gradient to the front. Moving a row costs 1 / hidden of the GEMM that it saves.
   int64_t compact(int64_t rows) {
-    const int64_t v = shape_.vocabulary, h = shape_.hidden;
+    const int64_t v = shape_.vocabulary, h_bytes = shape_.hidden * (bf16_ ? 2 : 4);
+    char* hidden = reinterpret_cast<char*>(hidden_);
     int64_t end = rows;
     for (int64_t i = 0; i < end; ++i) {
       if (slots_[i].scale != 0) continue;
       while (end > i + 1 && slots_[end - 1].scale == 0) --end;
       if (--end <= i) break;
       std::copy(logits_ + end * v, logits_ + (end + 1) * v, logits_ + i * v);
-      if (plan_.weight_gradient) std::copy(hidden_ + end * h, hidden_ + (end + 1) * h, hidden_ + i * h);
+      if (plan_.weight_gradient) std::memcpy(hidden + i * h_bytes, hidden + end * h_bytes, size_t(h_bytes));
       slots_[i] = slots_[end];
     }
     return end;
@@ -232,7 +269,7 @@ class CpuHead {
   const HeadOutputs& out_;
   const std::vector<int64_t>& rows_;
   const RowLoss& loss_;
-  const bool logits_kept_;
+  const bool logits_kept_, bf16_;
   std::vector<Slot> slots_;
   float *logits_, *hidden_, *direction_ = nullptr, *reference_logits_ = nullptr, *reference_hidden_ = nullptr, *staged_;
 };

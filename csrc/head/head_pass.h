@@ -24,7 +24,7 @@ struct HeadPlan {
   int64_t rows;    // rows that are visited
   int64_t active;  // of these, the first `active` may have a gradient
   int64_t tile_rows;
-  int64_t weight_chunk;  // vocabulary rows whose fp32 copy or gradient is staged at once; 0: none
+  int64_t staging_bytes;  // what the device's GEMMs need beside the tile
   bool hidden_gradient, weight_gradient;
   bool reference;  // logits of a reference row beside each row (exact KL)
 
@@ -35,21 +35,20 @@ struct HeadPlan {
 // of a token does not depend on its neighbours.
 constexpr int64_t kMinTileRows = 16;
 
-inline int64_t tile_bytes(const HeadPlan& plan, const HeadShape& shape, int64_t rows) {
+inline int64_t workspace_bytes(const HeadPlan& plan, const HeadShape& shape, int64_t tile_rows) {
   const int64_t logits = shape.vocabulary * (plan.reference ? 2 : 1);
   const int64_t hidden = shape.hidden * (1 + (plan.reference ? 1 : 0) + (plan.hidden_gradient ? 1 : 0));
-  return 4 * (rows * (logits + hidden) + plan.weight_chunk * shape.hidden);
+  return 4 * tile_rows * (logits + hidden) + plan.staging_bytes;
 }
 
-// Fills tile_rows: as many as the workspace allows, tiles of equal size.
-inline HeadPlan plan_tiles(HeadPlan plan, const HeadShape& shape, int64_t workspace_bytes) {
-  plan.weight_chunk = std::min(plan.weight_chunk, shape.vocabulary);
-  const int64_t fixed = tile_bytes(plan, shape, 0), per_row = tile_bytes(plan, shape, 1) - fixed;
-  const int64_t limit = (workspace_bytes - fixed) / per_row;
+// Fills tile_rows: as many as the limit allows, tiles of equal size.
+inline HeadPlan plan_tiles(HeadPlan plan, const HeadShape& shape, int64_t limit_bytes) {
+  const int64_t per_row = workspace_bytes(plan, shape, 1) - plan.staging_bytes;
+  const int64_t limit = (limit_bytes - plan.staging_bytes) / per_row;
   if (limit < kMinTileRows)
-    throw std::invalid_argument("workspace of " + std::to_string(workspace_bytes) + " bytes is too small for a tile of " +
+    throw std::invalid_argument("workspace of " + std::to_string(limit_bytes) + " bytes is too small for a tile of " +
                                 std::to_string(kMinTileRows) + " rows of this head: give workspace >= " +
-                                std::to_string(fixed + kMinTileRows * per_row));
+                                std::to_string(workspace_bytes(plan, shape, kMinTileRows)));
   const int64_t tiles = std::max<int64_t>(1, (plan.rows + limit - 1) / limit);
   plan.tile_rows = std::max(kMinTileRows, (plan.rows + tiles - 1) / tiles);
   return plan;

@@ -98,15 +98,10 @@ struct Head {
   void pass(const std::vector<int64_t>& rows, int64_t active, const HeadOutputs& out, const RowLoss& loss,
             bool logits_kept) const {
     if (rows.empty()) return;
-    const bool weight_gradient = out.dweight || out.dbias;
-    const bool staged = in.weight_dtype != Dtype::f32 || out.dweight;
-    HeadPlan plan{int64_t(rows.size()), active, 0, staged ? int64_t{4096} : 0, out.direction != nullptr,
-                  weight_gradient, in.exact_kl != ExactKl::none && in.reference_hidden};
-    // A quarter of the workspace at most holds a copy of the weight's rows.
-    plan.weight_chunk = std::min(plan.weight_chunk, std::max<int64_t>(1, workspace / (16 * shape.hidden)));
+    HeadPlan plan{int64_t(rows.size()), active, 0, staging_bytes(shape, in, out.dweight), out.direction != nullptr,
+                  out.dweight || out.dbias, in.exact_kl != ExactKl::none && in.reference_hidden};
     plan = plan_tiles(plan, shape, workspace);
-    const int64_t bytes = tile_bytes(plan, shape, plan.tile_rows);
-    Tensor space = torch::stable::new_empty(like, {bytes / 4}, ScalarType::Float);
+    Tensor space = torch::stable::new_empty(like, {workspace_bytes(plan, shape, plan.tile_rows) / 4 + 1}, ScalarType::Float);
     TorchRuntime runtime;
     CpuHead<TorchRuntime> head(runtime, shape, plan, in, out, rows, loss, logits_kept,
                                static_cast<float*>(space.mutable_data_ptr()));

@@ -50,6 +50,22 @@ def test_smollm2_head(dtype, train_head, tokens):
           bound=2 * EPS[dtype] + 5e-6)  # fmt: skip
 
 
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("hidden_dtype", DTYPES)
+def test_hidden_and_weight_may_differ_in_dtype(hidden_dtype, weight_dtype):
+    head = make_head(10, 40, 70, 5000)
+    hidden = head.hidden.to(hidden_dtype).requires_grad_()
+    weight = head.weight.to(weight_dtype).requires_grad_()
+    logp = linear_logprob(hidden, weight, head.target).logp
+    truth = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    wanted = torch.log_softmax(truth[0] @ truth[1].T, -1).gather(-1, head.target[:, None])[:, 0]
+    torch.testing.assert_close(logp.double(), wanted, rtol=1e-5, atol=1e-5)
+    for a, w, dtype in zip(torch.autograd.grad(logp.sum(), (hidden, weight)), torch.autograd.grad(wanted.sum(), truth),
+                           (hidden_dtype, weight_dtype), strict=True):  # fmt: skip
+        assert relative_error(a, w) <= 2 * EPS[dtype] + (2 * EPS[torch.bfloat16] if hidden_dtype == weight_dtype
+                                                         == torch.bfloat16 else 5e-6)  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_is_at_most_twice_plain_torch(dtype):
     head = make_head(2, 128, 256, 4096, dtype, spread=4.0)
@@ -84,7 +100,7 @@ def test_tiles_change_nothing(workspace_rows):
     head = make_head(3, 50, 32, 500)
     whole = linear_logprob(head.hidden, head.weight, head.target, entropy=True)
     tiled = linear_logprob(head.hidden, head.weight, head.target, entropy=True,
-                           workspace=workspace_rows * 4 * (500 + 32))  # fmt: skip
+                           workspace=64 + workspace_rows * 4 * (500 + 32))  # fmt: skip
     one = torch.cat([linear_logprob(head.hidden[i : i + 1], head.weight, head.target[i : i + 1]).logp
                      for i in range(50)])  # fmt: skip
     assert torch.equal(whole.logp, tiled.logp)

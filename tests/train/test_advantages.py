@@ -1,7 +1,6 @@
 import math
 
 import torch
-
 from longgrpo.train.advantages import group_advantages, has_spread
 
 
@@ -19,7 +18,8 @@ def test_unscaled():
 def test_without_spread_exactly_zero():
     rewards = torch.full((1, 3), 0.1, dtype=torch.float64)
     assert rewards.mean() != 0.1  # the mean of equal floats differs from them: rounding must not look like signal
-    assert group_advantages(rewards).eq(0).all() and not has_spread(rewards).any()
+    assert group_advantages(rewards).eq(0).all()
+    assert not has_spread(rewards).any()
 
 
 def test_a_completion_without_reward_has_no_part_in_its_group():

@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from longgrpo.train.config import build_config, dump_config, load_config, parse_overrides
 from longgrpo.train.errors import ConfigError
 
@@ -22,7 +21,9 @@ def test_what_is_printed_reads_back_the_same(path, tmp_path):
 
 def test_the_example_is_valid():
     config = load_config(Path(__file__).parents[2] / "examples" / "smollm2-arithmetic.yaml")
-    assert config.train.learning_rate == 1e-3 and config.loss.loss_type == "dapo" and len(config.rewards) == 2
+    assert config.train.learning_rate == 1e-3
+    assert config.loss.loss_type == "dapo"
+    assert len(config.rewards) == 2
 
 
 def test_overrides_reach_groups_lists_and_absent_groups(path):

@@ -1,9 +1,8 @@
 import pytest
-from transformers import AutoTokenizer
-
 from longgrpo.train.config import TaskConfig
 from longgrpo.train.data import PromptStream, ReasoningGymSource, check_length, encode, held_out_problems
 from longgrpo.train.errors import DataError
+from transformers import AutoTokenizer
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
@@ -13,12 +12,13 @@ def source(seed=0, **parameters):
 
 
 def test_held_out_problems_differ_and_are_never_trained_on():
-    # item i of seed s is item i + 1 of seed s - 1, and there are 200 problems in all: without the exclusion these overlap
+    # item i of seed 1 is item i + 1 of seed 0, and there are 200 problems in all: left alone they overlap
     held_out = held_out_problems(source(seed=1), 60)
     questions = {problem.question for problem in held_out}
     assert len(questions) == 60
     trained = {problem.question for problem in PromptStream(source(seed=0), questions).take(500)}
-    assert len(trained) > 100 and not trained & questions
+    assert len(trained) > 100
+    assert not trained & questions
 
 
 def test_a_stream_set_to_a_position_goes_on_with_the_same_problems():
@@ -66,7 +66,10 @@ def test_prompts_with_and_without_a_chat_template(tiny_model):
 
 def test_a_template_may_name_columns_and_metadata():
     problem = source()[0]
-    assert "{expression} = {answer}".format(**problem.fields()) == f"{problem.columns['metadata']['expression']} = {problem.columns['answer']}"
+    assert (
+        "{expression} = {answer}".format(**problem.fields())
+        == f"{problem.columns['metadata']['expression']} = {problem.columns['answer']}"
+    )
 
 
 def test_a_prompt_that_fills_the_context_is_refused():

@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-
 from longgrpo.train import loop
 from longgrpo.train.config import build_config
 from longgrpo.train.errors import ConfigError, DataError, RewardError, TrainingError
 from longgrpo.train.loop import step
 from longgrpo.train.trainer import Trainer
+from safetensors.torch import load_file
 
 OWN = Path(__file__).parent / "own_rewards.py"
 FILES = {"config.yaml", "metrics.jsonl", "completions.jsonl", "summary.json", "eval_before.json", "eval_after.json"}
@@ -58,19 +57,21 @@ def config_file(tree, tmp_path):
 
 def test_a_run_leaves_what_it_promises(tree, tmp_path):
     summary = trainer(tree, tmp_path / "run").run()
-    assert FILES < {path.name for path in (tmp_path / "run").iterdir()}
+    assert {path.name for path in (tmp_path / "run").iterdir()} > FILES
     assert summary == json.loads((tmp_path / "run/summary.json").read_text()) | {
         "eval_diff_interval": summary["eval_diff_interval"]  # JSON has no tuples
     }
     assert {"eval_before", "eval_after", "steps", "seconds", "peak_rss_bytes", "versions"} < summary.keys()
     assert summary["engine_trainer_logprob_diff_max"] < 5e-4
     zero, *steps = records(tmp_path / "run/metrics.jsonl")
-    assert zero["step"] == 0 and 0 <= zero["groups_with_spread"] <= 1
+    assert zero["step"] == 0
+    assert 0 <= zero["groups_with_spread"] <= 1
     assert [metrics["step"] for metrics in steps] == [1, 2, 3, 4]
     for metrics in steps:
         assert {"reward/digits/mean", "reward/digits/std", "entropy", "clip_low", "clip_high", "kl"} < metrics.keys()
         assert {f"seconds/{phase.__name__}" for phase in PHASES} < metrics.keys()
-        assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+        assert math.isfinite(metrics["loss"])
+        assert metrics["grad_norm"] > 0
     assert len(records(tmp_path / "run/completions.jsonl")) == 4 * 4
 
 
@@ -148,7 +149,8 @@ def test_a_signal_saves_and_says_how_to_go_on(config_file, tmp_path, number):
     assert process.wait(timeout=60) == 128 + number, said
     assert f"go on with: longgrpo train --resume {run}" in said[-1]
     saved = json.loads((sorted((run / "checkpoints").iterdir())[-1] / "state.json").read_text())["step"]
-    assert saved >= 3 and f"saved at step {saved};" in said[-1]
+    assert saved >= 3
+    assert f"saved at step {saved};" in said[-1]
     assert subprocess.run(command("--resume", run, "--train.steps", saved + 1), check=False).returncode == 0
     assert json.loads((run / "summary.json").read_text())["steps"] == saved + 1
 
@@ -175,7 +177,8 @@ def test_groups_without_spread_cost_no_backward(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("backward without spread"))
     before = {name: parameter.clone() for name, parameter in policy.parameters.items()}
     metrics = step(policy, 1).metrics
-    assert metrics["groups_with_spread"] == 0 and metrics["grad_norm"] == 0
+    assert metrics["groups_with_spread"] == 0
+    assert metrics["grad_norm"] == 0
     assert 0 < metrics["engine_trainer_logprob_diff_max"] < 5e-4  # compared all the same
     assert same(before, dict(policy.parameters))
 
@@ -201,7 +204,8 @@ def test_a_kl_term_holds_the_policy_near_its_reference(tree, tmp_path, lora):
 def test_each_normaliser(tree, tmp_path, loss_type):
     tree["loss"] = {"loss_type": loss_type}
     metrics = step(trainer(tree, tmp_path / "run").policy, 1).metrics
-    assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+    assert math.isfinite(metrics["loss"])
+    assert metrics["grad_norm"] > 0
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tree, tmp_path):
@@ -253,7 +257,9 @@ def test_a_run_is_not_overwritten(tree, tmp_path):
 )
 def test_the_command_line_says_what_to_put_right(config_file, arguments, message):
     done = subprocess.run(command(config_file, *arguments), capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_print_config(config_file):
@@ -294,4 +300,5 @@ def test_a_fully_trained_model_is_written_whole(tree, tmp_path, tiny_model):
     assert AutoTokenizer.from_pretrained(tmp_path / "run/model").chat_template
     saved = final_state(tmp_path / "run")
     for name, tensor in AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters():
-        assert torch.equal(trained[name], saved[f"weight.{name}"]) and not torch.equal(trained[name], tensor)
+        assert torch.equal(trained[name], saved[f"weight.{name}"])
+        assert not torch.equal(trained[name], tensor)

@@ -1,5 +1,4 @@
 import torch
-
 from longgrpo.rollout.engine import Completion
 from longgrpo.train.packing import Sample, micro_batches, pack
 
@@ -21,18 +20,21 @@ def test_each_target_stands_after_the_row_that_predicts_it():
     assert batch.target.tolist() == [4, 5, 6, 8, 9, 10, 11, 12]
     assert batch.packed.input_ids[batch.rows].tolist() == [3, 4, 3, 7, 8, 9, 7, 11]
     assert batch.packed.position_ids[batch.rows].tolist() == [2, 3, 2, 0, 1, 2, 0, 1]
-    assert batch.cu_seqlens.tolist() == [0, 2, 3, 6, 8] and batch.cu_seqlens.dtype == torch.int32
+    assert batch.cu_seqlens.tolist() == [0, 2, 3, 6, 8]
+    assert batch.cu_seqlens.dtype == torch.int32
 
 
 def test_a_row_has_no_padding_and_no_token_that_predicts_nothing():
     packed = pack(SAMPLES).packed
     assert packed.cu_seqlens.tolist()[-1] == len(packed.input_ids)
-    assert 5 not in packed.input_ids.tolist() and 10 not in packed.input_ids.tolist()
+    assert 5 not in packed.input_ids.tolist()
+    assert 10 not in packed.input_ids.tolist()
 
 
 def test_micro_batches_keep_to_the_budget_and_the_order():
     batches = micro_batches(SAMPLES, 9)
-    assert [s for batch in batches for s in batch.samples] == SAMPLES and len(batches) > 1
+    assert [s for batch in batches for s in batch.samples] == SAMPLES
+    assert len(batches) > 1
     assert all(len(batch.packed.input_ids) <= 9 for batch in batches)
 
 

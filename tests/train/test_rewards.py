@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from longgrpo.train.config import RewardConfig
 from longgrpo.train.errors import ConfigError, RewardError
 from longgrpo.train.rewards import Reward, graded_error, last_number, load_reward, score_answer, weighted_sum
@@ -37,7 +36,8 @@ def test_score_answer_is_right_or_wrong_for_numbers():
 def test_score_answer_leaves_other_answers_to_the_task():
     metadata = [{"source_dataset": "spell_backward", "word": "abc"}] * 2
     good, bad = score_answer(replies(" cba ", "abc"), ["cba", "cba"], metadata)
-    assert good == 1 and bad < 1
+    assert good == 1
+    assert bad < 1
 
 
 def test_graded_error():
@@ -54,13 +54,19 @@ def test_functions_get_trls_arguments():
 
     values = Reward("f", function)(["p", "q"], ["a", "b"], [[1], [2]], {"answer": ["x", "y"]})
     assert values.tolist() == [1, 2]
-    assert seen == {"prompts": ["p", "q"], "completions": ["a", "b"], "completion_ids": [[1], [2]], "answer": ["x", "y"]}
+    assert seen == {
+        "prompts": ["p", "q"],
+        "completions": ["a", "b"],
+        "completion_ids": [[1], [2]],
+        "answer": ["x", "y"],
+    }
 
 
 def test_none_is_left_out_of_the_sum():
     values = {"a": torch.tensor([1.0, math.nan, math.nan]), "b": torch.tensor([2.0, 2.0, math.nan])}
     total = weighted_sum([Reward("a", len), Reward("b", len, 0.25)], values)
-    assert total[:2].tolist() == [1.5, 0.5] and math.isnan(total[2])
+    assert total[:2].tolist() == [1.5, 0.5]
+    assert math.isnan(total[2])
 
 
 @pytest.mark.parametrize(

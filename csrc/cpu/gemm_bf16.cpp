@@ -1,0 +1,186 @@
+#include "gemm_bf16.h"
+
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define LONGGRPO_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+
+namespace longgrpo::bf16 {
+namespace {
+
+constexpr int64_t kPairs = kBlockK / 2;
+
+LONGGRPO_AVX512_BF16 inline __mmask16 first(int64_t n) { return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1); }
+
+// 16 rows of 16 dwords, transposed in registers.
+LONGGRPO_AVX512_BF16 inline void transpose(__m512i r[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// 32 consecutive elements of k of one row as 16 pairs; beyond `count` they are 0.
+LONGGRPO_AVX512_BF16 inline __m512i load_pairs(const Operand& x, int64_t i, int64_t k, int64_t count) {
+  if (!x.fp32) {
+    const __mmask32 mask = count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
+    return _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x.data) + i * x.stride + k);
+  }
+  const float* source = static_cast<const float*>(x.data) + i * x.stride + k;
+  const __m512 low = _mm512_maskz_loadu_ps(first(count), source);
+  const __m512 high = count > 16 ? _mm512_maskz_loadu_ps(first(count - 16), source + 16) : _mm512_setzero_ps();
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// Elements k and k + 1 of 16 consecutive i as pairs, where k is the outer index; beyond the counts they are 0.
+LONGGRPO_AVX512_BF16 inline __m512i load_interleaved(const Operand& x, int64_t i, int64_t count, int64_t k,
+                                                     int64_t k_count) {
+  const __mmask16 mask = first(count), second = k_count > 1 ? mask : __mmask16(0);
+  if (!x.fp32) {
+    const uint16_t* source = static_cast<const uint16_t*>(x.data) + k * x.stride + i;
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, source));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, source + x.stride));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
+  const float* source = static_cast<const float*>(x.data) + k * x.stride + i;
+  __m512 low = _mm512_maskz_loadu_ps(mask, source), high = _mm512_maskz_loadu_ps(second, source + x.stride);
+  if (x.k_scale) {
+    low = _mm512_mul_ps(low, _mm512_set1_ps(x.k_scale[k]));
+    high = _mm512_mul_ps(high, _mm512_set1_ps(k_count > 1 ? x.k_scale[k + 1] : 0.0f));
+  }
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);  // 16 low, then 16 high
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, both);
+}
+
+template <int Rows>
+LONGGRPO_AVX512_BF16 void tile(const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t columns, bool accumulate,
+                               float* c, int64_t c_stride) {
+  __m512 sums[Rows][2];
+#pragma GCC unroll 14
+  for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+  for (int64_t p = 0; p < pairs; ++p) {
+    const __m512bh b0 = (__m512bh)_mm512_load_si512(b + p * kTileColumns);
+    const __m512bh b1 = (__m512bh)_mm512_load_si512(b + p * kTileColumns + 16);
+#pragma GCC unroll 14
+    for (int r = 0; r < Rows; ++r) {
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(int(a[r * kPairs + p]));
+      sums[r][0] = _mm512_dpbf16_ps(sums[r][0], x, b0);
+      sums[r][1] = _mm512_dpbf16_ps(sums[r][1], x, b1);
+    }
+  }
+  const __mmask16 masks[2] = {first(columns), first(std::max<int64_t>(columns - 16, 0))};
+#pragma GCC unroll 14
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      float* to = c + r * c_stride + 16 * half;
+      const __m512 before = accumulate ? _mm512_maskz_loadu_ps(masks[half], to) : _mm512_setzero_ps();
+      _mm512_mask_storeu_ps(to, masks[half], _mm512_add_ps(before, sums[r][half]));
+    }
+  }
+}
+
+template <int Rows>
+void tile_of(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t columns, bool accumulate,
+             float* c, int64_t c_stride) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows) return tile<Rows>(a, b, pairs, columns, accumulate, c, c_stride);
+    tile_of<Rows - 1>(rows, a, b, pairs, columns, accumulate, c, c_stride);
+  }
+}
+
+}  // namespace
+
+bool supported() {
+  static const bool yes = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return yes;
+}
+
+LONGGRPO_AVX512_BF16 void pack_rows(const Operand& a, int64_t row, int64_t rows, int64_t k, int64_t k_count,
+                                    uint32_t* packed) {
+  if (a.k_contiguous) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t p = 0; p < k_count; p += 32)
+        _mm512_store_si512(packed + r * kPairs + p / 2, load_pairs(a, row + r, k + p, k_count - p));
+    return;
+  }
+  for (int64_t r = 0; r < rows; r += 16) {
+    for (int64_t p = 0; p < k_count; p += 32) {
+      __m512i block[16];
+      for (int q = 0; q < 16; ++q) {
+        const int64_t at = p + 2 * q;
+        block[q] = at < k_count ? load_interleaved(a, row + r, rows - r, k + at, k_count - at) : _mm512_setzero_si512();
+      }
+      transpose(block);
+      for (int64_t i = 0; i < std::min<int64_t>(16, rows - r); ++i)
+        _mm512_store_si512(packed + (r + i) * kPairs + p / 2, block[i]);
+    }
+  }
+}
+
+LONGGRPO_AVX512_BF16 void pack_columns(const Operand& b, int64_t column, int64_t columns, int64_t k, int64_t k_count,
+                                       uint32_t* packed) {
+  for (int64_t half = 0; half < kTileColumns; half += 16) {
+    const int64_t count = std::min<int64_t>(16, columns - half);
+    if (!b.k_contiguous) {
+      for (int64_t p = 0; p < k_count; p += 2)
+        _mm512_store_si512(packed + p / 2 * kTileColumns + half,
+                           count > 0 ? load_interleaved(b, column + half, count, k + p, k_count - p)
+                                     : _mm512_setzero_si512());
+      continue;
+    }
+    for (int64_t p = 0; p < k_count; p += 32) {
+      __m512i block[16];
+      for (int q = 0; q < 16; ++q)
+        block[q] = q < count ? load_pairs(b, column + half + q, k + p, k_count - p) : _mm512_setzero_si512();
+      transpose(block);
+      for (int64_t q = 0; q < std::min<int64_t>(16, (k_count - p + 1) / 2); ++q)
+        _mm512_store_si512(packed + (p / 2 + q) * kTileColumns + half, block[q]);
+    }
+  }
+}
+
+void multiply(const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t rows, int64_t columns, bool accumulate,
+              float* c, int64_t c_stride) {
+  tile_of<kTileRows>(rows, a, b, pairs, columns, accumulate, c, c_stride);
+}
+
+}  // namespace longgrpo::bf16
+
+#else
+
+namespace longgrpo::bf16 {
+bool supported() { return false; }
+void pack_rows(const Operand&, int64_t, int64_t, int64_t, int64_t, uint32_t*) {}
+void pack_columns(const Operand&, int64_t, int64_t, int64_t, int64_t, uint32_t*) {}
+void multiply(const uint32_t*, const uint32_t*, int64_t, int64_t, int64_t, bool, float*, int64_t) {}
+}  // namespace longgrpo::bf16
+
+#endif
