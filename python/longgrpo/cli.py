@@ -19,11 +19,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="longgrpo", description="GRPO for long contexts")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser(
-        "train", help="train a model", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        "train",
+        help="train a model",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     train.add_argument("config", nargs="?", type=Path, help="a YAML file; see examples/")
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
-    train.add_argument("--print-config", action="store_true", help="print the whole config, defaults included, and stop")
+    train.add_argument(
+        "--print-config", action="store_true", help="print the whole config, defaults included, and stop"
+    )
     rest, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(rest)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

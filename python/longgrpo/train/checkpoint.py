@@ -1,8 +1,8 @@
 """Checkpoints: written beside their place and renamed into it, so that what was saved stays whole.
 
-    RUN/checkpoints/step-000025/  state.safetensors  trained weights and AdamW's moments, by parameter name
-                                  state.json         step, position in the data, random generators, what the summary needs
-                                  adapter/           with LoRA: the adapter as peft reads it
+RUN/checkpoints/step-000025/  state.safetensors  trained weights and AdamW's moments, by parameter name
+                              state.json         step, position in the data, random generators, what the summary needs
+                              adapter/           with LoRA: the adapter as peft reads it
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def save(
         tensors |= {f"{moment}.{name}": moments[moment] for moment in MOMENTS if moment in moments}
 
     def write(directory: Path) -> None:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, directory / "state.safetensors")
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, directory / "state.safetensors"
+        )
         (directory / "state.json").write_text(json.dumps({"step": step, **state}))
         if write_adapter:
             write_adapter(directory / "adapter")
@@ -95,12 +97,17 @@ def load(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimi
     saved = {name.removeprefix("weight.") for name in tensors if name.startswith("weight.")}
     if saved != set(parameters):
         odd = sorted(saved ^ set(parameters))
-        raise UserError(f"{directory}: was saved from other trained weights (first difference: {odd[0]}); model and lora must not change")
+        raise UserError(
+            f"{directory}: was saved from other weights (first difference: {odd[0]}); model and lora must not change"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             weight = tensors[f"weight.{name}"]
             if weight.shape != parameter.shape:
-                raise UserError(f"{directory}: {name} was saved as {list(weight.shape)}, now {list(parameter.shape)}; lora must not change")
+                raise UserError(
+                    f"{directory}: {name} was saved as {list(weight.shape)}, now {list(parameter.shape)}: "
+                    "model and lora must not change"
+                )
             parameter.copy_(weight)
             moments = {moment: tensors.get(f"{moment}.{name}") for moment in MOMENTS}
             if moments["step"] is not None:
@@ -113,10 +120,10 @@ def load(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimi
 def generator_states() -> dict[str, Any]:
     """The global random generators, as plain values: our steps draw from none, a user's reward function may."""
     version, keys, gauss = random.getstate()
-    name, array, *rest = numpy.random.get_state()
+    name, array, *rest = numpy.random.get_state(legacy=True)
     return {
         "python": [version, list(keys), gauss],
-        "numpy": [name, array.tolist(), *rest],
+        "numpy": [name, numpy.asarray(array).tolist(), *rest],
         "torch": torch.get_rng_state().tolist(),
     }
 

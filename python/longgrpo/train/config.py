@@ -69,7 +69,7 @@ class LoopConfig:
     scale_rewards: Literal["group", "none"] = "group"
     """What a group's centred rewards are divided by: their standard deviation, or nothing."""
     token_budget: int = 4096
-    """Tokens of a packed micro-batch, prompts and completions together: it bounds memory and never changes the result."""
+    """Tokens of a packed micro-batch, prompts included: it bounds memory and never changes the result."""
     probe_prompts: int = 16
     """Prompts rolled out before step 1 to measure the share of groups with spread; 0: not measured."""
     save_steps: int = 25
@@ -101,7 +101,9 @@ class TrainConfig:
     output_dir: str | None = None
     """Where the run lives; default runs/<name of the config file>, numbered if that exists."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # reaches the dataclasses below that set none of their own
+    __pydantic_config__: ClassVar[dict[str, str]] = {
+        "extra": "forbid"
+    }  # reaches the dataclasses below that set none of their own
 
     def __post_init__(self) -> None:
         generations = self.rollout.num_generations
@@ -111,12 +113,12 @@ class TrainConfig:
         )
         _require(
             self.rollout.temperature > 0,
-            f"rollout.temperature = {self.rollout.temperature}: must be above 0, or all completions of a group are equal",
+            f"rollout.temperature = {self.rollout.temperature}: must be above 0, or all of a group are equal",
         )
         _require(len(self.rewards) > 0, "rewards is empty: name at least one reward function")
         _require(
             not self.loss.exact_kl,
-            f"loss.kl = {self.loss.kl!r}: the trainer keeps the reference's logprobs of the sampled tokens alone; take k3",
+            f"loss.kl = {self.loss.kl!r}: the trainer scores the reference on the sampled tokens alone; take k3",
         )
         names = [reward.function for reward in self.rewards]
         _require(len(set(names)) == len(names), f"rewards: a function is named twice in {names}; add up its weights")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from longgrpo.rollout.engine import Completion
 from longgrpo.train.config import TaskConfig
 from longgrpo.train.errors import DataError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 Prompt = str | list[dict[str, str]]
 """Plain text, or the messages of a conversation."""
 Reply = str | list[dict[str, str]]
-"""Plain text for a plain prompt, [{"role": "assistant", "content": text}] for a conversation: what TRL hands to rewards."""
+"""What TRL hands to rewards: text for a plain prompt, [{"role": "assistant", "content": text}] for a conversation."""
 
 DEFAULT_SIZE = 100_000
 
@@ -93,7 +94,8 @@ class PromptStream:
 
     def take(self, count: int) -> list[Problem]:
         """The next `count` problems. Raises DataError where every problem of the task is held out."""
-        problems, skipped = [], 0
+        problems: list[Problem] = []
+        skipped = 0
         while len(problems) < count:
             problem = self._source[self.position % len(self._source)]
             self.position += 1
@@ -133,7 +135,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, reply_prefix: str
     """The token ids of a prompt, up to where the reply begins (after `reply_prefix`)."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt + reply_prefix)["input_ids"])
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    text = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
     return list(tokenizer(text + reply_prefix, add_special_tokens=False)["input_ids"])  # the template wrote them
 
 
@@ -145,6 +147,11 @@ def as_reply(prompt: Prompt, text: str) -> Reply:
 def columns_of(problems: Sequence[Problem]) -> dict[str, list[Any]]:
     """The columns of the problems, each a list with one entry a problem."""
     return {name: [problem.columns[name] for problem in problems] for name in problems[0].columns} if problems else {}
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, completions: Sequence[Completion]) -> list[str]:
+    """The texts of completions, without the end token and other special ones."""
+    return [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]
 
 
 def check_length(prompt_ids: list[int], problem: Problem, context: int) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from longgrpo.rollout.engine import RolloutEngine
 from longgrpo.rollout.sampling import Sampling
-from longgrpo.train.data import Problem, as_reply, check_length, columns_of, encode
+from longgrpo.train.data import Problem, as_reply, check_length, columns_of, decode, encode
+from longgrpo.train.errors import DataError
 from longgrpo.train.rewards import Reward
 
 if TYPE_CHECKING:
@@ -42,13 +43,16 @@ def evaluate(
     max_tokens: int,
     prefill: str | None = None,
 ) -> Evaluation:
-    """Greedy replies. With `prefill`, each reply begins with that template filled from the problem; the reward sees what follows."""
-    prefixes = [prefill.format(**problem.fields()) if prefill else "" for problem in problems]
+    """Greedy replies. With `prefill`, each begins with that template; the reward sees what follows.
+
+    Raises DataError for a template that names what a problem does not have.
+    """
+    prefixes = [_filled(prefill, problem) if prefill else "" for problem in problems]
     prompts = [encode(tokenizer, problem.prompt, prefix) for problem, prefix in zip(problems, prefixes, strict=True)]
     for ids, problem in zip(prompts, problems, strict=True):
         check_length(ids, problem, engine.max_length())
     completions = engine.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0.0), [0] * len(prompts))
-    replies = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+    replies = decode(tokenizer, completions)
     values = reward(
         [problem.prompt for problem in problems],
         [as_reply(problem.prompt, text) for problem, text in zip(problems, replies, strict=True)],
@@ -56,6 +60,14 @@ def evaluate(
         columns_of(problems),
     )
     return Evaluation([p.question for p in problems], replies, values.nan_to_num(nan=0.0).tolist())
+
+
+def _filled(template: str, problem: Problem) -> str:
+    try:
+        return template.format(**problem.fields())
+    except (KeyError, IndexError, ValueError) as error:
+        known = ", ".join(problem.fields())
+        raise DataError(f"task.eval_prefill = {template!r}: cannot be filled ({error}); it may name {known}") from error
 
 
 def paired_interval(

@@ -19,7 +19,7 @@ from longgrpo.rollout.engine import RolloutEngine
 from longgrpo.rollout.sampling import Sampling, seed_for
 from longgrpo.train.advantages import group_advantages
 from longgrpo.train.config import TrainConfig
-from longgrpo.train.data import Problem, PromptStream, as_reply, check_length, columns_of, encode
+from longgrpo.train.data import Problem, PromptStream, as_reply, check_length, columns_of, decode, encode
 from longgrpo.train.errors import TrainingError
 from longgrpo.train.metrics import Agreement, Clock, Meter, length_metrics, peak_memory, reward_metrics, speed_metrics
 from longgrpo.train.packing import MicroBatch, Sample, micro_batches
@@ -102,7 +102,7 @@ def roll_out(policy: Policy, problems: Sequence[Problem], number: int) -> list[S
         Sampling(max_tokens=config.max_completion_length, temperature=config.temperature),
         [seed_for(policy.config.train.seed, number, group, member) for group, member in members],
     )
-    texts = policy.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+    texts = decode(policy.tokenizer, completions)
     return [
         Sample(group, prompts[group], completion, text)
         for (group, _), completion, text in zip(members, completions, texts, strict=True)
@@ -153,7 +153,7 @@ def score(policy: Policy, active: Sequence[Sample]) -> None:
 def loss_and_backward(policy: Policy, samples: Sequence[Sample], active: Sequence[Sample]) -> dict[str, float]:
     """Accumulates the gradient of the step's loss, micro-batch by micro-batch, under one normaliser for the whole step.
 
-    Where no sample has a gradient, one micro-batch is still looked at without one: every step compares engine and trainer.
+    Where no sample has one, a micro-batch is still looked at without: every step compares engine and trainer.
     """
     config = policy.config
     normaliser = step_normaliser(config.loss, samples, config.rollout.max_completion_length)
@@ -190,7 +190,7 @@ def step_normaliser(config: GRPOLossConfig, samples: Sequence[Sample], max_compl
 
 # ---- 7
 def optimiser_step(policy: Policy, number: int) -> dict[str, float]:
-    """Clips the gradient and steps AdamW. Raises TrainingError, before any weight has changed, where it is not finite."""
+    """Clips the gradient and steps AdamW. Raises TrainingError, before a weight has changed, where it is not finite."""
     config = policy.config.train
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), config.max_grad_norm).item()
     if not math.isfinite(norm):
@@ -220,9 +220,11 @@ def _micro_batches(policy: Policy, samples: Sequence[Sample]) -> list[MicroBatch
 def _logprob(policy: Policy, model: Any, batch: MicroBatch) -> LogProb:
     """logp and entropy [M] f32 of the completion tokens: only the rows that predict one reach the head."""
     hidden = packed_hidden(model, batch.packed)  # [N, H]
+    weight = lm_head(model).weight  # [V, H]
+    assert isinstance(weight, Tensor)
     return linear_logprob(
         hidden[batch.rows],  # [M, H]
-        lm_head(model).weight,
+        weight,
         batch.target,
         temperature=policy.config.rollout.temperature,
         entropy=True,

@@ -29,7 +29,7 @@ class Clock:
 
 
 class Agreement:
-    """|logprob of the engine - logprob of the trainer| of the sampled tokens, gathered wherever the trainer has them."""
+    """|logprob of the engine - logprob of the trainer| of the sampled tokens."""
 
     def __init__(self) -> None:
         self._total, self._count, self.max = 0.0, 0, 0.0
@@ -83,7 +83,9 @@ def reward_metrics(functions: Sequence[Reward], samples: Sequence[Sample], total
     none), and the share of groups with spread. totals [problems, num_generations] f64."""
     named = {"reward": totals.flatten()}
     for function in functions:
-        named[f"reward/{function.name}"] = torch.tensor([s.rewards[function.name] for s in samples], dtype=torch.float64)
+        named[f"reward/{function.name}"] = torch.tensor(
+            [s.rewards[function.name] for s in samples], dtype=torch.float64
+        )
     metrics: dict[str, float | None] = {}
     for name, values in named.items():
         known = values[~values.isnan()]
@@ -104,7 +106,9 @@ def length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def speed_metrics(samples: Sequence[Sample], active: Sequence[Sample], seconds: Mapping[str, float]) -> dict[str, float]:
+def speed_metrics(
+    samples: Sequence[Sample], active: Sequence[Sample], seconds: Mapping[str, float]
+) -> dict[str, float]:
     """Completion tokens a second: sampled, and trained on (samples without a gradient are not counted)."""
     return {
         "tokens_per_second/rollout": sum(map(len, samples)) / seconds["roll_out"],

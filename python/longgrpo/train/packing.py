@@ -73,7 +73,9 @@ def pack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Micro
     return MicroBatch(
         samples=list(samples),
         packed=packed,
-        rows=torch.cat([torch.arange(end - len(s), end) for s, end in zip(samples, starts[1:], strict=True)]).to(device),
+        rows=torch.cat([torch.arange(end - len(s), end) for s, end in zip(samples, starts[1:], strict=True)]).to(
+            device
+        ),
         target=torch.tensor([token for sample in samples for token in sample.completion.token_ids], device=device),
         cu_seqlens=torch.tensor([0, *accumulate(map(len, samples))], dtype=torch.int32, device=device),
     )

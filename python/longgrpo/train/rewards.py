@@ -45,14 +45,15 @@ class Reward:
             values = self.function(**arguments)
         except Exception as error:
             raise RewardError(
-                f"reward function {self.name} raised {type(error).__name__}: {error} ({_where(error)}); correct it and resume"
+                f"reward function {self.name} raised {type(error).__name__}: {error} ({_where(error)})"
             ) from error
         return self._checked(values, len(completions))
 
     def _checked(self, values: Any, count: int) -> Tensor:
         if not isinstance(values, (Sequence, Tensor)) or isinstance(values, str):
             raise RewardError(
-                f"reward function {self.name} returned {type(values).__name__}: must be a list of one number or None a completion"
+                f"reward function {self.name} returned {type(values).__name__}: "
+                "must be a list of one number or None a completion"
             )
         if len(values) != count:
             raise RewardError(f"reward function {self.name} returned {len(values)} values for {count} completions")
@@ -103,7 +104,8 @@ def _module(where: str, spec: str) -> Any:
         if not Path(where).is_file():
             raise ConfigError(f"reward function {spec!r}: there is no file {where}")
         description = importlib.util.spec_from_file_location(Path(where).stem, where)
-        assert description is not None and description.loader is not None  # it ends in .py
+        assert description is not None  # it ends in .py
+        assert description.loader is not None
         module = importlib.util.module_from_spec(description)
         sys.modules.setdefault(description.name, module)  # dataclasses and pickle look a class's module up here
         description.loader.exec_module(module)
@@ -111,7 +113,9 @@ def _module(where: str, spec: str) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # whatever the user's module does on import
-        raise ConfigError(f"reward function {spec!r}: importing {where} failed: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"reward function {spec!r}: importing {where} failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _where(error: BaseException) -> str:
@@ -130,9 +134,7 @@ def last_number(text: str) -> str | None:
     return numbers[-1].replace(",", "") if numbers else None
 
 
-def score_answer(
-    completions: list[Reply], answer: list[str], metadata: list[dict[str, Any]], **_: Any
-) -> list[float]:
+def score_answer(completions: list[Reply], answer: list[str], metadata: list[dict[str, Any]], **_: Any) -> list[float]:
     """The score that the reasoning_gym task gives the reply. A numeric answer is compared with the reply's last number,
     and is right (1) or wrong (0)."""
     return [

@@ -17,7 +17,7 @@ from longgrpo.train.packing import Sample
 
 
 class Tracker:
-    """Writes each step to disk and shows it: on a terminal a bar with a column a reward function, elsewhere a line a step."""
+    """Writes each step to disk and shows it: on a terminal a bar with a column for each reward, elsewhere a line."""
 
     def __init__(self, directory: Path, rewards: Sequence[str], steps: int, done: int, completions: int) -> None:
         """`done` steps stand in the files already; lines of later ones, which this run will write again, are dropped.
@@ -26,7 +26,12 @@ class Tracker:
         self._metrics = _JsonLines(directory / "metrics.jsonl", done)
         self._completions = _JsonLines(directory / "completions.jsonl", done)
         self._console = Console(stderr=True)
-        columns = (TextColumn("{task.fields[status]}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.fields[status]}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("train", total=steps, completed=done, status="")
 
@@ -34,7 +39,9 @@ class Tracker:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
         self._metrics.close()
         self._completions.close()
@@ -51,7 +58,9 @@ class Tracker:
     def step(self, metrics: Mapping[str, Any], problems: Sequence[Problem], samples: Sequence[Sample]) -> None:
         self._metrics.write(metrics)
         for sample in samples[: self._kept]:
-            self._completions.write({"step": metrics["step"], "question": problems[sample.group].question, **_record(sample)})
+            self._completions.write(
+                {"step": metrics["step"], "question": problems[sample.group].question, **_record(sample)}
+            )
         status = self._status(metrics)
         self._bar.update(self._task, completed=metrics["step"], status=status)
         if not self._console.is_terminal:
@@ -85,7 +94,9 @@ def _record(sample: Sample) -> dict[str, Any]:
     return {
         "completion": sample.text,
         "finish_reason": sample.completion.finish_reason,
-        "rewards": {name: None if value != value else value for name, value in sample.rewards.items()},  # NaN is not JSON
+        "rewards": {
+            name: None if value != value else value for name, value in sample.rewards.items()
+        },  # NaN is not JSON
         "advantage": sample.advantage,
     }
 

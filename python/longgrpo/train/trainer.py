@@ -18,7 +18,7 @@ from longgrpo.rollout.engine import RolloutEngine, make_engine
 from longgrpo.train import checkpoint
 from longgrpo.train.advantages import has_spread
 from longgrpo.train.config import RewardConfig, TrainConfig, dump_config, load_config
-from longgrpo.train.data import PromptStream, ReasoningGymSource, check_length, encode, held_out_problems
+from longgrpo.train.data import Problem, PromptStream, ReasoningGymSource, check_length, encode, held_out_problems
 from longgrpo.train.errors import ConfigError, UserError
 from longgrpo.train.evaluation import Evaluation, evaluate, paired_interval
 from longgrpo.train.loop import Policy, reward, roll_out, sample_prompts, step
@@ -50,6 +50,13 @@ class Trainer:
     Both raise UserError for what the user can put right, before training where it can be known by then.
     """
 
+    config: TrainConfig
+    directory: Path
+    policy: Policy
+    progress: Progress
+    held_out: list[Problem]
+    stop: StopRequest
+
     def __init__(self, config: TrainConfig, directory: Path) -> None:
         if (directory / "config.yaml").exists():
             raise ConfigError(
@@ -75,8 +82,8 @@ class Trainer:
         return trainer
 
     def run(self) -> dict[str, Any] | None:
-        """Trains up to train.steps and closes the engine. Returns the summary; None where a signal stopped the run, which
-        is then saved (`stop.signal` says which signal)."""
+        """Trains up to train.steps and closes the engine. Returns the summary; None where a signal stopped the run:
+        it is saved, and `stop.signal` says which signal."""
         names = [reward.name for reward in self.policy.rewards]
         train = self.config.train
         tracker = Tracker(self.directory, names, train.steps, self.progress.step, train.log_completions)
@@ -134,7 +141,9 @@ class Trainer:
             raise ConfigError(str(error)) from error
         tokenizer = load_tokenizer(model_directory)
         chat = tokenizer.chat_template is not None
-        self.held_out = held_out_problems(ReasoningGymSource(config.task, config.task.eval_seed, chat), config.task.eval_n)
+        self.held_out = held_out_problems(
+            ReasoningGymSource(config.task, config.task.eval_seed, chat), config.task.eval_n
+        )
         stream = PromptStream(
             ReasoningGymSource(config.task, config.task.seed, chat), {problem.question for problem in self.held_out}
         )
@@ -201,7 +210,7 @@ class Trainer:
             if spread < LOW_SPREAD:
                 tracker.say(
                     f"warning: in {1 - spread:.0%} of the groups all completions earn the same, and teach nothing; "
-                    "an easier task, more num_generations, a higher temperature or a graded reward gives more to learn from"
+                    "an easier task, more num_generations, a higher temperature or a graded reward gives more"
                 )
 
     def _spread(self, count: int) -> float:
@@ -212,7 +221,7 @@ class Trainer:
         return has_spread(totals).float().mean().item()
 
     def _evaluation(self, name: str, tracker: Tracker, prefill: str | None = None) -> Evaluation:
-        """Evaluates and keeps every reply in eval_NAME.json; what an earlier process has evaluated is read from there."""
+        """Evaluates and keeps every reply in eval_NAME.json; what an earlier process evaluated is read from there."""
         path = self.directory / f"eval_{name}.json"
         if path.exists():
             return Evaluation(**json.loads(path.read_text()))
@@ -282,7 +291,7 @@ def _trained_model(engine: RolloutEngine, config: TrainConfig) -> Any:
 
 
 def _reference_model(directory: Path, config: TrainConfig) -> Any:
-    """A frozen copy of the untrained model, where the loss has a KL term and no adapter can be switched off to get it."""
+    """A frozen copy of the untrained model, where the loss has a KL term and there is no adapter to switch off."""
     if config.loss.beta == 0 or config.lora:
         return None
     model = load_model(directory, config.model.dtype).requires_grad_(False)
