@@ -11,7 +11,9 @@ namespace {
 
 constexpr int64_t kPairs = kBlockK / 2;
 
-LONGGRPO_AVX512_BF16 inline __mmask16 first(int64_t n) { return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1); }
+LONGGRPO_AVX512_BF16 inline __mmask16 first(int64_t n) {
+  return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1);
+}
 
 // 16 rows of 16 dwords, transposed in registers.
 LONGGRPO_AVX512_BF16 inline void transpose(__m512i r[16]) {
@@ -151,9 +153,9 @@ LONGGRPO_AVX512_BF16 void pack_columns(const Operand& b, int64_t column, int64_t
     const int64_t count = std::min<int64_t>(16, columns - half);
     if (!b.k_contiguous) {
       for (int64_t p = 0; p < k_count; p += 2)
-        _mm512_store_si512(packed + p / 2 * kTileColumns + half,
-                           count > 0 ? load_interleaved(b, column + half, count, k + p, k_count - p)
-                                     : _mm512_setzero_si512());
+        _mm512_store_si512(
+            packed + p / 2 * kTileColumns + half,
+            count > 0 ? load_interleaved(b, column + half, count, k + p, k_count - p) : _mm512_setzero_si512());
       continue;
     }
     for (int64_t p = 0; p < k_count; p += 32) {

@@ -22,8 +22,8 @@ constexpr int64_t kWorkspaceBytes = kBlockK * kBlockColumns * 2;  // one packed 
 // Element (i, k) of an operand: i is a row of A or a column of B.
 struct Operand {
   const void* data;
-  bool fp32;             // rounded to bf16 while it is packed
-  int64_t stride;        // of i if `k_contiguous`, else of k; the other one is 1
+  bool fp32;       // rounded to bf16 while it is packed
+  int64_t stride;  // of i if `k_contiguous`, else of k; the other one is 1
   bool k_contiguous;
   const float* k_scale;  // multiplies element (i, k) before it is rounded; fp32 only, or null
 };

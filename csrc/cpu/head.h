@@ -40,14 +40,14 @@ struct HeadInputs {
   ExactKl exact_kl;
 };
 
-struct HeadOutputs {  // null where not wanted
-  float* logp;        // [tokens]
-  float* entropy;     // [tokens]
-  float* kl;          // [tokens]
-  void* direction;    // [tokens, hidden] in the hidden states' dtype: dL/dhidden = scale * direction
-  float* scale;       // [tokens]; null: direction is dL/dhidden itself
-  float* dweight;     // [vocabulary, hidden], zeroed
-  float* dbias;       // [vocabulary], zeroed
+struct HeadOutputs {          // null where not wanted
+  float* logp = nullptr;      // [tokens]
+  float* entropy = nullptr;   // [tokens]
+  float* kl = nullptr;        // [tokens]
+  void* direction = nullptr;  // [tokens, hidden] in the hidden states' dtype: dL/dhidden = scale * direction
+  float* scale = nullptr;     // [tokens]; null: direction is dL/dhidden itself
+  float* dweight = nullptr;   // [vocabulary, hidden], zeroed
+  float* dbias = nullptr;     // [vocabulary], zeroed
 };
 
 // Whether the GEMMs run on the bf16 operands as they are; otherwise they are upcast, block by block.
@@ -74,8 +74,15 @@ class CpuHead {
   // `rows` lists the tokens in the order of the pass. With `logits_kept` a gradient other than logp's is possible.
   CpuHead(Runtime& runtime, const HeadShape& shape, const HeadPlan& plan, const HeadInputs& in, const HeadOutputs& out,
           const std::vector<int64_t>& rows, const RowLoss& loss, bool logits_kept, float* workspace)
-      : runtime_(runtime), shape_(shape), plan_(plan), in_(in), out_(out), rows_(rows), loss_(loss),
-        logits_kept_(logits_kept || in.transform.softcap > 0 || plan.reference), bf16_(native_bf16(in)),
+      : runtime_(runtime),
+        shape_(shape),
+        plan_(plan),
+        in_(in),
+        out_(out),
+        rows_(rows),
+        loss_(loss),
+        logits_kept_(logits_kept || in.transform.softcap > 0 || plan.reference),
+        bf16_(native_bf16(in)),
         slots_(size_t(plan.tile_rows)) {
     const int64_t tile = plan.tile_rows;
     logits_ = workspace;
@@ -128,9 +135,8 @@ class CpuHead {
       bf16::gemm(runtime_, {logits_, true, v, false, factors.data()}, {hidden_, false, h, false, nullptr}, v, h, rows,
                  true, out_.dweight, h, staged_);
     } else if (out_.dweight) {
-      runtime_.parallel_for(rows, [&](int64_t i) {
-        from_float(hidden_ + i * h, factors[size_t(i)], hidden_ + i * h, Dtype::f32, h);
-      });
+      runtime_.parallel_for(
+          rows, [&](int64_t i) { from_float(hidden_ + i * h, factors[size_t(i)], hidden_ + i * h, Dtype::f32, h); });
       for (int64_t j = 0; j < v; j += weight_chunk(shape_)) {
         const int64_t n = std::min(weight_chunk(shape_), v - j);
         runtime_.gemm(transposed({logits_ + j, rows, n, v, 1}), row_major(hidden_, rows, h, h),
@@ -215,11 +221,12 @@ class CpuHead {
     if (keep) {
       slot.factor *= -std::exp(-row.softmax.offset);
     } else {
-      // A common factor of the three keeps the direction near 1, whatever the loss's normaliser is: no underflow in fp16.
+      // A common factor of the three keeps the direction near 1, whatever the loss's normaliser is: no underflow in
+      // fp16.
       slot.scale = std::max({std::fabs(g.logp), std::fabs(g.entropy), std::fabs(g.kl)});
       if (slot.scale != 0)
-        sign_row(in_.transform, x, target, row,
-                 {g.logp / slot.scale, g.entropy / slot.scale, g.kl / slot.scale}, reference);
+        sign_row(in_.transform, x, target, row, {g.logp / slot.scale, g.entropy / slot.scale, g.kl / slot.scale},
+                 reference);
     }
     if (out_.scale) out_.scale[token] = slot.scale;
     return slot;

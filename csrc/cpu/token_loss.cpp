@@ -29,8 +29,8 @@ void count(LossSums& sums, const LossConfig& config, const TokenTerm& term, cons
   sums.tokens += 1;
 }
 
-void one_token(LossSums& sums, const LossConfig& config, const TokenBatch& batch, const float* logp,
-               const Outputs& out, int64_t t) {
+void one_token(LossSums& sums, const LossConfig& config, const TokenBatch& batch, const float* logp, const Outputs& out,
+               int64_t t) {
   const float weight = batch.weight[t];
   if (weight == 0) {
     out.logp_gradient[t] = 0;
@@ -74,16 +74,9 @@ void one_sequence(LossSums& sums, const LossConfig& config, const TokenBatch& ba
 LossMetrics LossSums::metrics() const {
   const double n = double(std::max<int64_t>(tokens, 1));
   const bool any = tokens > 0;
-  return {float(policy),
-          float(kl / n),
-          float(entropy / n),
-          any ? float(ratio / n) : 1.0f,
-          any ? ratio_min : 1.0f,
-          any ? ratio_max : 1.0f,
-          float(clip_low / n),
-          float(clip_high / n),
-          float(active / n),
-          float(tokens)};
+  return {float(policy),          float(kl / n),          float(entropy / n),  any ? float(ratio / n) : 1.0f,
+          any ? ratio_min : 1.0f, any ? ratio_max : 1.0f, float(clip_low / n), float(clip_high / n),
+          float(active / n),      float(tokens)};
 }
 
 LossSums token_loss(const LossConfig& config, const TokenBatch& batch, const float* logp, const float* entropy,

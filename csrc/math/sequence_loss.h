@@ -21,8 +21,7 @@ struct SequenceSums {  // over the tokens of the mask
     count += 1;
     log_ratio += config.type == LossType::vespo ? clamp(log_ratio_t, -kMaxLogRatio, kMaxLogRatio) : log_ratio_t;
     if (config.type == LossType::gmpo) clipped_log_ratio += gmpo_clip(config, log_ratio_t, token.advantage, &clipped);
-    if (config.type == LossType::vespo && token.importance > 0)
-      log_importance += vespo_clamp(logf(token.importance));
+    if (config.type == LossType::vespo && token.importance > 0) log_importance += vespo_clamp(logf(token.importance));
   }
 };
 
@@ -36,14 +35,14 @@ struct Sequence {
 LONGGRPO_HD Sequence finish_sequence(const LossConfig& config, const SequenceSums& sums) {
   const double count = sums.count > 0 ? sums.count : 1;
   Sequence sequence{float(count), importance_ratio(float(sums.log_ratio / count)), 0.0f, 0.0f};
-  sequence.policy_ratio = config.type == LossType::gmpo ? importance_ratio(float(sums.clipped_log_ratio / count))
-                                                        : sequence.ratio;
+  sequence.policy_ratio =
+      config.type == LossType::gmpo ? importance_ratio(float(sums.clipped_log_ratio / count)) : sequence.ratio;
   sequence.log_weight = vespo_clamp(float(sums.log_ratio + sums.log_importance));
   return sequence;
 }
 
 struct SequenceTerm {
-  TokenTerm token;     // its slopes are the direct ones
+  TokenTerm token;      // its slopes are the direct ones
   float shared_policy;  // derivatives by the log of the sequence's ratio
   float shared_kl;
   bool follows;  // whether the sequence's ratio moves with this token

@@ -147,8 +147,8 @@ LONGGRPO_HD KlTerm kl_term(Kl kl, float logp, float ref) {
 
 struct Token {
   float logp;
-  float old_logp;    // logp itself on policy
-  float ref_logp;    // read only where beta != 0
+  float old_logp;  // logp itself on policy
+  float ref_logp;  // read only where beta != 0
   float advantage;
   float importance;  // weighs the policy term alone
 };
@@ -164,8 +164,8 @@ struct TokenTerm {
 LONGGRPO_HD TokenTerm token_term(const LossConfig& config, const Token& token) {
   const float ratio = importance_ratio(token.logp - token.old_logp);
   const bool detached = config.type == LossType::cispo;
-  const PolicyTerm policy = detached ? cispo_term(config, ratio, token.advantage, token.logp)
-                                     : ratio_term(config, ratio, token.advantage);
+  const PolicyTerm policy =
+      detached ? cispo_term(config, ratio, token.advantage, token.logp) : ratio_term(config, ratio, token.advantage);
   const float slope = detached ? policy.slope : (config.detach ? policy.slope * ratio : 0.0f);
   TokenTerm term{policy.value, slope, 0.0f, 0.0f, ratio, policy.clip_low, policy.clip_high};
   if (config.beta != 0) {

@@ -6,11 +6,12 @@
 #include "../cpu/token_loss.h"
 #include "torch_runtime.h"
 
-#define HEAD_ARGUMENTS                                                                                         \
+#define HEAD_ARGUMENTS                                                                                        \
   "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? token_temperature, float temperature, " \
   "float softcap, float logit_scale, "
-#define TOKEN_ARGUMENTS \
-  "Tensor token_weight, Tensor advantages, Tensor? old_logp, Tensor? ref_logp, Tensor? importance, Tensor? cu_seqlens, "
+#define TOKEN_ARGUMENTS                                                                                      \
+  "Tensor token_weight, Tensor advantages, Tensor? old_logp, Tensor? ref_logp, Tensor? importance, Tensor? " \
+  "cu_seqlens, "
 #define CONFIG_ARGUMENTS "int[] options, float[] constants"
 
 STABLE_TORCH_LIBRARY(longgrpo, m) {
@@ -58,8 +59,22 @@ Tensor zeros(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
 LossConfig loss_config(const std::vector<int64_t>& options, const std::vector<double>& constants) {
   STD_TORCH_CHECK(options.size() == 5 && constants.size() == 11, "longgrpo: a loss has 5 options and 11 constants");
   const auto f = [&](int i) { return float(constants[i]); };
-  return {LossType(options[0]), Kl(options[1]), options[2] != 0, options[3] != 0, options[4] != 0,
-          f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10)};
+  return {LossType(options[0]),
+          Kl(options[1]),
+          options[2] != 0,
+          options[3] != 0,
+          options[4] != 0,
+          f(0),
+          f(1),
+          f(2),
+          f(3),
+          f(4),
+          f(5),
+          f(6),
+          f(7),
+          f(8),
+          f(9),
+          f(10)};
 }
 
 ExactKl exact_kl_of(const LossConfig& config) {
@@ -78,9 +93,17 @@ struct Head {
        const OptionalTensor& token_temperature, double temperature, double softcap, double logit_scale,
        int64_t workspace_bytes)
       : shape{hidden.size(0), hidden.size(1), weight.size(0)}, workspace(workspace_bytes), like(hidden) {
-    in = {hidden.const_data_ptr(), nullptr, dtype_of(hidden), weight.const_data_ptr(), nullptr, dtype_of(weight),
-          static_cast<const int64_t*>(target.const_data_ptr()), pointer(token_temperature), float(temperature),
-          {shape.vocabulary, float(logit_scale), float(softcap), pointer(bias)}, ExactKl::none};
+    in = {hidden.const_data_ptr(),
+          nullptr,
+          dtype_of(hidden),
+          weight.const_data_ptr(),
+          nullptr,
+          dtype_of(weight),
+          static_cast<const int64_t*>(target.const_data_ptr()),
+          pointer(token_temperature),
+          float(temperature),
+          {shape.vocabulary, float(logit_scale), float(softcap), pointer(bias)},
+          ExactKl::none};
     for (int64_t t = 0; t < shape.tokens; ++t)
       if (in.target[t] >= shape.vocabulary)
         throw std::invalid_argument("target[" + std::to_string(t) + "] = " + std::to_string(in.target[t]) +
@@ -98,10 +121,16 @@ struct Head {
   void pass(const std::vector<int64_t>& rows, int64_t active, const HeadOutputs& out, const RowLoss& loss,
             bool logits_kept) const {
     if (rows.empty()) return;
-    HeadPlan plan{int64_t(rows.size()), active, 0, staging_bytes(shape, in, out.dweight), out.direction != nullptr,
-                  out.dweight || out.dbias, in.exact_kl != ExactKl::none && in.reference_hidden};
+    HeadPlan plan{int64_t(rows.size()),
+                  active,
+                  0,
+                  staging_bytes(shape, in, out.dweight),
+                  out.direction != nullptr,
+                  out.dweight || out.dbias,
+                  in.exact_kl != ExactKl::none && in.reference_hidden};
     plan = plan_tiles(plan, shape, workspace);
-    Tensor space = torch::stable::new_empty(like, {workspace_bytes(plan, shape, plan.tile_rows) / 4 + 1}, ScalarType::Float);
+    Tensor space =
+        torch::stable::new_empty(like, {workspace_bytes(plan, shape, plan.tile_rows) / 4 + 1}, ScalarType::Float);
     TorchRuntime runtime;
     CpuHead<TorchRuntime> head(runtime, shape, plan, in, out, rows, loss, logits_kept,
                                static_cast<float*>(space.mutable_data_ptr()));
@@ -113,47 +142,51 @@ const float* read(const Tensor& tensor) { return static_cast<const float*>(tenso
 
 float* data(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-std::tuple<Tensor, Tensor, Tensor> linear_logprob(
-    const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-    const OptionalTensor& token_temperature, double temperature, double softcap, double logit_scale, bool entropy,
-    bool direction, int64_t workspace) {
+std::tuple<Tensor, Tensor, Tensor> linear_logprob(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                                                  const OptionalTensor& bias, const OptionalTensor& token_temperature,
+                                                  double temperature, double softcap, double logit_scale, bool entropy,
+                                                  bool direction, int64_t workspace) {
   const Head head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, workspace);
   const int64_t n = head.shape.tokens;
   Tensor logp = zeros(hidden, {n}, ScalarType::Float);
   Tensor ent = zeros(hidden, {entropy ? n : 0}, ScalarType::Float);
   Tensor u = zeros(hidden, {direction ? n : 0, head.shape.hidden}, hidden.scalar_type());
-  const HeadOutputs out{data(logp), entropy ? data(ent) : nullptr, nullptr, direction ? u.mutable_data_ptr() : nullptr,
-                        nullptr, nullptr, nullptr};
+  const HeadOutputs out{
+      data(logp), entropy ? data(ent) : nullptr, nullptr, direction ? u.mutable_data_ptr() : nullptr, nullptr, nullptr,
+      nullptr};
   const std::vector<int64_t> rows = head.rows_with_target();
   head.pass(rows, int64_t(rows.size()), out, [](int64_t, float) { return RowGradient{1, 0, 0}; }, false);
   return {logp, ent, u};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(
-    const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-    const OptionalTensor& token_temperature, double temperature, double softcap, double logit_scale,
-    const Tensor& logp_grad, const OptionalTensor& entropy_grad, bool need_hidden, bool need_weight, bool need_bias,
-    int64_t workspace) {
+std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(const Tensor& hidden, const Tensor& weight,
+                                                           const Tensor& target, const OptionalTensor& bias,
+                                                           const OptionalTensor& token_temperature, double temperature,
+                                                           double softcap, double logit_scale, const Tensor& logp_grad,
+                                                           const OptionalTensor& entropy_grad, bool need_hidden,
+                                                           bool need_weight, bool need_bias, int64_t workspace) {
   const Head head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, workspace);
   const auto [n, h, v] = head.shape;
   Tensor dhidden = zeros(hidden, {need_hidden ? n : 0, h}, hidden.scalar_type());
   Tensor dweight = zeros(hidden, {need_weight ? v : 0, h}, ScalarType::Float);
   Tensor dbias = zeros(hidden, {need_bias ? v : 0}, ScalarType::Float);
-  const HeadOutputs out{nullptr, nullptr, nullptr, need_hidden ? dhidden.mutable_data_ptr() : nullptr, nullptr,
-                        need_weight ? data(dweight) : nullptr, need_bias ? data(dbias) : nullptr};
+  const HeadOutputs out{.direction = need_hidden ? dhidden.mutable_data_ptr() : nullptr,
+                        .dweight = need_weight ? data(dweight) : nullptr,
+                        .dbias = need_bias ? data(dbias) : nullptr};
   const float *c = read(logp_grad), *e = pointer(entropy_grad);
   std::vector<int64_t> rows;
   for (int64_t t : head.rows_with_target())
     if (c[t] != 0 || (e && e[t] != 0)) rows.push_back(t);
-  head.pass(rows, int64_t(rows.size()), out, [=](int64_t t, float) { return RowGradient{c[t], e ? e[t] : 0.0f, 0}; },
-            e != nullptr);
+  head.pass(
+      rows, int64_t(rows.size()), out, [=](int64_t t, float) { return RowGradient{c[t], e ? e[t] : 0.0f, 0}; },
+      e != nullptr);
   return {dhidden, dweight, dbias};
 }
 
 TokenBatch token_batch(const Tensor& token_weight, const Tensor& advantages, const OptionalTensor& old_logp,
                        const OptionalTensor& ref_logp, const OptionalTensor& importance) {
-  return {token_weight.numel(), read(token_weight), read(advantages), pointer(old_logp), pointer(ref_logp),
-          pointer(importance)};
+  return {token_weight.numel(), read(token_weight), read(advantages),
+          pointer(old_logp),    pointer(ref_logp),  pointer(importance)};
 }
 
 struct LossResult {
@@ -169,16 +202,17 @@ LossResult finish_loss(const LossSums& sums, const Tensor& like) {
   return {loss, metrics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_loss_op(
-    const Tensor& logp, const Tensor& token_weight, const Tensor& advantages, const OptionalTensor& old_logp,
-    const OptionalTensor& ref_logp, const OptionalTensor& importance, const OptionalTensor& cu_seqlens,
-    const OptionalTensor& entropy, const std::vector<int64_t>& options, const std::vector<double>& constants) {
+std::tuple<Tensor, Tensor, Tensor> token_loss_op(const Tensor& logp, const Tensor& token_weight,
+                                                 const Tensor& advantages, const OptionalTensor& old_logp,
+                                                 const OptionalTensor& ref_logp, const OptionalTensor& importance,
+                                                 const OptionalTensor& cu_seqlens, const OptionalTensor& entropy,
+                                                 const std::vector<int64_t>& options,
+                                                 const std::vector<double>& constants) {
   const LossConfig config = loss_config(options, constants);
   const TokenBatch batch = token_batch(token_weight, advantages, old_logp, ref_logp, importance);
   Tensor gradient = zeros(logp, {batch.tokens}, ScalarType::Float);
-  const LossSums sums =
-      token_loss(config, batch, read(logp), pointer(entropy), nullptr, pointer<int32_t>(cu_seqlens),
-                 cu_seqlens ? cu_seqlens->numel() - 1 : 0, data(gradient));
+  const LossSums sums = token_loss(config, batch, read(logp), pointer(entropy), nullptr, pointer<int32_t>(cu_seqlens),
+                                   cu_seqlens ? cu_seqlens->numel() - 1 : 0, data(gradient));
   const auto [loss, metrics] = finish_loss(sums, logp);
   return {loss, metrics, gradient};
 }
@@ -216,6 +250,115 @@ RowOrder order_rows(const LossConfig& config, const TokenBatch& batch, const int
   return order;
 }
 
+// The fused loss of one call. How many passes of the head it takes depends on when c = dL/d(logp) is known.
+class FusedLoss {
+ public:
+  FusedLoss(const LossConfig& config, const Head& head, const TokenBatch& batch, const OptionalTensor& cu_seqlens,
+            bool need_hidden, bool need_weight, bool need_bias, bool report)
+      : config_(config),
+        head_(head),
+        batch_(batch),
+        bounds_(pointer<int32_t>(cu_seqlens)),
+        sequences_(cu_seqlens ? cu_seqlens->numel() - 1 : 0),
+        kl_kind_(exact_kl_of(config)),
+        order_(order_rows(config, batch, head.in.target, bounds_, sequences_, report)),
+        report_(report) {
+    const auto [n, h, v] = head.shape;
+    const auto f32 = [&](bool wanted, int64_t size) {
+      return zeros(head.like, {wanted ? size : 0}, ScalarType::Float);
+    };
+    logp_ = f32(true, n), entropy_ = f32(true, n), kl_ = f32(exact(), n), c_ = f32(true, n),
+    scale = f32(need_hidden, n);
+    direction = zeros(head.like, {need_hidden ? n : 0, h}, head.like.scalar_type());
+    dweight = zeros(head.like, {need_weight ? v : 0, h}, ScalarType::Float);
+    dbias = f32(need_bias, v);
+    gradients_ = {.kl = exact() ? data(kl_) : nullptr,
+                  .direction = need_hidden ? direction.mutable_data_ptr() : nullptr,
+                  .scale = need_hidden ? data(scale) : nullptr,
+                  .dweight = need_weight ? data(dweight) : nullptr,
+                  .dbias = need_bias ? data(dbias) : nullptr};
+    // What the pass does not visit is outside the loss, its metrics included.
+    weight_ = f32(true, n);
+    for (int64_t t : order_.rows) data(weight_)[t] = batch.weight[t];
+    batch_.weight = data(weight_);
+  }
+
+  LossSums run() {
+    if (!config_.needs_sequence()) {
+      one_pass();
+    } else if (gradients_.direction && !gradients_.dweight && !gradients_.dbias && !logits_kept()) {
+      direction_then_factor();
+    } else {
+      score_then_gradients();
+    }
+    return sum();
+  }
+
+  Tensor direction, scale, dweight, dbias;
+
+ private:
+  bool exact() const { return kl_kind_ != ExactKl::none; }
+  bool logits_kept() const { return exact() || config_.entropy_coef != 0; }
+
+  LossSums sum() {
+    return token_loss(config_, batch_, data(logp_), data(entropy_), exact() ? data(kl_) : nullptr, bounds_, sequences_,
+                      data(c_));
+  }
+
+  RowGradient row_gradient(int64_t t, float c) const {
+    const float w = batch_.weight[t];
+    return {c, -config_.entropy_coef * w, exact() ? config_.beta * w : 0.0f};
+  }
+
+  HeadOutputs with_scores(HeadOutputs out) {
+    out.logp = data(logp_);
+    out.entropy = report_ || config_.entropy_coef != 0 ? data(entropy_) : nullptr;
+    return out;
+  }
+
+  void pass(const HeadOutputs& out, int64_t active, const RowLoss& loss, bool with_reference) {
+    head_.in.exact_kl = with_reference ? kl_kind_ : ExactKl::none;
+    head_.pass(order_.rows, active, out, loss, logits_kept());
+  }
+
+  // c is known in the row.
+  void one_pass() {
+    const RowLoss loss = [this](int64_t t, float logp) {
+      const Token token = batch_.at(t, logp);
+      return row_gradient(t, logp_gradient(config_, token_term(config_, token), token, batch_.weight[t]));
+    };
+    pass(with_scores(gradients_), order_.active, loss, true);
+  }
+
+  // A frozen head: dlogp/dhidden now, its factor c once the sequences are whole.
+  void direction_then_factor() {
+    const RowLoss unit = [](int64_t, float) { return RowGradient{1, 0, 0}; };
+    pass(with_scores(gradients_), order_.active, unit, false);
+    sum();
+    std::copy(data(c_), data(c_) + batch_.tokens, data(scale));
+  }
+
+  // A scoring pass, then a pass in which every gradient is given.
+  void score_then_gradients() {
+    pass(with_scores({}), 0, nullptr, false);
+    sum();
+    const RowLoss given = [this](int64_t t, float) { return row_gradient(t, data(c_)[t]); };
+    if (gradients_.direction || gradients_.dweight || gradients_.dbias || exact())
+      pass(gradients_, order_.active, given, true);
+  }
+
+  const LossConfig& config_;
+  Head head_;
+  TokenBatch batch_;
+  const int32_t* bounds_;
+  const int64_t sequences_;
+  const ExactKl kl_kind_;
+  const RowOrder order_;
+  const bool report_;
+  Tensor logp_, entropy_, kl_, c_, weight_;
+  HeadOutputs gradients_;
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_grpo_loss(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
     const OptionalTensor& token_temperature, double temperature, double softcap, double logit_scale,
@@ -228,63 +371,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_grpo_loss(
   Head head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, workspace);
   head.in.reference_hidden = ref_hidden ? ref_hidden->const_data_ptr() : nullptr;
   head.in.reference_weight = ref_weight ? ref_weight->const_data_ptr() : head.in.weight;
-  const ExactKl kl_kind = exact_kl_of(config);
-  const auto [n, h, v] = head.shape;
-  const int64_t sequences = cu_seqlens ? cu_seqlens->numel() - 1 : 0;
   const TokenBatch batch = token_batch(token_weight, advantages, old_logp, ref_logp, importance);
-  const RowOrder order =
-      order_rows(config, batch, head.in.target, pointer<int32_t>(cu_seqlens), sequences, metrics);
-
-  Tensor logp = zeros(hidden, {n}, ScalarType::Float), entropy = zeros(hidden, {n}, ScalarType::Float);
-  Tensor kl = zeros(hidden, {kl_kind == ExactKl::none ? 0 : n}, ScalarType::Float);
-  Tensor direction = zeros(hidden, {need_hidden ? n : 0, h}, hidden.scalar_type());
-  Tensor scale = zeros(hidden, {need_hidden ? n : 0}, ScalarType::Float);
-  Tensor dweight = zeros(hidden, {need_weight ? v : 0, h}, ScalarType::Float);
-  Tensor dbias = zeros(hidden, {need_bias ? v : 0}, ScalarType::Float);
-  Tensor c = zeros(hidden, {n}, ScalarType::Float);
-
-  const HeadOutputs scores{data(logp), metrics || config.entropy_coef != 0 ? data(entropy) : nullptr, nullptr, nullptr,
-                         nullptr, nullptr, nullptr};
-  HeadOutputs gradients{nullptr, nullptr, kl_kind == ExactKl::none ? nullptr : data(kl),
-                        need_hidden ? direction.mutable_data_ptr() : nullptr, need_hidden ? data(scale) : nullptr,
-                        need_weight ? data(dweight) : nullptr, need_bias ? data(dbias) : nullptr};
-  const bool trains_head = need_weight || need_bias, any = need_hidden || trains_head;
-  const bool logits_kept = config.entropy_coef != 0 || kl_kind != ExactKl::none;
-  const float* w = batch.weight;
-  const auto row_gradient = [&](int64_t t, float c_t) {
-    return RowGradient{c_t, -config.entropy_coef * w[t], kl_kind == ExactKl::none ? 0.0f : config.beta * w[t]};
-  };
-  const auto sum = [&] {
-    return token_loss(config, batch, data(logp), data(entropy), kl_kind == ExactKl::none ? nullptr : data(kl),
-                      pointer<int32_t>(cu_seqlens), sequences, data(c));
-  };
-
-  if (!config.needs_sequence()) {  // c is known in the row: one pass
-    head.in.exact_kl = kl_kind;
-    gradients.logp = scores.logp;
-    gradients.entropy = scores.entropy;
-    head.pass(order.rows, order.active, gradients, [&](int64_t t, float logp_t) {
-      const Token token = batch.at(t, logp_t);
-      return row_gradient(t, logp_gradient(config, token_term(config, token), token, w[t]));
-    }, logits_kept);
-  } else if (any && !trains_head && !logits_kept) {  // the direction of logp now, its factor c after the sequences
-    gradients.logp = scores.logp;
-    gradients.entropy = scores.entropy;
-    head.pass(order.rows, order.active, gradients, [](int64_t, float) { return RowGradient{1, 0, 0}; }, false);
-    const LossSums sums = sum();
-    std::copy(data(c), data(c) + n, data(scale));
-    const auto [loss, report] = finish_loss(sums, hidden);
-    return {loss, report, direction, scale, dweight, dbias};
-  } else {  // a scoring pass, then a pass with every gradient given
-    head.pass(order.rows, 0, scores, nullptr, false);
-    sum();
-    head.in.exact_kl = kl_kind;
-    if (any || kl_kind != ExactKl::none)
-      head.pass(order.rows, order.active, gradients, [&](int64_t t, float) { return row_gradient(t, data(c)[t]); },
-                logits_kept);
-  }
-  const auto [loss, report] = finish_loss(sum(), hidden);
-  return {loss, report, direction, scale, dweight, dbias};
+  FusedLoss fused(config, head, batch, cu_seqlens, need_hidden, need_weight, need_bias, metrics);
+  const auto [loss, report] = finish_loss(fused.run(), hidden);
+  return {loss, report, fused.direction, fused.scale, fused.dweight, fused.dbias};
 }
 
 void scale_rows_(const Tensor& x, const Tensor& scale) {

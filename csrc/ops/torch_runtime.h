@@ -21,7 +21,8 @@ inline Tensor as_tensor(const Matrix& m) {
 
 struct TorchRuntime {
   void gemm(const Matrix& a, const Matrix& b, const Matrix& c) {
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(as_tensor(a)), torch::stable::detail::from(as_tensor(b)),
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(as_tensor(a)),
+                                      torch::stable::detail::from(as_tensor(b)),
                                       torch::stable::detail::from(as_tensor(c))};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference

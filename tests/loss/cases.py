@@ -41,7 +41,9 @@ class Head:
             hidden=self.hidden.detach().to(dtype).requires_grad_(),
             weight=self.weight.detach().to(dtype).requires_grad_(train_head),
             bias=None if self.bias is None else self.bias.detach().to(dtype).requires_grad_(train_head),
-            temperature=temperature.double() if dtype == torch.float64 and isinstance(temperature, Tensor) else temperature,
+            temperature=temperature.double()
+            if dtype == torch.float64 and isinstance(temperature, Tensor)
+            else temperature,
         )
 
     @property

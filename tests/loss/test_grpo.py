@@ -135,8 +135,15 @@ def test_micro_batches_give_the_whole_gradient(config, seed, train_head):
         span = slice(int(batch.cu_seqlens[first]), int(batch.cu_seqlens[last]))
         arguments = {k: v if v is None or k == "cu_seqlens" else v[span] for k, v in batch.arguments(config).items()}
         arguments["cu_seqlens"] = batch.cu_seqlens[first : last + 1] - batch.cu_seqlens[first]
-        return linear_grpo_loss(leaves.hidden[span], leaves.weight, leaves.target[span],
-                                batch.advantages[first:last], **arguments, normaliser=normaliser, config=config).loss
+        return linear_grpo_loss(
+            leaves.hidden[span],
+            leaves.weight,
+            leaves.target[span],
+            batch.advantages[first:last],
+            **arguments,
+            normaliser=normaliser,
+            config=config,
+        ).loss
 
     whole = run(0, 5, None)
     parts = run(0, 1, normaliser) + run(1, 3, normaliser) + run(3, 5, normaliser)

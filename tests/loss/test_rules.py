@@ -51,7 +51,9 @@ def test_incoming_gradient_is_honoured(loss_type, train_head):
     config = a_config(loss_type)
     batch = make_batch(2, [15, 25])
     h = make_head(2, 40, 16, 100).cast(torch.float32, train_head=train_head)
-    loss = linear_grpo_loss(h.hidden, h.weight, h.target, batch.advantages, **batch.arguments(config), config=config).loss
+    loss = linear_grpo_loss(
+        h.hidden, h.weight, h.target, batch.advantages, **batch.arguments(config), config=config
+    ).loss
     once = torch.autograd.grad(loss, h.leaves, retain_graph=True)
     twice = torch.autograd.grad(2 * loss, h.leaves, retain_graph=True)
     again = torch.autograd.grad(loss, h.leaves)

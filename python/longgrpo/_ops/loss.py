@@ -12,20 +12,22 @@ METRICS = (
     "policy_loss", "kl", "entropy", "ratio_mean", "ratio_min", "ratio_max", "clip_low", "clip_high", "active", "tokens",
 )  # fmt: skip
 
-_register = {"lib": torch.library.Library("longgrpo", "FRAGMENT")}
+_LIBRARY = torch.library.Library("longgrpo", "FRAGMENT")
 
 
 def _f32(like: Tensor, *size: int | torch.SymInt) -> Tensor:
     return like.new_empty(size, dtype=torch.float32)
 
 
-@torch.library.register_fake("longgrpo::linear_logprob", **_register)
-def _(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, entropy, direction, workspace):
+@torch.library.register_fake("longgrpo::linear_logprob", lib=_LIBRARY)
+def _(
+    hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, entropy, direction, workspace
+):
     n, h = hidden.shape
     return _f32(hidden, n), _f32(hidden, n if entropy else 0), hidden.new_empty((n if direction else 0, h))
 
 
-@torch.library.register_fake("longgrpo::linear_logprob_backward", **_register)
+@torch.library.register_fake("longgrpo::linear_logprob_backward", lib=_LIBRARY)
 def _(
     hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, logp_grad, entropy_grad,
     need_hidden, need_weight, need_bias, workspace,
@@ -38,12 +40,12 @@ def _(
     )
 
 
-@torch.library.register_fake("longgrpo::token_loss", **_register)
+@torch.library.register_fake("longgrpo::token_loss", lib=_LIBRARY)
 def _(logp, token_weight, advantages, old_logp, ref_logp, importance, cu_seqlens, entropy, options, constants):
     return _f32(logp), _f32(logp, len(METRICS)), _f32(logp, logp.shape[0])
 
 
-@torch.library.register_fake("longgrpo::linear_grpo_loss", **_register)
+@torch.library.register_fake("longgrpo::linear_grpo_loss", lib=_LIBRARY)
 def _(
     hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, token_weight, advantages,
     old_logp, ref_logp, importance, cu_seqlens, ref_hidden, ref_weight, options, constants, need_hidden, need_weight,
@@ -60,12 +62,12 @@ def _(
     )
 
 
-@torch.library.register_fake("longgrpo::scale_rows", **_register)
+@torch.library.register_fake("longgrpo::scale_rows", lib=_LIBRARY)
 def _(x, scale):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("longgrpo::scale_rows_", **_register)
+@torch.library.register_fake("longgrpo::scale_rows_", lib=_LIBRARY)
 def _(x, scale):
     return None
 
@@ -144,7 +146,7 @@ def _linear_logprob_backward(ctx, logp_grad, entropy_grad, _):
 
 
 torch.library.register_autograd(
-    "longgrpo::linear_logprob", _linear_logprob_backward, setup_context=_setup_linear_logprob, **_register
+    "longgrpo::linear_logprob", _linear_logprob_backward, setup_context=_setup_linear_logprob, lib=_LIBRARY
 )
 
 
@@ -165,7 +167,7 @@ def _token_loss_backward(ctx, loss_grad, _metrics, _logp_grad):
 
 
 torch.library.register_autograd(
-    "longgrpo::token_loss", _token_loss_backward, setup_context=_setup_token_loss, **_register
+    "longgrpo::token_loss", _token_loss_backward, setup_context=_setup_token_loss, lib=_LIBRARY
 )
 
 
@@ -192,5 +194,5 @@ def _linear_grpo_loss_backward(ctx, loss_grad, *_):
 
 
 torch.library.register_autograd(
-    "longgrpo::linear_grpo_loss", _linear_grpo_loss_backward, setup_context=_setup_linear_grpo_loss, **_register
+    "longgrpo::linear_grpo_loss", _linear_grpo_loss_backward, setup_context=_setup_linear_grpo_loss, lib=_LIBRARY
 )

@@ -103,7 +103,7 @@ def _prepare(
             return per_token(tensor.detach().float(), cu_seqlens, tokens)
         if tensor.shape == shape:
             return flat(tensor)
-        raise ValueError(f"{name} {list(tensor.shape)} must have one entry for each of the {sequences} sequences, or be "
+        raise ValueError(f"{name} {list(tensor.shape)} needs one entry for each of the {sequences} sequences, or to be "
                          f"of target's shape {list(shape)}")  # fmt: skip
 
     for name, tensor in (("mask", mask), ("old_logp", old_logp), ("ref_logp", ref_logp)):

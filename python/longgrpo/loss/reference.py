@@ -7,6 +7,7 @@ any dtype, float64 included, and has second derivatives.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def grpo_loss(
         if not bool(keep.any()):
             continue
 
-        def pick(x: Tensor | None, span: slice = span, keep: Tensor = keep) -> Tensor | None:
+        def pick(x: Any, span: slice = span, keep: Tensor = keep) -> Any:
             return None if x is None else x[span][keep]
 
         advantage = advantages[s] if advantages.numel() == len(bounds) - 1 else pick(advantages)
@@ -152,9 +153,7 @@ def _policy(
     return torch.where(mask == 0, torch.zeros_like(value), mask * value), ratio
 
 
-def _vespo_weight(
-    log_ratio: Tensor, importance: Tensor | None, advantage: Tensor, config: GRPOLossConfig
-) -> Tensor:
+def _vespo_weight(log_ratio: Tensor, importance: Tensor | None, advantage: Tensor, config: GRPOLossConfig) -> Tensor:
     lowest = math.log(1e-8)
     log_weight = log_ratio.clamp(-20, 20).sum()
     if importance is not None:
