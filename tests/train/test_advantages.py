@@ -1,6 +1,7 @@
 import math
 
 import torch
+
 from longgrpo.train.advantages import group_advantages, has_spread
 
 

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from longgrpo.train.config import build_config, dump_config, load_config, parse_overrides
 from longgrpo.train.errors import ConfigError
 

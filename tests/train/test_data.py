@@ -1,8 +1,9 @@
 import pytest
+from transformers import AutoTokenizer
+
 from longgrpo.train.config import TaskConfig
 from longgrpo.train.data import PromptStream, ReasoningGymSource, check_length, encode, held_out_problems
 from longgrpo.train.errors import DataError
-from transformers import AutoTokenizer
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 

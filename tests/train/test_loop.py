@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+
 from longgrpo.train import loop
 from longgrpo.train.config import build_config
 from longgrpo.train.errors import ConfigError, DataError, RewardError, TrainingError
 from longgrpo.train.loop import step
 from longgrpo.train.trainer import Trainer
-from safetensors.torch import load_file
 
 OWN = Path(__file__).parent / "own_rewards.py"
 FILES = {"config.yaml", "metrics.jsonl", "completions.jsonl", "summary.json", "eval_before.json", "eval_after.json"}

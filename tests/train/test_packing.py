@@ -1,4 +1,5 @@
 import torch
+
 from longgrpo.rollout.engine import Completion
 from longgrpo.train.packing import Sample, micro_batches, pack
 

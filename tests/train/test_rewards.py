@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from longgrpo.train.config import RewardConfig
 from longgrpo.train.errors import ConfigError, RewardError
 from longgrpo.train.rewards import Reward, graded_error, last_number, load_reward, score_answer, weighted_sum

@@ -55,23 +55,29 @@ def test_the_summary(run):
     assert {"seconds", "peak_rss_bytes", "engine_trainer_logprob_diff_max", "versions"} < summary.keys()
 
 
-def test_the_adapter_gives_peft_and_transformers_what_was_trained(run):
-    """Loaded afresh, the adapter says of the last completions what the engine would: the checkpoint's weights are in it."""
+def test_peft_and_transformers_give_the_adapter_the_engines_replies(run):
+    """The adapter, loaded as any user would, holds the trained weights, and says what the engine said at the end."""
     from peft import PeftModel
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from longgrpo.model.load import resolve_model
 
-    torch.manual_seed(0)
-    ids = torch.randint(0, 49_000, (1, 40))
-    base = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2-135m-instruct"), dtype=torch.float32)
-    with torch.no_grad():
-        untrained = base(ids).logits
-        loaded = PeftModel.from_pretrained(base, run / "adapter")
-        logits = loaded(ids).logits
-        saved = load_file(run / "checkpoints/step-000005/state.safetensors")
-        for name, parameter in loaded.named_parameters():
-            if "lora_" in name:
-                assert torch.equal(parameter, saved[f"weight.{name}"])
-    assert (logits - untrained).abs().max() > 1e-3
+    directory = resolve_model("smollm2-135m-instruct")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), run / "adapter")
+    saved = load_file(run / "checkpoints/step-000005/state.safetensors")
+    adapter = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    assert {f"weight.{name}" for name in adapter} == {name for name in saved if name.startswith("weight.")}
+    assert all(torch.equal(parameter, saved[f"weight.{name}"]) for name, parameter in adapter.items())
+    assert any(parameter.abs().max() > 0 for name, parameter in adapter.items() if "lora_B" in name)
+
+    system = {"role": "system", "content": "You are a calculator. You print only the result."}
+    after = json.loads((run / "eval_after.json").read_text())
+    for question, reply in list(zip(after["questions"], after["replies"], strict=True))[:4]:
+        messages = [system, {"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert tokenizer.decode(tokens, skip_special_tokens=True) == reply

@@ -62,7 +62,13 @@ def save(
     write_adapter: Callable[[Path], None] | None,
     keep: int,
 ) -> Path:
-    """Saves everything that the steps after `step` depend on, then drops all but the newest `keep` checkpoints."""
+    """Saves everything that the steps after `step` depend on, then drops all but the newest `keep` checkpoints.
+
+    The checkpoint of a step is written once: replacing it would leave a moment without it.
+    """
+    directory = run / "checkpoints" / f"step-{step:06d}"
+    if directory.exists():
+        return directory
     tensors = {f"weight.{name}": parameter for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         moments = optimizer.state.get(parameter, {})
@@ -76,7 +82,6 @@ def save(
         if write_adapter:
             write_adapter(directory / "adapter")
 
-    directory = run / "checkpoints" / f"step-{step:06d}"
     replace_directory(directory, write)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
