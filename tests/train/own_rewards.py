@@ -57,3 +57,15 @@ def stops_the_run(completions, **columns):
 
 
 stops_the_run.calls = 0
+
+
+def stops_at_once(completions, **columns):
+    """Two signals in the third call."""
+    stops_at_once.calls += 1
+    if stops_at_once.calls == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    return digits(completions)
+
+
+stops_at_once.calls = 0

@@ -156,6 +156,25 @@ def test_a_signal_saves_and_says_how_to_go_on(config_file, tmp_path, number):
     assert json.loads((run / "summary.json").read_text())["steps"] == saved + 1
 
 
+def test_a_second_signal_stops_at_once_and_leaves_what_was_saved(tree, tmp_path):
+    tree["rewards"] = [{"function": f"{OWN}:stops_at_once"}]
+    tree["train"]["save_steps"] = 1
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tree, tmp_path / "run").run()
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_rewards_that_never_apply(tree, tmp_path):
+    tree["rewards"] += [{"function": f"{OWN}:never"}]
+    tree["train"]["steps"] = 1
+    trainer(tree, tmp_path / "run").run()
+    metrics = records(tmp_path / "run/metrics.jsonl")[-1]
+    assert metrics["reward/never/mean"] is None
+    assert metrics["reward/mean"] == pytest.approx(metrics["reward/digits/mean"])
+    assert records(tmp_path / "run/completions.jsonl")[0]["rewards"]["never"] is None
+
+
 def test_the_split_into_micro_batches_changes_nothing(tree, tmp_path):
     gradients = []
     for i, budget in enumerate((10_000, 60)):
