@@ -1,6 +1,7 @@
 """The oracle of the rollout tests: the trainer's logprobs of the tokens that an engine sampled."""
 
 import torch
+
 from longgrpo.model.load import ModelConfig, lm_head
 from longgrpo.model.packed_attention import PackedBatch, packed_hidden, use_packed_attention
 

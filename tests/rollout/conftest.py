@@ -2,6 +2,7 @@
 
 import pytest
 from agreement import CONTEXT, SMOLLM2
+
 from longgrpo.model.load import load_tokenizer, resolve_model
 from longgrpo.rollout import RolloutConfig, make_engine
 

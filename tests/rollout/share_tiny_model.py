@@ -4,10 +4,11 @@ import sys
 
 import torch
 from agreement import assert_agrees
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from longgrpo.model.load import ModelConfig
 from longgrpo.model.lora import LoraConfig, add_lora, trainable_parameters
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine, vllm_private
-from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCABULARY = 1000  # not a multiple of 64: vLLM pads it
 

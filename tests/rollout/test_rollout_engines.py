@@ -5,7 +5,8 @@ import torch
 from agreement import CONTEXT, SMOLLM2, assert_agrees, sampled_logprobs, trainer_logprobs
 from hypothesis import given
 from hypothesis import strategies as st
-from longgrpo.model.load import load_model
+
+from longgrpo.model.load import ModelConfig, load_model
 from longgrpo.model.lora import LoraConfig, add_lora, trainable_parameters
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine, seed_for
 
@@ -121,7 +122,15 @@ def test_a_foreign_model_is_refused(engine):
         engine.attach(load_model(engine.directory))
 
 
+@pytest.mark.parametrize("name", ["vllm", "transformers"])
+def test_a_context_that_the_model_has_not_is_refused(name):
+    with pytest.raises(ValueError, match=r"max_model_len = 100000: the model's context is 8192"):
+        make_engine(RolloutConfig(engine=name, max_model_len=100_000), SMOLLM2)
+
+
 def test_unknown_engines_and_models_are_named():
+    with pytest.raises(FileNotFoundError, match="/no/such/model"):
+        make_engine(RolloutConfig(engine="transformers"), ModelConfig("/no/such/model"))
     with pytest.raises(ValueError, match=r"'sglang'.*auto, vllm and transformers"):
         make_engine(RolloutConfig(engine="sglang"), SMOLLM2)
 

@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 from agreement import assert_agrees, sampled_logprobs, trainer_logprobs
+
 from longgrpo.model.load import load_model
 from longgrpo.model.lora import LoraConfig, add_lora
 from longgrpo.rollout import Sampling, seed_for, vllm_private

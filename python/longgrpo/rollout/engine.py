@@ -6,9 +6,10 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from longgrpo.model.load import ModelConfig
+from longgrpo.model.load import ModelConfig, context_length
 from longgrpo.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -81,6 +82,17 @@ def make_engine(config: RolloutConfig, model: ModelConfig) -> RolloutEngine:
 
         return TransformersEngine(config, model)
     raise ValueError(f"rollout.engine = {name!r}: known engines are auto, vllm and transformers")
+
+
+def max_length(config: RolloutConfig, directory: Path) -> int:
+    """The context to run with, in tokens; raises ValueError where `config` asks for more than the model has."""
+    context = context_length(directory)
+    if config.max_model_len is not None and not 2 <= config.max_model_len <= context:
+        raise ValueError(
+            f"rollout.max_model_len = {config.max_model_len}: the model's context is {context} tokens, "
+            "and a prompt and its completion need two"
+        )
+    return config.max_model_len or context
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_length: int) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from longgrpo.model.load import ModelConfig, base_model, context_length, end_token_ids, load_model, resolve_model
-from longgrpo.rollout.engine import Completion, RolloutConfig, check_prompts
+from longgrpo.model.load import ModelConfig, base_model, end_token_ids, load_model, resolve_model
+from longgrpo.rollout.engine import Completion, RolloutConfig, check_prompts, max_length
 from longgrpo.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -28,12 +28,11 @@ class TransformersEngine:
 
     def __init__(self, config: RolloutConfig, model: ModelConfig) -> None:
         self.directory = resolve_model(model.path)
+        self._max_length = max_length(config, self.directory)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = load_model(self.directory, model.dtype, device)
         self._attached: Any = self.model
         self._end_tokens = end_token_ids(self.directory)
-        context = context_length(self.directory)
-        self._max_length = min(config.max_model_len or context, context)
 
     def attach(self, model: PreTrainedModel | PeftModel) -> None:
         if base_model(model) is not self.model:

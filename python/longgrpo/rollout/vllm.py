@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from longgrpo.model.load import ModelConfig, base_model, context_length, end_token_ids, resolve_model
+from longgrpo.model.load import ModelConfig, base_model, end_token_ids, resolve_model
 from longgrpo.rollout import vllm_private
-from longgrpo.rollout.engine import Completion, RolloutConfig, check_prompts
+from longgrpo.rollout.engine import Completion, RolloutConfig, check_prompts, max_length
 from longgrpo.rollout.sampling import Sampling
 from longgrpo.rollout.shared_weights import LoraMerge, model_on
 
@@ -29,13 +30,14 @@ class VllmEngine:
 
     def __init__(self, config: RolloutConfig, model: ModelConfig) -> None:
         self.directory = resolve_model(model.path)
+        self._max_length = max_length(config, self.directory)
         vllm = vllm_private.import_vllm()
         try:
             with vllm_private.no_dynamo(), vllm_private.no_side_effects(), vllm_private.live_linears():
                 self.llm = vllm.LLM(**self._options(config, model))
         except ValueError as error:
             raise ValueError(
-                f"vLLM does not start with rollout.max_model_len = {config.max_model_len}, "
+                f"vLLM does not start with rollout.max_model_len = {self._max_length}, "
                 f"rollout.kv_cache_gib = {config.kv_cache_gib}: {error}"
             ) from error
         self._end_tokens = end_token_ids(self.directory)
@@ -43,6 +45,8 @@ class VllmEngine:
         views = vllm_private.weight_views(vllm_private.engine_module(self.llm), hf_config.vocab_size)
         self.model: PreTrainedModel = model_on(views, self.directory)
         self._merge: LoraMerge | None = None
+        # At exit as well, for an engine that is left to the interpreter's own teardown crashes there now and then.
+        self._shut_down = weakref.finalize(self, vllm_private.shut_down, self.llm)
 
     def _options(self, config: RolloutConfig, model: ModelConfig) -> dict[str, Any]:
         options: dict[str, Any] = dict(
@@ -51,7 +55,7 @@ class VllmEngine:
             load_format="safetensors",
             skip_tokenizer_init=True,  # token ids go in and come out
             generation_config="vllm",  # a model's own sampling defaults must not leak into training
-            max_model_len=config.max_model_len,
+            max_model_len=self._max_length,
             kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and truncation included
             enable_prefix_caching=True,
@@ -63,8 +67,7 @@ class VllmEngine:
             options |= dict(enforce_eager=True, block_size=32)
             # vLLM rewinds the generator of a request whose prompt it has read in part, which the CPU's generators
             # refuse ("CPU Generator does not use offset"): a prompt is read whole or waits for the next pass.
-            context = config.max_model_len or context_length(self.directory)
-            options |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(2048, context))
+            options |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(2048, self._max_length))
         return options
 
     def attach(self, model: PreTrainedModel | PeftModel) -> None:
@@ -104,12 +107,12 @@ class VllmEngine:
             raise RuntimeError("the prefix cache is in use: weights_changed() must not be called while generate() runs")
 
     def max_length(self) -> int:
-        return self.llm.llm_engine.model_config.max_model_len
+        return self._max_length
 
     def close(self) -> None:
-        vllm_private.shut_down(self.llm)
-        del self.llm, self.model
         self._merge = None
+        del self.llm, self.model
+        self._shut_down()
         gc.collect()
 
 
