@@ -6,7 +6,15 @@ import torch
 
 from longgrpo.train.config import RewardConfig
 from longgrpo.train.errors import ConfigError, RewardError
-from longgrpo.train.rewards import Reward, graded_error, last_number, load_reward, score_answer, weighted_sum
+from longgrpo.train.rewards import (
+    Reward,
+    exact_answer,
+    graded_error,
+    last_number,
+    load_reward,
+    score_answer,
+    weighted_sum,
+)
 
 OWN = Path(__file__).parent / "own_rewards.py"
 
@@ -39,6 +47,10 @@ def test_score_answer_leaves_other_answers_to_the_task():
     good, bad = score_answer(replies(" cba ", "abc"), ["cba", "cba"], metadata)
     assert good == 1
     assert bad < 1
+
+
+def test_exact_answer():
+    assert exact_answer(replies(" 7\n", "7.", "The sum is 7"), ["7"] * 3) == [1, 0, 0]
 
 
 def test_graded_error():

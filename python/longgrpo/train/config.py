@@ -49,7 +49,7 @@ class RewardConfig:
     """One reward function and its weight in the sum."""
 
     function: str
-    """A built-in (score_answer, graded_error), package.module:function or path/to/file.py:function."""
+    """A built-in (score_answer, exact_answer, graded_error), package.module:function or path/to/file.py:function."""
     weight: float = 1.0
 
 

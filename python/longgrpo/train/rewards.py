@@ -158,6 +158,11 @@ def _task_scorer(name: str) -> Callable[[str, dict[str, Any]], float]:
     return get_score_answer_fn(name)
 
 
+def exact_answer(completions: list[Reply], answer: list[str], **_: Any) -> list[float]:
+    """1 where the reply is the answer and nothing else, surrounding space aside."""
+    return [float(text_of(c).strip() == str(right)) for c, right in zip(completions, answer, strict=True)]
+
+
 def graded_error(completions: list[Reply], answer: list[str], **_: Any) -> list[float | None]:
     """0.5 / (1 + |error|) of the reply's last number, 0 without a number, None where the answer is not numeric."""
     return [_graded(last_number(text_of(c)), str(right)) for c, right in zip(completions, answer, strict=True)]
@@ -169,4 +174,4 @@ def _graded(number: str | None, right: str) -> float | None:
     return 0.0 if number is None else 0.5 / (1.0 + abs(float(number) - float(right.replace(",", ""))))
 
 
-BUILT_IN: dict[str, Function] = {"score_answer": score_answer, "graded_error": graded_error}
+BUILT_IN: dict[str, Function] = {function.__name__: function for function in (score_answer, exact_answer, graded_error)}
