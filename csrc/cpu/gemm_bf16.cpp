@@ -9,8 +9,6 @@
 namespace longgrpo::bf16 {
 namespace {
 
-constexpr int64_t kPairs = kBlockK / 2;
-
 LONGGRPO_AVX512_BF16 inline __mmask16 first(int64_t n) {
   return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1);
 }
@@ -91,7 +89,7 @@ LONGGRPO_AVX512_BF16 void tile(const uint32_t* a, const uint32_t* b, int64_t pai
     const __m512bh b1 = (__m512bh)_mm512_load_si512(b + p * kTileColumns + 16);
 #pragma GCC unroll 14
     for (int r = 0; r < Rows; ++r) {
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(int(a[r * kPairs + p]));
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(int(a[r * kRowStride + p]));
       sums[r][0] = _mm512_dpbf16_ps(sums[r][0], x, b0);
       sums[r][1] = _mm512_dpbf16_ps(sums[r][1], x, b1);
     }
@@ -130,7 +128,7 @@ LONGGRPO_AVX512_BF16 void pack_rows(const Operand& a, int64_t row, int64_t rows,
   if (a.k_contiguous) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t p = 0; p < k_count; p += 32)
-        _mm512_store_si512(packed + r * kPairs + p / 2, load_pairs(a, row + r, k + p, k_count - p));
+        _mm512_store_si512(packed + r * kRowStride + p / 2, load_pairs(a, row + r, k + p, k_count - p));
     return;
   }
   for (int64_t r = 0; r < rows; r += 16) {
@@ -142,7 +140,7 @@ LONGGRPO_AVX512_BF16 void pack_rows(const Operand& a, int64_t row, int64_t rows,
       }
       transpose(block);
       for (int64_t i = 0; i < std::min<int64_t>(16, rows - r); ++i)
-        _mm512_store_si512(packed + (r + i) * kPairs + p / 2, block[i]);
+        _mm512_store_si512(packed + (r + i) * kRowStride + p / 2, block[i]);
     }
   }
 }

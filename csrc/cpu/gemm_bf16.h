@@ -15,8 +15,9 @@ namespace longgrpo::bf16 {
 bool supported();
 
 constexpr int64_t kTileRows = 14, kTileColumns = 32;  // 28 accumulators of 32 registers
-constexpr int64_t kBlockK = 384;                      // a packed panel of B, 24 KiB, stays in the L1 cache
-constexpr int64_t kBlockRows = 8 * kTileRows, kBlockColumns = 2048;
+constexpr int64_t kBlockK = 1024;                     // deep: C, which may be larger than any cache, is visited seldom
+constexpr int64_t kBlockRows = 8 * kTileRows, kBlockColumns = 1024;
+constexpr int64_t kRowStride = kBlockK / 2 + 16;  // pairs; the rows of a tile fall into different cache sets
 constexpr int64_t kWorkspaceBytes = kBlockK * kBlockColumns * 2;  // one packed block of B
 
 // Element (i, k) of an operand: i is a row of A or a column of B.
@@ -28,7 +29,7 @@ struct Operand {
   const float* k_scale;  // multiplies element (i, k) before it is rounded; fp32 only, or null
 };
 
-// rows <= kBlockRows and k <= kBlockK of A -> [rows padded to kTileRows][kBlockK / 2] pairs of bf16
+// rows <= kBlockRows and k <= kBlockK of A -> [rows padded to kTileRows][kRowStride] pairs of bf16
 void pack_rows(const Operand& a, int64_t row, int64_t rows, int64_t k, int64_t k_count, uint32_t* packed);
 
 // kTileColumns columns and k <= kBlockK of B -> [k / 2][kTileColumns] pairs of bf16
@@ -44,23 +45,24 @@ void gemm(Runtime& runtime, const Operand& a, const Operand& b, int64_t m, int64
   uint32_t* packed_b = static_cast<uint32_t*>(workspace);
   constexpr int64_t panel = kBlockK / 2 * kTileColumns;
   const int64_t row_blocks = (m + kBlockRows - 1) / kBlockRows;
+  const int64_t depths = (k + kBlockK - 1) / kBlockK, block_k = ((k + depths - 1) / depths + 31) / 32 * 32;
   for (int64_t j = 0; j < n; j += kBlockColumns) {
     const int64_t columns = std::min(kBlockColumns, n - j), panels = (columns + kTileColumns - 1) / kTileColumns;
     // Few rows: the columns are shared out as well, at the price of packing A for each share.
     const int64_t shares = std::clamp<int64_t>(8 / row_blocks, 1, panels);
-    for (int64_t p = 0; p < k; p += kBlockK) {
-      const int64_t depth = std::min(kBlockK, k - p), pairs = (depth + 1) / 2;
+    for (int64_t p = 0; p < k; p += block_k) {
+      const int64_t depth = std::min(block_k, k - p), pairs = (depth + 1) / 2;
       runtime.parallel_for(panels, [&](int64_t q) {
         pack_columns(b, j + q * kTileColumns, std::min(kTileColumns, columns - q * kTileColumns), p, depth,
                      packed_b + q * panel);
       });
       runtime.parallel_for(row_blocks * shares, [&](int64_t task) {
         const int64_t i = task / shares * kBlockRows, rows = std::min(kBlockRows, m - i), share = task % shares;
-        alignas(64) uint32_t packed_a[kBlockRows * kBlockK / 2];
+        alignas(64) uint32_t packed_a[kBlockRows * kRowStride];
         pack_rows(a, i, rows, p, depth, packed_a);
         for (int64_t q = panels * share / shares; q < panels * (share + 1) / shares; ++q) {
           for (int64_t r = 0; r < rows; r += kTileRows) {
-            multiply(packed_a + r * (kBlockK / 2), packed_b + q * panel, pairs, std::min(kTileRows, rows - r),
+            multiply(packed_a + r * kRowStride, packed_b + q * panel, pairs, std::min(kTileRows, rows - r),
                      std::min(kTileColumns, columns - q * kTileColumns), accumulate || p > 0,
                      c + (i + r) * c_stride + j + q * kTileColumns, c_stride);
           }

@@ -1,4 +1,6 @@
 // Schemas of the loss ops and their CPU kernels. Shapes: N tokens, H hidden, V vocabulary, S sequences.
+#include <sys/mman.h>
+
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -31,6 +33,19 @@ STABLE_TORCH_LIBRARY(longgrpo, m) {
 
 namespace longgrpo {
 namespace {
+
+// The workspace is new to the process in every call. Faulting it in by pages of 4 KiB costs a bf16 scoring pass of
+// SmolLM2's head a third of its time.
+void advise_huge_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(page - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 using OptionalTensor = std::optional<Tensor>;
 
@@ -129,8 +144,9 @@ struct Head {
                   out.dweight || out.dbias,
                   in.exact_kl != ExactKl::none && in.reference_hidden};
     plan = plan_tiles(plan, shape, workspace);
-    Tensor space =
-        torch::stable::new_empty(like, {workspace_bytes(plan, shape, plan.tile_rows) / 4 + 1}, ScalarType::Float);
+    const int64_t bytes = workspace_bytes(plan, shape, plan.tile_rows);
+    Tensor space = torch::stable::new_empty(like, {bytes / 4 + 1}, ScalarType::Float);
+    advise_huge_pages(space.mutable_data_ptr(), bytes);
     TorchRuntime runtime;
     CpuHead<TorchRuntime> head(runtime, shape, plan, in, out, rows, loss, logits_kept,
                                static_cast<float*>(space.mutable_data_ptr()));
