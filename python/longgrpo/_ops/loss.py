@@ -77,14 +77,24 @@ def _(x, scale):
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
+def _reusable(saved: Tensor) -> bool:
+    """Whether no other backward can ask for a saved tensor again, so that its memory may become the gradient."""
+    traced = type(saved) is not Tensor  # fake or functional: a mutation would reach the forward's outputs
+    return not (traced or torch.compiler.is_compiling() or _keeps_graph())
+
+
 def _scale_saved(direction: Tensor, scale: Tensor) -> Tensor:
-    """direction * scale[:, None], in direction's own memory where no other backward can ask for it again."""
+    """direction * scale[:, None]"""
     scale = scale.contiguous()  # the gradient of a sum is an expanded scalar
-    traced = type(direction) is not Tensor  # a fake or functional tensor: a mutation would reach the forward's outputs
-    if traced or torch.compiler.is_compiling() or _keeps_graph():
+    if not _reusable(direction):
         return ops.scale_rows(direction, scale)
     ops.scale_rows_(direction, scale)
     return direction
+
+
+def _scale_weight(saved: Tensor, loss_grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """saved * loss_grad in the parameter's dtype"""
+    return (saved.mul_(loss_grad) if _reusable(saved) else saved * loss_grad).to(dtype)
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -187,8 +197,8 @@ def _linear_grpo_loss_backward(ctx, loss_grad, *_):
     weight_dtype, bias_dtype = ctx.dtypes
     d_hidden, d_weight, d_bias = _first_order(
         _scale_saved(direction, scale * loss_grad) if need_hidden else None,
-        (d_weight * loss_grad).to(weight_dtype) if need_weight else None,
-        (d_bias * loss_grad).to(bias_dtype) if need_bias else None,
+        _scale_weight(d_weight, loss_grad, weight_dtype) if need_weight else None,
+        _scale_weight(d_bias, loss_grad, bias_dtype) if need_bias else None,
     )
     return (d_hidden, d_weight, None, d_bias, *(None,) * 19)
 
