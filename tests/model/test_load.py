@@ -7,8 +7,9 @@ import sys
 import gguf
 import pytest
 import torch
-from longgrpo.model.load import SMOLLM2, end_token_ids, load_model, load_tokenizer, resolve_model
 from tiny import tiny_model
+
+from longgrpo.model.load import SMOLLM2, end_token_ids, load_model, load_tokenizer, resolve_model
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
 import peft
 import pytest
 import torch
+from tiny import tiny_model
+
 from longgrpo.model.load import backbone, lm_head
 from longgrpo.model.lora import LoraConfig, add_lora, save_adapter, trainable_parameters
-from tiny import tiny_model
 
 TOKENS = torch.tensor([[1, 5, 9, 30]])
 

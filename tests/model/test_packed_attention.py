@@ -2,11 +2,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from longgrpo.model.load import backbone
 from longgrpo.model.lora import LoraConfig, add_lora, trainable_parameters
 from longgrpo.model.packed_attention import PackedBatch, packed_hidden, use_packed_attention
-from tiny import tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
