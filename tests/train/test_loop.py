@@ -319,6 +319,10 @@ def test_a_fully_trained_model_is_written_whole(tree, tmp_path, tiny_model):
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").state_dict()
     assert AutoTokenizer.from_pretrained(tmp_path / "run/model").chat_template
     saved = final_state(tmp_path / "run")
+    written = load_file(tmp_path / "run/model/model.safetensors")
+    assert {f"weight.{name}" for name in written} == {
+        name for name in saved if name.startswith("weight.")
+    }  # tied: once
     for name, tensor in AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters():
         assert torch.equal(trained[name], saved[f"weight.{name}"])
         assert not torch.equal(trained[name], tensor)

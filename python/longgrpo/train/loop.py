@@ -223,7 +223,7 @@ def _logprob(policy: Policy, model: Any, batch: MicroBatch) -> LogProb:
     weight = lm_head(model).weight  # [V, H]
     assert isinstance(weight, Tensor)
     return linear_logprob(
-        hidden[batch.rows],  # [M, H]
+        hidden.index_select(0, batch.rows),  # [M, H]; the backward of hidden[rows] adds in no fixed order
         weight,
         batch.target,
         temperature=policy.config.rollout.temperature,

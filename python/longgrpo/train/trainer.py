@@ -271,7 +271,8 @@ class Trainer:
 
     def _write_model(self, directory: Path) -> None:
         model = self.policy.engine.model
-        weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}  # own storage each
+        # Each with storage of its own: the engine's are parts of fused ones, which safetensors would write whole.
+        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         model.save_pretrained(directory, state_dict=weights)
         self.policy.tokenizer.save_pretrained(directory)
 
