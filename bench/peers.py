@@ -180,7 +180,9 @@ def check_targets(case: Case, records: list[dict]) -> Iterator[Target]:
     ours = by_name.get("linear_logprob" if case.mode == "scoring" else "linear_grpo_loss")
     if ours is None:
         return
-    yield Target(f"time / {ours['faster']}", Spread.of(ours["over_faster"]), multiple, at_most=True)
+    floors = {ours["faster"]: ours["over_faster"], f"GEMMs {case.dtype}": ours["over_own"]}  # fp32 cannot reach bf16's
+    for floor, ratios in floors.items():
+        yield Target(f"time / {floor}", Spread.of(ratios), multiple, at_most=True)
     peers = [name for name in PEERS if name in by_name]
     if rival == "fastest" and peers:
         rival = min(peers, key=lambda name: median(by_name[name]["ms"]))
