@@ -61,12 +61,15 @@ struct PolicyTerm {
 // PPO's clipped surrogate with an optional upper bound delta on the ratio: -min(min(r, delta) A, clip(r) A).
 LONGGRPO_HD PolicyTerm ppo_term(const LossConfig& config, float ratio, float advantage) {
   const float low = 1 - config.epsilon, high = 1 + config.epsilon_high;
-  const float bounded = ratio < config.delta ? ratio : config.delta;
+  const float bounded = ratio > config.delta ? config.delta : ratio;
   const float plain = bounded * advantage, clipped = clamp(ratio, low, high) * advantage;
   PolicyTerm term{-(plain < clipped ? plain : clipped), 0.0f};
   const float upper = config.delta > high ? config.delta : high;
-  const bool alive = advantage > 0 ? ratio <= (config.delta < high ? config.delta : high)
-                                   : advantage < 0 && ratio >= low && ratio <= upper;
+  const float bound = config.delta < high ? config.delta : high;
+  // Written so that a NaN ratio or advantage is alive: it must reach the gradient, not vanish in a comparison.
+  const bool alive = advantage > 0   ? !(ratio > bound)
+                     : advantage < 0 ? !(ratio < low) && !(ratio > upper)
+                                     : advantage != 0;
   if (alive) term.slope = -advantage;
   term.clip_low = advantage < 0 && ratio < low;
   term.clip_high = advantage > 0 && ratio > high;
@@ -89,7 +92,7 @@ LONGGRPO_HD PolicyTerm ratio_term(const LossConfig& config, float ratio, float a
 
 // CISPO: the capped, detached ratio weighs REINFORCE; epsilon_high is the cap itself.
 LONGGRPO_HD PolicyTerm cispo_term(const LossConfig& config, float ratio, float advantage, float logp) {
-  const float capped = ratio < config.epsilon_high ? ratio : config.epsilon_high;
+  const float capped = ratio > config.epsilon_high ? config.epsilon_high : ratio;
   return {-capped * advantage * logp, -capped * advantage, false, ratio > config.epsilon_high};
 }
 
@@ -105,10 +108,9 @@ LONGGRPO_HD PolicyTerm vespo_term(const LossConfig& config, float log_weight, fl
 
 // GMPO clips each token's log ratio before the geometric mean.
 LONGGRPO_HD float gmpo_clip(const LossConfig& config, float log_ratio, float advantage, bool* clipped) {
-  const float bounded = advantage > 0 ? (log_ratio < config.epsilon_high ? log_ratio : config.epsilon_high)
-                                      : (log_ratio > -config.epsilon ? log_ratio : -config.epsilon);
-  *clipped = bounded != log_ratio;
-  return bounded;
+  *clipped = advantage > 0 ? log_ratio > config.epsilon_high : log_ratio < -config.epsilon;
+  if (!*clipped) return log_ratio;
+  return advantage > 0 ? config.epsilon_high : -config.epsilon;
 }
 
 struct KlTerm {

@@ -116,6 +116,19 @@ def test_on_policy_ratio_is_exactly_one():
     assert float(metrics["ratio_min"]) == float(metrics["ratio_max"]) == 1.0
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("where", ["logp", "advantage"])
+def test_nan_of_a_token_in_the_loss_is_not_swallowed(loss_type, where):
+    """A gradient of 0 for a NaN would train on as if nothing had happened."""
+    logp, advantages = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([1.0, -1.0, 1.0])
+    (logp if where == "logp" else advantages)[1] = float("nan")
+    logp.requires_grad_()
+    loss = grpo_loss(logp, advantages, cu_seqlens=torch.tensor([0, 3]), old_logp=torch.tensor([-1.0, -2.0, -3.0]),
+                     config=a_config(loss_type, beta=0.0)).loss  # fmt: skip
+    assert math.isnan(float(loss.detach()))
+    assert bool(torch.autograd.grad(loss, logp)[0].isnan().any())
+
+
 @pytest.mark.parametrize("tokens", [70_000, 1_000_000])
 def test_no_length_limit(tokens):
     """More than 65,536 tokens in one sequence (one peer dies there), a million in a call."""

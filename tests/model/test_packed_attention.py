@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -49,6 +51,32 @@ def test_a_packed_sequence_is_what_it_is_alone(architecture, lengths):
     use_packed_attention(model)
     hidden = packed_hidden(model, pack(rows))
     torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)  # rotary angles and norms are fp32
+    for name, gradient in gradients(model, hidden).items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@given(groups=st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(1, 20), max_size=4)), min_size=1, max_size=4))
+@settings(max_examples=10, deadline=None)
+def test_sequences_that_share_a_prefix_are_what_they_are_alone(architecture, groups):
+    """groups: the length of a prefix, and those of the sequences that go on from it."""
+    model = tiny_model(architecture).double()
+    rows = random_rows([n for first, rest in groups for n in (first, *rest)])
+    prefix, positions, whole, kept = [], [], [], []
+    remaining = iter(rows)
+    for first, rest in groups:
+        head, before = next(remaining), len(prefix)
+        for tokens in [[], *(next(remaining) for _ in rest)]:
+            prefix.append(before if tokens else -1)
+            positions += range(first, first + len(tokens)) if tokens else range(first)
+            whole.append(head + tokens)
+            kept += [not tokens] * first + [True] * len(tokens)
+    expected = one_by_one(model, whole)[kept]
+    expected_gradients = gradients(model, expected)
+    use_packed_attention(model)
+    batch = replace(pack(rows), position_ids=torch.tensor(positions), prefix=prefix)
+    hidden = packed_hidden(model, batch)
+    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients(model, hidden).items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-4)
 

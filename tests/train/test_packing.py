@@ -25,6 +25,14 @@ def test_each_target_stands_after_the_row_that_predicts_it():
     assert batch.cu_seqlens.dtype == torch.int32
 
 
+def test_a_group_shares_its_prompt():
+    packed = pack(SAMPLES).packed
+    assert packed.input_ids.tolist() == [1, 2, 3, 4, 7, 8, 9, 11]
+    assert packed.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 1]
+    assert packed.cu_seqlens.tolist() == [0, 3, 4, 5, 7, 8]
+    assert packed.prefix == [-1, 0, -1, 2, 2]
+
+
 def test_a_row_has_no_padding_and_no_token_that_predicts_nothing():
     packed = pack(SAMPLES).packed
     assert packed.cu_seqlens.tolist()[-1] == len(packed.input_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,33 @@ NAME = "longgrpo_packed"
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """N tokens of B sequences, laid end to end."""
+    """N tokens of B sequences, laid end to end.
+
+    A sequence may go on from another, its prefix: the completions of one prompt then share the prompt's tokens in every
+    layer but attention. Its positions go on from the prefix's. A prefix has none itself.
+    """
 
     input_ids: Tensor  # [N] int64
-    position_ids: Tensor  # [N] int64, from 0 in each sequence
+    position_ids: Tensor  # [N] int64, from 0 in each sequence without a prefix
     cu_seqlens: Tensor  # [B+1] int32, on input_ids' device: sequence b is [cu_seqlens[b], cu_seqlens[b+1])
+    prefix: Sequence[int] | None = None  # B indices of sequences, -1 for none; None: no sequence has a prefix
+
+    def unshared(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The K rows of the sequences, each with its prefix before it: their indices [K] int64, bounds [B+1] int32,
+        and where in them the N tokens themselves stand [N] int64."""
+        spans = [range(start, end) for start, end in pairwise(self.cu_seqlens.tolist())]
+        rows: list[int] = []
+        bounds, own = [0], []
+        for span, before in zip(spans, self.prefix or [-1] * len(spans), strict=True):
+            rows += [*(spans[before] if before >= 0 else ()), *span]
+            bounds.append(len(rows))
+            own += range(len(rows) - len(span), len(rows))
+        device = self.input_ids.device
+        return (
+            torch.tensor(rows, device=device),
+            torch.tensor(bounds, dtype=torch.int32, device=device),
+            torch.tensor(own, device=device),
+        )
 
 
 def use_packed_attention(model: PreTrainedModel | PeftModel) -> None:
@@ -46,15 +69,18 @@ def packed_hidden(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> Ten
     """
     if base_model(model).config._attn_implementation != NAME:
         raise ValueError("packed_hidden needs use_packed_attention(model) first")
-    longest = int(batch.cu_seqlens.diff().max())
+    rows, bounds, own = (None, batch.cu_seqlens, None) if batch.prefix is None else batch.unshared()
+    longest = int(bounds.diff().max())
     output = backbone(model)(
         input_ids=batch.input_ids[None],  # [1, N]
         position_ids=batch.position_ids[None],
         use_cache=False,
-        cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=batch.cu_seqlens,
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
         max_length_q=longest,
         max_length_k=longest,
+        shared_rows=rows,
+        own_rows=own,
     )
     return output.last_hidden_state[0]
 
@@ -70,6 +96,8 @@ def _attention(
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
+    shared_rows: Tensor | None = None,
+    own_rows: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; returns [1, N, heads, D]."""
@@ -80,14 +108,23 @@ def _attention(
         raise NotImplementedError(f"a sliding window of {window} under a sequence of {max_length_q} tokens")
     if dropout or options.get("softcap") or options.get("s_aux") is not None:
         raise NotImplementedError(f"{type(module).__name__}: attention with dropout, a softcap or sinks")
+    if shared_rows is not None:  # a prefix is laid before each of its sequences: plain causal attention needs no mask
+        query, key, value = (x.index_select(2, shared_rows) for x in (query, key, value))
     # The flash kernel behind varlen_attn takes the half types alone.
     if query.is_cuda and query.dtype != torch.float32:
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None], None
-    lengths = [end - start for start, end in pairwise(cu_seq_lens_q.tolist())]
+        out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None]
+    else:
+        out = _one_by_one(query, key, value, cu_seq_lens_q, scaling)
+    return (out if own_rows is None else out.index_select(1, own_rows)), None
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None) -> Tensor:
+    """[1, N, heads, D]"""
     # split and not slices: its backward is one concatenation, that of a slice is as long as the whole row.
+    lengths = cu_seqlens.diff().tolist()
     sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    rows = [sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in sequences]
-    return torch.cat(rows, dim=2).transpose(1, 2), None
+    rows = [sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True) for q, k, v in sequences]
+    return torch.cat(rows, dim=2).transpose(1, 2)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None) -> Tensor:

@@ -40,6 +40,7 @@ class VllmEngine:
                 f"vLLM does not start with rollout.max_model_len = {self._max_length}, "
                 f"rollout.kv_cache_gib = {config.kv_cache_gib}: {error}"
             ) from error
+        vllm_private.accurate_logprobs(self.llm)
         self._end_tokens = end_token_ids(self.directory)
         hf_config = self.llm.llm_engine.model_config.hf_text_config
         views = vllm_private.weight_views(vllm_private.engine_module(self.llm), hf_config.vocab_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -51,10 +51,12 @@ def _split(samples: Sequence[Sample], token_budget: int) -> Iterator[list[Sample
     part: list[Sample] = []
     used = 0
     for sample in samples:
-        cost = len(sample.prompt_ids) + len(sample)
+        shares_prompt = bool(part) and part[-1].group == sample.group
+        alone = len(sample.prompt_ids) + len(sample)
+        cost = len(sample) if shares_prompt else alone
         if part and used + cost > token_budget:
             yield part
-            part, used = [], 0
+            part, used, cost = [], 0, alone
         part.append(sample)
         used += cost
     if part:
@@ -62,20 +64,44 @@ def _split(samples: Sequence[Sample], token_budget: int) -> Iterator[list[Sample
 
 
 def pack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> MicroBatch:
-    """Lays the samples end to end. A completion's last token predicts nothing and stays out of the row."""
-    sequences = [sample.prompt_ids + sample.completion.token_ids[:-1] for sample in samples]
-    starts = [0, *accumulate(map(len, sequences))]
+    """One row: for each group its prompt once, then the completions that go on from it.
+
+    A completion's last token predicts nothing and stays out; its first is predicted by the prompt's last row.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    starts: list[int] = [0]
+    prefix: list[int] = []
+    rows: list[int] = []
+    for _, group in groupby(samples, key=lambda sample: sample.group):
+        members = list(group)
+        prompt = members[0].prompt_ids
+        prompt_segment = len(prefix)
+        _append(ids, positions, starts, prompt, first_position=0)
+        prefix.append(-1)
+        prompt_end = len(ids) - 1
+        for member in members:
+            inputs = member.completion.token_ids[:-1]
+            rows += [prompt_end, *range(len(ids), len(ids) + len(inputs))]
+            if inputs:
+                _append(ids, positions, starts, inputs, first_position=len(prompt))
+                prefix.append(prompt_segment)
     packed = PackedBatch(
-        input_ids=torch.tensor([token for sequence in sequences for token in sequence], device=device),
-        position_ids=torch.cat([torch.arange(len(sequence)) for sequence in sequences]).to(device),
+        input_ids=torch.tensor(ids, device=device),
+        position_ids=torch.tensor(positions, device=device),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
+        prefix=prefix,
     )
     return MicroBatch(
         samples=list(samples),
         packed=packed,
-        rows=torch.cat([torch.arange(end - len(s), end) for s, end in zip(samples, starts[1:], strict=True)]).to(
-            device
-        ),
-        target=torch.tensor([token for sample in samples for token in sample.completion.token_ids], device=device),
+        rows=torch.tensor(rows, device=device),
+        target=torch.tensor([t for sample in samples for t in sample.completion.token_ids], device=device),
         cu_seqlens=torch.tensor([0, *accumulate(map(len, samples))], dtype=torch.int32, device=device),
     )
+
+
+def _append(ids: list[int], positions: list[int], starts: list[int], tokens: list[int], first_position: int) -> None:
+    ids += tokens
+    positions += range(first_position, first_position + len(tokens))
+    starts.append(len(ids))
