@@ -9,6 +9,9 @@ SOURCES := $(shell find csrc python third_party -type f \( -name '*.cpp' -o -nam
              -o -name '*.py' -o -name '*.cmake' -o -name 'py.typed' \) 2>/dev/null) CMakeLists.txt pyproject.toml
 CONFIG ?= examples/smollm2-arithmetic.yaml
 
+# Waiting OpenMP threads sleep: beside other load on few cores spinning ones slow a rollout several times.
+train test: export OMP_WAIT_POLICY ?= passive
+
 .PHONY: train test setup wheel lint bench clean
 
 train: setup  ## set up, then run the main job

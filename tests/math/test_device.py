@@ -17,6 +17,6 @@ NVCC = shutil.which("nvcc")
 def test_formulas_compile(arch, tmp_path):
     command = [NVCC, "-std=c++20", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-Werror", "all-warnings", "-cubin",
                "-I", HERE.parent.parent / "csrc", HERE / "formulas.cu", "-o", tmp_path / "formulas.cubin"]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "0 bytes spill stores, 0 bytes spill loads" in run.stderr

@@ -38,7 +38,8 @@ class PackedBatch:
         and where in them the N tokens themselves stand [N] int64."""
         spans = [range(start, end) for start, end in pairwise(self.cu_seqlens.tolist())]
         rows: list[int] = []
-        bounds, own = [0], []
+        own: list[int] = []
+        bounds = [0]
         for span, before in zip(spans, self.prefix or [-1] * len(spans), strict=True):
             rows += [*(spans[before] if before >= 0 else ()), *span]
             bounds.append(len(rows))

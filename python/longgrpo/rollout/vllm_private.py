@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ def import_vllm() -> Any:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are about what is chosen here
-    with no_dynamo():
+    with no_dynamo(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of its own use of torch
         import vllm
 
     check_version(vllm.__version__)
@@ -110,8 +112,8 @@ def engine_module(llm: LLM) -> torch.nn.Module:
 
 
 def accurate_logprobs(llm: LLM) -> None:
-    """float32 log_softmax is 1e-5 too high at a vocabulary of 49,152, for its sum runs in a few long chains; logsumexp's
-    does not. Sampling is as it was: only the logprobs that are reported change."""
+    """float32 log_softmax is 1e-5 too high at a vocabulary of 49,152: its sum runs in a few long chains, logsumexp's does
+    not. Sampling is as it was: only the logprobs that are reported change."""
     sampler = llm.llm_engine.model_executor.driver_worker.model_runner.sampler
     sampler.topk_topp_sampler.logprobs_mode = "processed_logits"
     sample = sampler.sample
