@@ -112,7 +112,7 @@ def engine_module(llm: LLM) -> torch.nn.Module:
 
 
 def accurate_logprobs(llm: LLM) -> None:
-    """float32 log_softmax is 1e-5 too high at a vocabulary of 49,152: its sum runs in a few long chains, logsumexp's does
+    """float32 log_softmax is 1e-5 too high at a vocabulary of 49,152, where its sum runs in long chains; logsumexp is
     not. Sampling is as it was: only the logprobs that are reported change."""
     sampler = llm.llm_engine.model_executor.driver_worker.model_runner.sampler
     sampler.topk_topp_sampler.logprobs_mode = "processed_logits"
