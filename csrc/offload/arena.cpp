@@ -49,10 +49,12 @@ bool touch_parallel(char* p, size_t bytes) {
 
 }  // namespace
 
-Arena::Arena(Backend& backend, size_t budget) : backend_(backend), budget_(budget), reserved_(round_up(std::max(budget, kPage), kPage)) {
+Arena::Arena(Backend& backend, size_t budget)
+    : backend_(backend), budget_(budget), reserved_(round_up(std::max(budget, kPage), kPage)) {
   void* p = mmap(nullptr, reserved_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED)
-    throw std::runtime_error("offload: cannot reserve " + std::to_string(reserved_) + " bytes of address space (ulimit -v?)");
+    throw std::runtime_error("offload: cannot reserve " + std::to_string(reserved_) +
+                             " bytes of address space (ulimit -v?)");
   base_ = static_cast<char*>(p);
   madvise(base_, reserved_, MADV_HUGEPAGE);  // refused where huge pages are off: no loss
 }
@@ -174,9 +176,11 @@ size_t host_budget(const std::string& root) {
     size_t first = line.find(':'), second = line.find(':', first + 1);
     if (second == std::string::npos) continue;
     std::string controllers = line.substr(first + 1, second - first - 1), path = line.substr(second + 1);
-    if (controllers.empty()) left = std::min(left, cgroup_left(root + "/sys/fs/cgroup", path, "memory.max", "memory.current"));
+    if (controllers.empty())
+      left = std::min(left, cgroup_left(root + "/sys/fs/cgroup", path, "memory.max", "memory.current"));
     if (("," + controllers + ",").find(",memory,") != std::string::npos)
-      left = std::min(left, cgroup_left(root + "/sys/fs/cgroup/memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes"));
+      left = std::min(
+          left, cgroup_left(root + "/sys/fs/cgroup/memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes"));
   }
   size_t reserve = std::min(total / 20, size_t(4) << 30);  // for the loader, the page cache, everyone else
   size_t budget = std::min(left, available > reserve ? available - reserve : 0);

@@ -1,7 +1,9 @@
-// Host memory in exact sizes. One range of addresses is reserved up to the budget and committed (touched, pinned) as far as
-// it has ever been needed; a first-fit free list with coalescing lies on top. Not thread safe: the engine holds its lock.
+// Host memory in exact sizes. One range of addresses is reserved up to the budget and committed (touched, pinned) as
+// far as it has ever been needed; a first-fit free list with coalescing lies on top. Not thread safe: the engine holds
+// its lock.
 //
-// torch's pinned allocator rounds every block up to a power of two; here committed <= the peak of live bytes + one page a growth.
+// torch's pinned allocator rounds every block up to a power of two; here committed <= the peak of live bytes + one page
+// a growth.
 #pragma once
 
 #include <cstddef>
@@ -49,11 +51,12 @@ class Arena {
   int64_t growths_ = 0;
   bool pin_refused_ = false;
   char* base_ = nullptr;
-  std::map<size_t, size_t> free_;                   // offset -> bytes
+  std::map<size_t, size_t> free_;                 // offset -> bytes
   std::map<size_t, Registration> registrations_;  // offset -> registration
 };
 
-// min(cgroup limit - use, MemAvailable - reserve) / ranks on this node (LOCAL_WORLD_SIZE). `root` prefixes /proc and /sys.
+// min(cgroup limit - use, MemAvailable - reserve) / ranks on this node (LOCAL_WORLD_SIZE). `root` prefixes /proc and
+// /sys.
 size_t host_budget(const std::string& root = "");
 
 }  // namespace longgrpo::offload

@@ -13,10 +13,12 @@ using Event = std::shared_ptr<void>;  // null: complete
 
 enum class Lane { out, in };  // out: device -> host, in: host -> device
 
-struct Times {  // nanoseconds
-  int64_t copy_out = 0, copy_in = 0;            // the lanes' busy time
-  int64_t stall_forward = 0, stall_backward = 0;  // compute waited for the out lane, for the in lane
+struct Times {                                    // nanoseconds
+  int64_t copy_out = 0, copy_in = 0;              // the lanes' busy time
+  int64_t stall_forward = 0, stall_backward = 0;  // compute waited for a copy out, for a copy in
 };
+
+using Clock = int64_t Times::*;
 
 // Thread safe. Work on one stream runs in order; two streams are ordered by record and wait alone.
 class Backend {
@@ -27,7 +29,8 @@ class Backend {
   virtual Stream lane(Lane) = 0;
 
   virtual Event record(Stream) = 0;
-  virtual void wait(Stream, const Event&) = 0;  // later work on the stream runs after the event
+  // Later work on the stream runs after the event; the time the stream stands still for it is added to `stall`.
+  virtual void wait(Stream, const Event&, Clock stall = nullptr) = 0;
   virtual bool done(const Event&) = 0;
   virtual void block(const Event&) = 0;  // the calling thread waits
   virtual void drain() noexcept = 0;     // the calling thread waits until both lanes are empty
@@ -41,7 +44,7 @@ class Backend {
   virtual bool pin(void*, size_t bytes) = 0;                     // false: refused, and no error is left behind
   virtual void unpin(void*) = 0;
 
-  virtual bool unified() const { return false; }      // the device uses host memory: offload gains nothing
+  virtual bool unified() const { return false; }        // the device uses host memory: offload gains nothing
   virtual bool touches_memory() const { return true; }  // false: a dry run that counts
   virtual Times times() { return {}; }
 };

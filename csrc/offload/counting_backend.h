@@ -10,13 +10,15 @@ class CountingBackend : public Backend {
   Stream compute() override { return nullptr; }
   Stream lane(Lane) override { return nullptr; }
   Event record(Stream) override { return nullptr; }
-  void wait(Stream, const Event&) override {}
+  void wait(Stream, const Event&, Clock) override {}
   bool done(const Event&) override { return true; }
   void block(const Event&) override {}
   void drain() noexcept override {}
   void copy(Stream, void*, const void*, size_t) override {}
   void host_copy(Stream, void*, const void*, size_t) override {}
-  std::shared_ptr<void> device_alloc(size_t) override { return {this, [](void*) {}}; }
+  std::shared_ptr<void> device_alloc(size_t) override {
+    return {this, [](void*) {}};
+  }
   bool pin(void*, size_t) override { return true; }
   void unpin(void*) override {}
   bool touches_memory() const override { return false; }

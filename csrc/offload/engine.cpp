@@ -16,7 +16,10 @@ std::string count(size_t bytes) { return std::to_string(bytes) + " bytes"; }
 }  // namespace
 
 Engine::Engine(std::unique_ptr<Backend> backend, Options options, DeviceAlloc device_alloc)
-    : backend_(std::move(backend)), options_(options), device_alloc_(std::move(device_alloc)), arena_(*backend_, options.host_bytes) {
+    : backend_(std::move(backend)),
+      options_(options),
+      device_alloc_(std::move(device_alloc)),
+      arena_(*backend_, options.host_bytes) {
   if (options.prefetch < 0 || options.inflight < 1 || options.keep_last < 0)
     throw std::invalid_argument("offload: prefetch and keep_last must be >= 0 and inflight >= 1");
   if (!device_alloc_) device_alloc_ = [this](size_t bytes) { return backend_->device_alloc(bytes); };
@@ -72,7 +75,7 @@ Engine::Id Engine::pack(const void* data, size_t bytes, std::shared_ptr<void> ow
 void Engine::start(Record& record) {
   if (!record.bytes) return;
   record.host = host_alloc(record.bytes);
-  if (!record.host) return;  // kept on the device
+  if (!record.host) return;                              // kept on the device
   backend_->poison(nullptr, record.host, record.bytes);  // at once: nothing may be pending on a block handed out
   Stream out = backend_->lane(Lane::out);
   try {
@@ -99,7 +102,7 @@ void Engine::release(Record& record, Releases& releases) {
 
 // The source's memory is reused in the order of its own stream, so it is enough that this stream waits for the copy.
 void Engine::settle(Releases& releases) {
-  for (auto& r : releases) backend_->wait(r.stream, r.out);
+  for (auto& r : releases) backend_->wait(r.stream, r.out, &Times::stall_forward);
   releases.clear();
 }
 
@@ -117,7 +120,8 @@ void Engine::drop(Id id) {
 }
 
 void Engine::forget(Record& record, Releases& releases) {
-  if (record.slot) record.slot->record = nullptr;  // its filling is ordered before the next one: both are on the in lane
+  if (record.slot)
+    record.slot->record = nullptr;  // its filling is ordered before the next one: both are on the in lane
   release(record, releases);
   if (record.host) retired_.push_back({record.in ? record.in : record.out, record.host, record.bytes});
   auto is_this = [&](const auto& other) { return other.get() == &record; };
@@ -155,7 +159,7 @@ Loan Engine::unpack(Id id) {
     cursor_ = id;
     prefetch(id);
   }
-  backend_->wait(compute, ready);
+  backend_->wait(compute, ready, &Times::stall_backward);
   return loan;
 }
 
@@ -193,12 +197,13 @@ void Engine::prefetch(Id before) {
   }
 }
 
-// In order of cost: a free slot, a new one while the ring may grow, one that is staged for a record nobody wants next. On demand
-// also any staged one, then memory beside the ring (every slot is lent).
+// In order of cost: a free slot, a new one while the ring may grow, one that is staged for a record nobody wants next.
+// On demand also any staged one, then memory beside the ring (every slot is lent).
 Engine::Slot* Engine::take_slot(size_t bytes, const std::vector<Record*>& wanted, bool demand) {
   Slot* best = nullptr;
   for (auto& slot : ring_)
-    if (!slot->lent && !slot->record && (!best || (best->bytes < bytes && slot->bytes > best->bytes))) best = slot.get();
+    if (!slot->lent && !slot->record && (!best || (best->bytes < bytes && slot->bytes > best->bytes)))
+      best = slot.get();
   bool is_new = !best && ring_.size() < size_t(options_.prefetch) + 1;
   if (!best && !is_new)
     for (auto& slot : ring_)
@@ -226,7 +231,8 @@ Engine::Slot* Engine::take_slot(size_t bytes, const std::vector<Record*>& wanted
   return ring_.emplace_back(std::move(last)).get();
 }
 
-// Gives the slot at least `bytes` (0: none). Memory is freed, and may have been freed by others, in the compute stream's order.
+// Gives the slot at least `bytes` (0: none). Memory is freed, and may have been freed by others, in the compute
+// stream's order.
 bool Engine::fit(Slot& slot, size_t bytes) {
   if (bytes && slot.bytes >= bytes) return true;
   Stream compute = backend_->compute();
@@ -255,7 +261,7 @@ void Engine::give_back(Slot* slot) noexcept {
       ring_.erase(std::find_if(ring_.begin(), ring_.end(), [&](auto& other) { return other.get() == slot; }));
     }
     prefetch(cursor_);  // there may have been no slot for it before
-  } catch (...) {  // nobody to tell here; the next load meets the same error and reports it
+  } catch (...) {       // nobody to tell here; the next load meets the same error and reports it
   }
 }
 
@@ -264,7 +270,8 @@ void Engine::give_back(Slot* slot) noexcept {
 char* Engine::host_alloc(size_t bytes) {
   reap();
   char* host = arena_.find(bytes);
-  while (!host && !retired_.empty()) {  // waiting for a block that is about to be free beats growing: memory stays exact
+  while (!host &&
+         !retired_.empty()) {  // waiting for a block that is about to be free beats growing: memory stays exact
     backend_->block(retired_.front().last);
     reap();
     host = arena_.find(bytes);
@@ -275,8 +282,9 @@ char* Engine::host_alloc(size_t bytes) {
     return host;
   }
   if (options_.on_full == OnFull::raise)
-    throw std::runtime_error("offload: the host arena is full: " + count(bytes) + " asked for, " + count(arena_.live()) + " of " +
-                             count(arena_.budget()) + " in use. Raise host_bytes, or set on_full to 'keep' or 'pageable'");
+    throw std::runtime_error("offload: the host arena is full: " + count(bytes) + " asked for, " +
+                             count(arena_.live()) + " of " + count(arena_.budget()) +
+                             " in use. Raise host_bytes, or set on_full to 'keep' or 'pageable'");
   host = static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
   if (!host) throw std::bad_alloc();
   ++stats_.pageable;
@@ -297,8 +305,8 @@ void Engine::reap() {
   }
 }
 
-// Pinned pieces go to the copy engine as they are; pageable ones pass through a small pinned buffer, a part at a time, in the lane's
-// order: asynchronous, where a direct copy would block the calling thread until the device has caught up.
+// Pinned pieces go to the copy engine as they are; pageable ones pass through a small pinned buffer, a part at a time,
+// in the lane's order: asynchronous, where a direct copy would block the calling thread until the device has caught up.
 template <class Copy>
 void Engine::copy_pieces(Lane lane, char* host, size_t bytes, Copy&& copy) {
   auto piece = [&](size_t offset, size_t n, bool pinned) {

@@ -1,8 +1,12 @@
-// Moves tensors that wait for the backward into host memory and back, without a wait on the compute stream's critical path.
+// Moves tensors that wait for the backward into host memory and back, without a wait on the compute stream's critical
+// path.
 //
-//   pack    the newest keep_last records stay on the device; older ones are copied out on the out lane. At most `inflight`
-//           sources live on behind their copy: past that the compute stream waits for the oldest copy and lets its source go.
-//   unpack  a source that is still there is lent as it is. Otherwise the record comes back through a ring of prefetch + 1 device
+//   pack    the newest keep_last records stay on the device; older ones are copied out on the out lane. At most
+//   `inflight`
+//           sources live on behind their copy: past that the compute stream waits for the oldest copy and lets its
+//           source go.
+//   unpack  a source that is still there is lent as it is. Otherwise the record comes back through a ring of prefetch +
+//   1 device
 //           slots, filled on the in lane, newest record first, one step ahead of the compute stream.
 //   drop    the host block returns to the arena when its last copy has run.
 //
@@ -37,16 +41,18 @@ struct Options {
 // Bytes, counts and nanoseconds; the order is that of longgrpo._ops.offload.STATS.
 struct Stats {
   int64_t packs = 0, bytes_out = 0, bytes_in = 0;
-  int64_t resident = 0, hits = 0, misses = 0;  // unpacks: source still there, slot already filled or filling, loaded on demand
-  int64_t keeps = 0, pageable = 0;              // records the arena had no room for
-  int64_t records = 0, allocations = 0;         // records alive; growths of the arena + device allocations
+  int64_t resident = 0, hits = 0,
+          misses = 0;               // unpacks: source still there, slot already filled or filling, loaded on demand
+  int64_t keeps = 0, pageable = 0;  // records the arena had no room for
+  int64_t records = 0, allocations = 0;  // records alive; growths of the arena + device allocations
   int64_t host_live = 0, host_peak = 0, host_committed = 0, host_pinned = 0, host_budget = 0;
   int64_t device_live = 0, device_peak = 0;  // sources held back + ring
   int64_t prefetch = 0;                      // now: lowered when the device runs out of memory
   int64_t copy_out_ns = 0, copy_in_ns = 0, stall_forward_ns = 0, stall_backward_ns = 0;
 };
 
-// What unpack lends: `owner` is the source's own owner, or gives the slot back when it dies, on whichever thread that is.
+// What unpack lends: `owner` is the source's own owner, or gives the slot back when it dies, on whichever thread that
+// is.
 struct Loan {
   void* data;
   std::shared_ptr<void> owner;

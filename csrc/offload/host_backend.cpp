@@ -44,13 +44,13 @@ void HostBackend::step(Queue& q, std::unique_lock<std::mutex>& lock) {
   q.tasks.pop_front();
   q.running = true;
   lock.unlock();
-  int64_t start = task.timed ? now() : 0;
+  int64_t start = now();
   if (task.work) task.work();
-  int64_t busy = task.timed ? now() - start : 0;
+  int64_t took = now() - start;
   task.work = nullptr;  // what it owns dies before anyone sees it done
   lock.lock();
-  q.busy += busy;
   q.running = false;
+  if (task.clock) times_.*task.clock += took;
   if (task.mark) task.mark->done = true;
   changed_.notify_all();
 }
@@ -71,7 +71,8 @@ void HostBackend::work(Queue& q) {
   }
 }
 
-// Makes the mark done, running as little as the order allows (lazy), anything (seeded) or nothing but waiting (threaded).
+// Makes the mark done, running as little as the order allows (lazy), anything (seeded) or nothing but waiting
+// (threaded).
 void HostBackend::finish(Mark& mark, std::unique_lock<std::mutex>& lock) {
   while (!mark.done) {
     Queue& q = *mark.queue;
@@ -95,7 +96,7 @@ Event HostBackend::record(Stream stream) {
   return mark;
 }
 
-void HostBackend::wait(Stream stream, const Event& event) {
+void HostBackend::wait(Stream stream, const Event& event, Clock stall) {
   if (!event) return;
   auto mark = std::static_pointer_cast<Mark>(event);
   if (stream) return push(stream, {mark, nullptr, nullptr});
@@ -103,7 +104,7 @@ void HostBackend::wait(Stream stream, const Event& event) {
   std::unique_lock lock(mutex_);
   if (mark->done) return;
   finish(*mark, lock);
-  mark->queue->stall += now() - start;
+  if (stall) times_.*stall += now() - start;
 }
 
 bool HostBackend::done(const Event& event) {
@@ -122,7 +123,8 @@ void HostBackend::drain() noexcept {
 }
 
 void HostBackend::copy(Stream stream, void* to, const void* from, size_t bytes) {
-  push(stream, {nullptr, nullptr, [=] { std::memcpy(to, from, bytes); }, true});
+  push(stream, {nullptr, nullptr, [=] { std::memcpy(to, from, bytes); },
+                stream == &queues_[kOut] ? &Times::copy_out : &Times::copy_in});
 }
 
 void HostBackend::poison(Stream stream, void* p, size_t bytes) {
@@ -140,7 +142,7 @@ std::shared_ptr<void> HostBackend::device_alloc(size_t bytes) {
 
 Times HostBackend::times() {
   std::lock_guard lock(mutex_);
-  return {queues_[kOut].busy, queues_[kIn].busy, queues_[kOut].stall, queues_[kIn].stall};
+  return times_;
 }
 
 }  // namespace longgrpo::offload

@@ -1,4 +1,5 @@
-// A device in host memory, for tests and for machines without one. Each lane is a queue; the schedule says when it runs:
+// A device in host memory, for tests and for machines without one. Each lane is a queue; the schedule says when it
+// runs:
 //   threaded  a worker thread for each lane, in real time
 //   lazy      nothing runs until something waits for it: the worst legal order, and a deterministic one
 //   seeded    a random legal order, the same for the same seed and calls
@@ -20,16 +21,17 @@ enum class Schedule { threaded, lazy, seeded };
 
 class HostBackend : public Backend {
  public:
-  // torch computes on the calling thread, so a null stream is that thread and its events are complete at once. Tests of the core
-  // set async_compute and queue their compute work with run(), as a GPU would.
-  explicit HostBackend(Schedule = Schedule::threaded, uint64_t seed = 0, bool poison = false, bool async_compute = false);
+  // torch computes on the calling thread, so a null stream is that thread and its events are complete at once. Tests of
+  // the core set async_compute and queue their compute work with run(), as a GPU would.
+  explicit HostBackend(Schedule = Schedule::threaded, uint64_t seed = 0, bool poison = false,
+                       bool async_compute = false);
   ~HostBackend() override;
 
   Stream compute() override { return async_compute_ ? &queues_[kCompute] : nullptr; }
   Stream lane(Lane lane) override { return &queues_[int(lane)]; }
 
   Event record(Stream) override;
-  void wait(Stream, const Event&) override;
+  void wait(Stream, const Event&, Clock stall = nullptr) override;
   bool done(const Event&) override;
   void block(const Event&) override;
   void drain() noexcept override;
@@ -54,17 +56,18 @@ class HostBackend : public Backend {
   struct Task {
     std::shared_ptr<Mark> wait, mark;  // wait: runs after it; mark: done once this has run
     std::function<void()> work;
-    bool timed = false;
+    Clock clock = nullptr;  // adds how long the work took
   };
   struct Queue {
     std::deque<Task> tasks;
     std::thread worker;
-    int64_t busy = 0, stall = 0;  // ns: running copies; compute waiting for this lane
     bool running = false;
   };
 
   void push(Stream, Task);
-  bool ready(const Queue& q) const { return !q.tasks.empty() && !q.running && (!q.tasks.front().wait || q.tasks.front().wait->done); }
+  bool ready(const Queue& q) const {
+    return !q.tasks.empty() && !q.running && (!q.tasks.front().wait || q.tasks.front().wait->done);
+  }
   void step(Queue&, std::unique_lock<std::mutex>&);
   void finish(Mark&, std::unique_lock<std::mutex>&);
   void step_any(std::unique_lock<std::mutex>&);
@@ -76,6 +79,7 @@ class HostBackend : public Backend {
   std::mutex mutex_;
   std::condition_variable changed_;
   Queue queues_[kQueues];
+  Times times_;
 };
 
 }  // namespace longgrpo::offload

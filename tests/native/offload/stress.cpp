@@ -1,5 +1,6 @@
-// Random and fixed programs against the offload core under every schedule; no Python. `stress [programs]` says what broke and exits 1.
-// tests/offload/test_faults.py builds it with each planted fault, tests/offload/test_native.py under ThreadSanitizer and AddressSanitizer.
+// Random and fixed programs against the offload core under every schedule; no Python. `stress [programs]` says what
+// broke and exits 1. tests/offload/test_faults.py builds it with each planted fault, tests/offload/test_native.py under
+// ThreadSanitizer and AddressSanitizer.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -47,7 +48,8 @@ void in_order(Schedule schedule, uint64_t seed) {
     if (step == 1) allocations = s.allocations;
     require(step < 2 || s.allocations == allocations, "an allocation after the second step");
     require(s.misses == 0, "a record was not prefetched");
-    require(s.device_peak <= int64_t((options.inflight + options.keep_last + options.prefetch + 1) * bytes), "too much device memory");
+    require(s.device_peak <= int64_t((options.inflight + options.keep_last + options.prefetch + 1) * bytes),
+            "too much device memory");
     require(s.host_committed <= int64_t(layers * 3072 + 4096 * layers), "too much host memory");
   }
   require_clean(world);
@@ -70,7 +72,8 @@ void retain_graph(Schedule schedule, uint64_t seed) {
 void random_program(Schedule schedule, uint64_t seed) {
   std::mt19937_64 random(seed);
   auto below = [&](uint64_t n) { return random() % n; };
-  Options options{below(4) ? size_t(1) << 20 : size_t(20000), int(below(4)), int(1 + below(3)), int(below(3)), OnFull(below(3))};
+  Options options{below(4) ? size_t(1) << 20 : size_t(20000), int(below(4)), int(1 + below(3)), int(below(3)),
+                  OnFull(below(3))};
   World world(options, schedule, seed);
   if (below(4) == 0) world.backend->pin_limit = below(30000);
   if (below(8) == 0) world.backend->device_limit = below(20000);
@@ -84,13 +87,20 @@ void random_program(Schedule schedule, uint64_t seed) {
   for (int n = 20 + below(60); n > 0; --n) {
     if (below(20) == 0) world.backend->copies_until_failure = 1 + below(3);
     switch (below(8)) {
-      case 0: case 1: case 2:
+      case 0:
+      case 1:
+      case 2:
         attempt([&] { packed.push_back(world.pack(below(10) ? 1 + below(6000) : 0)); });
         break;
-      case 3: case 4: case 5: {
+      case 3:
+      case 4:
+      case 5: {
         if (packed.empty()) break;
         auto id = below(3) ? packed.back() : packed[below(packed.size())];
-        attempt([&] { world.unpack(id); lent.push_back(id); });
+        attempt([&] {
+          world.unpack(id);
+          lent.push_back(id);
+        });
         break;
       }
       case 6:

@@ -1,5 +1,6 @@
-// A small world around the offload core: tensors whose content is known, written and read by an asynchronous compute stream. Memory that
-// dies is overwritten in compute's order, as a caching allocator would reuse it, so that a missing order shows as wrong content.
+// A small world around the offload core: tensors whose content is known, written and read by an asynchronous compute
+// stream. Memory that dies is overwritten in compute's order, as a caching allocator would reuse it, so that a missing
+// order shows as wrong content.
 #pragma once
 
 #include <atomic>
