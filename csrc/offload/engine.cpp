@@ -35,19 +35,21 @@ Engine::~Engine() {
 
 // ---- out ----
 
-Engine::Id Engine::pack(const void* data, size_t bytes, std::shared_ptr<void> owner) {
+Engine::Id Engine::pack(const void* data, size_t bytes, std::shared_ptr<void> owner, int64_t group) {
   Releases releases;
   Id id;
   {
     std::lock_guard lock(mutex_);
     auto record = std::make_shared<Record>();
     record->id = id = next_++;
+    record->group = group;
     record->bytes = bytes;
     record->data = data;
     record->source = std::move(owner);
     record->stream = backend_->compute();
     record->ready = backend_->record(record->stream);
     records_[id] = record;
+    order_[order(*record)] = record.get();
     stats_.device_live += bytes;  // not a peak yet: the caller holds this one anyway
     waiting_.push_back(record);
     try {
@@ -127,6 +129,7 @@ void Engine::forget(Record& record, Releases& releases) {
   auto is_this = [&](const auto& other) { return other.get() == &record; };
   waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(), is_this), waiting_.end());
   inflight_.erase(std::remove_if(inflight_.begin(), inflight_.end(), is_this), inflight_.end());
+  order_.erase(order(record));
   records_.erase(record.id);
 }
 
@@ -156,8 +159,8 @@ Loan Engine::unpack(Id id) {
       ready = slot->filled;
       loan = {slot->memory.get(), {slot, [self = shared_from_this()](Slot* s) { self->give_back(s); }}, false};
     }
-    cursor_ = id;
-    prefetch(id);
+    cursor_ = order(record);
+    prefetch(cursor_);
   }
   backend_->wait(compute, ready, &Times::stall_backward);
   return loan;
@@ -181,13 +184,11 @@ Engine::Slot* Engine::load(Record& record, Slot* slot) {
   return slot;
 }
 
-// The next `prefetch` records in reverse pack order come in while compute works on what was unpacked last.
-void Engine::prefetch(Id before) {
+// The `prefetch` records that will be asked for next come in while compute works on what was unpacked last.
+void Engine::prefetch(Order after) {
   std::vector<Record*> wanted;
-  for (auto it = records_.lower_bound(before); it != records_.begin() && wanted.size() < size_t(options_.prefetch);) {
-    Record& record = *(--it)->second;
-    if (record.host && !record.source) wanted.push_back(&record);
-  }
+  for (auto it = order_.upper_bound(after); it != order_.end() && wanted.size() < size_t(options_.prefetch); ++it)
+    if (it->second->host && !it->second->source) wanted.push_back(it->second);
   for (Record* record : wanted) {
     if (record->slot) continue;
     Slot* slot = take_slot(record->bytes, wanted, false);

@@ -1,14 +1,12 @@
-// Moves tensors that wait for the backward into host memory and back, without a wait on the compute stream's critical
-// path.
+// Moves tensors that wait for the backward into host memory and back, off the compute stream's critical path.
 //
-//   pack    the newest keep_last records stay on the device; older ones are copied out on the out lane. At most
-//   `inflight`
-//           sources live on behind their copy: past that the compute stream waits for the oldest copy and lets its
-//           source go.
-//   unpack  a source that is still there is lent as it is. Otherwise the record comes back through a ring of prefetch +
-//   1 device
-//           slots, filled on the in lane, newest record first, one step ahead of the compute stream.
-//   drop    the host block returns to the arena when its last copy has run.
+//   pack    The newest keep_last records stay on the device; older ones are copied out on the out lane. At most
+//           `inflight` sources live on behind their copy: past that the compute stream waits for the oldest copy, and
+//           its source is let go.
+//   unpack  A source that is still there is lent as it is. Otherwise the record comes back through a ring of
+//           prefetch + 1 device slots, filled on the in lane ahead of the compute stream: newest group first, and in a
+//           group in the order of packing, which is how a backward asks for the inputs of its checkpoints.
+//   drop    The host block returns to the arena when its last copy has run.
 //
 // The orders that make it correct, each an event between two streams:
 //   compute -> out      the source is written before it is copied                 (Record::ready)
@@ -23,6 +21,8 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "arena.h"
@@ -67,7 +67,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   Engine(std::unique_ptr<Backend>, Options, DeviceAlloc = {});
   ~Engine();
 
-  Id pack(const void* data, size_t bytes, std::shared_ptr<void> owner);
+  // `group` is shared by the records of one checkpoint and grows from one checkpoint to the next.
+  Id pack(const void* data, size_t bytes, std::shared_ptr<void> owner, int64_t group);
   Loan unpack(Id);  // any order, any number of times, until drop
   void drop(Id);
   void sync();  // waits until no copy is in flight and every block of a dropped record is free
@@ -78,6 +79,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   struct Slot;
   struct Record {
     Id id;
+    int64_t group;
     size_t bytes;
     const void* data;
     std::shared_ptr<void> source;  // null once released
@@ -115,7 +117,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
   Slot* load(Record&, Slot*);
   Slot* take_slot(size_t bytes, const std::vector<Record*>& wanted, bool demand);
   bool fit(Slot&, size_t bytes);
-  void prefetch(Id before);
+  using Order = std::pair<int64_t, Id>;  // what a backward asks for, first to last
+  static Order order(const Record& record) { return {-record.group, record.id}; }
+  void prefetch(Order after);
   void give_back(Slot*) noexcept;
 
   char* host_alloc(size_t bytes);
@@ -132,8 +136,10 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::mutex mutex_;
   Arena arena_;
   Stats stats_;
-  Id next_ = 0, cursor_ = 0;  // cursor: the record unpacked last
-  std::map<Id, std::shared_ptr<Record>> records_;
+  Id next_ = 0;
+  Order cursor_;  // the record unpacked last
+  std::unordered_map<Id, std::shared_ptr<Record>> records_;
+  std::map<Order, Record*> order_;
   std::deque<std::shared_ptr<Record>> waiting_, inflight_;
   std::deque<Retired> retired_;
   std::vector<std::unique_ptr<Slot>> ring_;

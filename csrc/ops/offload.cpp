@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(longgrpo, m) {
   m.def("offload_new(int backend, int host_bytes, int[] depths, str on_full, Device device) -> int");
   m.def("offload_unified(int engine) -> bool");
   m.def("offload_free(int engine) -> ()");
-  m.def("offload_pack(int engine, Tensor source) -> int");
+  m.def("offload_pack(int engine, Tensor source, int group) -> int");
   m.def("offload_unpack(int engine, int record, int[] size, int[] stride, ScalarType dtype, Device device) -> Tensor");
   m.def("offload_drop(int engine, int record) -> ()");
   m.def("offload_sync(int engine) -> ()");
@@ -93,9 +93,9 @@ size_t span(const Tensor& t) {
   return (last + 1) * t.element_size();
 }
 
-int64_t pack(int64_t engine, const Tensor& source) {
+int64_t pack(int64_t engine, const Tensor& source, int64_t group) {
   auto owner = std::make_shared<Tensor>(source);
-  return find(engine)->pack(source.data_ptr(), span(source), owner);
+  return find(engine)->pack(source.data_ptr(), span(source), owner, group);
 }
 
 Tensor empty_strided(const std::vector<int64_t>& size, const std::vector<int64_t>& stride, ScalarType dtype,

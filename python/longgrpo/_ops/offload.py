@@ -39,7 +39,7 @@ def new(
     """A new engine's handle. `depths`: prefetch, inflight, keep_last; `schedule`: "threaded", "lazy" or "seeded:N"."""
     if backend == "cuda":
         if not hasattr(ops, "offload_cuda_backend"):
-            raise RuntimeError("this build of longgrpo has no CUDA part: install the wheel, or build it with nvcc >= 13")
+            raise RuntimeError("this build of longgrpo has no CUDA part: install the wheel or build with nvcc 13")
         made = ops.offload_cuda_backend(device.index)
     elif backend == "count":
         made = ops.offload_count_backend()

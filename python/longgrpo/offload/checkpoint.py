@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from longgrpo.offload.record import Record
+
 if TYPE_CHECKING:
     from longgrpo.offload.engine import OffloadEngine
 
@@ -29,30 +31,34 @@ ATTENTION_OPS = frozenset({
 })  # fmt: skip
 
 
-def checkpoint(engine: OffloadEngine, fn: Callable[..., Any], *args: Any, selective: bool = False, **kwargs: Any) -> Any:
+def checkpoint(
+    engine: OffloadEngine, fn: Callable[..., Any], *args: Any, selective: bool = False, **kwargs: Any
+) -> Any:
     if kwargs.setdefault("use_reentrant", False):
         raise ValueError("offload works with non-reentrant checkpoints: pass use_reentrant=False, or nothing")
-    if engine._disabled or not torch.is_grad_enabled():  # inside another checkpoint its recompute brings the input back
+    if engine.is_disabled or not torch.is_grad_enabled():  # in another checkpoint, its recompute brings the input back
         return torch_checkpoint(fn, *args, **kwargs)
+    group = engine.next_group()
     _report_keywords(engine, fn, kwargs)
     if selective:
         if "context_fn" in kwargs:
             raise ValueError("selective=True brings its own context_fn: pass one or the other")
-        kwargs["context_fn"] = functools.partial(_attention_contexts, engine)
+        kwargs["context_fn"] = functools.partial(_attention_contexts, engine, group)
 
-    @functools.wraps(fn, updated=())
     def inner(*args: Any, **kwargs: Any) -> Any:
         with engine.disabled():
             return fn(*args, **kwargs)
 
-    # The hooks see the checkpoint save its inputs; inside, the checkpoint's own hooks are the innermost.
-    with engine.hooks():
+    # These hooks see the checkpoint save its inputs; inside it, its own hooks are the innermost.
+    with engine.saving(lambda: group):
         return torch_checkpoint(inner, *args, **kwargs)
 
 
 def install(engine: OffloadEngine, model: Any, *, selective: bool = False) -> Any:
     if not hasattr(model, "gradient_checkpointing_enable"):
-        raise TypeError(f"{type(model).__name__} is not a transformers model: wrap its layers with engine.checkpoint(layer, hidden, ...)")
+        raise TypeError(
+            f"{type(model).__name__} is not a transformers model: call its layers as engine.checkpoint(layer, hidden)"
+        )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
@@ -70,21 +76,23 @@ def _report_keywords(engine: OffloadEngine, fn: Callable[..., Any], kwargs: dict
 class _SaveAttention(TorchDispatchMode):
     """Runs the forward and packs what attention ops return."""
 
-    def __init__(self, engine: OffloadEngine, saved: list[Any]) -> None:
+    def __init__(self, engine: OffloadEngine, group: int, saved: list[Any]) -> None:
         super().__init__()
-        self.engine, self.saved = engine, saved
+        self.engine, self.group, self.saved = engine, group, saved
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if _is_attention(func, args, kwargs or {}):
-            self.saved.append(tree_map_only(Tensor, self.engine.pack, out))
+            self.saved.append(tree_map_only(Tensor, lambda tensor: self.engine.pack(tensor, self.group), out))
         return out
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         if not self.saved and error[0] is None:
-            self.engine.report("selective mode found no attention op it can skip in a checkpointed function: attention is recomputed. It "
-                               "needs a fused kernel without dropout, such as attn_implementation='sdpa'")  # fmt: skip
+            self.engine.report(
+                "selective mode found no attention op to skip in a checkpointed function: attention is recomputed. "
+                "It needs a fused kernel without dropout, such as attn_implementation='sdpa'"
+            )
 
 
 class _ReplayAttention(TorchDispatchMode):
@@ -100,19 +108,13 @@ class _ReplayAttention(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is_attention(func, args, kwargs or {}):
-            return tree_map_only(_records(), lambda record: record.unpack(), next(self.next))
+            return tree_map_only(Record, lambda record: record.unpack(), next(self.next))
         return func(*args, **(kwargs or {}))
 
 
-def _records() -> Any:
-    from longgrpo.offload.engine import _Kept, _Offloaded
-
-    return (_Kept, _Offloaded)
-
-
-def _attention_contexts(engine: OffloadEngine) -> tuple[_SaveAttention, _ReplayAttention]:
+def _attention_contexts(engine: OffloadEngine, group: int) -> tuple[_SaveAttention, _ReplayAttention]:
     saved: list[Any] = []
-    return _SaveAttention(engine, saved), _ReplayAttention(saved)
+    return _SaveAttention(engine, group, saved), _ReplayAttention(saved)
 
 
 def _is_attention(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:

@@ -1,11 +1,12 @@
 """`OffloadEngine`: the Python face of the offload core.
 
-Two hook calls for each saved tensor, one when the forward saves it and one when the backward wants it, and a small record between
-them whose death frees the host memory. Copies, events and memory are the core's business (csrc/offload/engine.h).
+Two hook calls for each saved tensor, one when the forward saves it and one when the backward wants it, and a small
+record between them whose death frees the host memory. Copies, events and memory are the core's (csrc/offload/engine.h).
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,95 +18,30 @@ from torch import Tensor
 
 from longgrpo._ops import offload as core
 from longgrpo.offload import checkpoint as checkpoints
+from longgrpo.offload.record import Core, Kept, Offloaded, Record
 
 _BACKENDS = ("auto", "cuda", "host", "count")
 _ON_FULL = ("keep", "pageable", "raise")
 _SHORT = 512  # tokens; below this a copy's latency outweighs what its layer computes meanwhile
-_EMPTY = torch.empty(0)
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
-class _Core:
-    """An engine's handle. Records hold it too, so that a graph outlives `close()`."""
-
-    __slots__ = ("__weakref__", "_free", "device", "handle")
-
-    def __init__(self, handle: int, device: torch.device) -> None:
-        self.handle = handle
-        self.device = device
-        self._free = core.free  # module globals may be gone when the interpreter ends
-
-    def __del__(self) -> None:
-        self._free(self.handle)
-
-
-class _Versioned:
-    """torch skips its check for in-place changes under saved-tensor hooks and would return a wrong gradient: so it is made here."""
-
-    __slots__ = ("version", "watch")
-
-    def __init__(self, tensor: Tensor) -> None:
-        # detach() shares the version counter, and without the graph a saved output makes no reference cycle.
-        self.watch = tensor.detach()
-        self.version = tensor._version
-
-    def check(self) -> None:
-        if self.watch._version != self.version:
-            raise RuntimeError(
-                f"a tensor saved for the backward was changed in place: it is at version {self.watch._version}, "
-                f"expected version {self.version}. Use the out-of-place operation, or change it before it is saved"
-            )
-
-
-class _Kept(_Versioned):
-    """A saved tensor that stays where it is."""
-
-    __slots__ = ()
-
-    def unpack(self) -> Tensor:
-        self.check()
-        return self.watch
-
-
-class _Offloaded(_Versioned):
-    __slots__ = ("_drop", "core", "dtype", "id", "size", "stride")
-
-    def __init__(self, tensor: Tensor, engine: _Core) -> None:
-        super().__init__(tensor)
-        self.core = engine
-        self.size, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
-        self._drop: Callable[[int, int], None] | None = None
-        self.id = core.pack(engine.handle, tensor.detach())
-        self._drop = core.drop
-        self.watch.data = _EMPTY.to(tensor.dtype) if tensor.is_cpu else tensor.new_empty(0)  # the counter without the memory
-
-    def unpack(self) -> Tensor:
-        self.check()
-        return core.unpack(self.core.handle, self.id, self.size, self.stride, self.dtype, self.core.device)
-
-    def __del__(self) -> None:
-        if self._drop is not None:
-            self._drop(self.core.handle, self.id)
-
-
-Record = _Kept | _Offloaded
-
-
 class OffloadEngine:
-    """Moves tensors saved for the backward to host memory while the forward runs, and back one layer ahead of the backward.
+    """Moves tensors saved for the backward to host memory, and back one layer ahead of the backward.
 
     Args:
-        host_bytes: budget of host memory; "auto" takes what the cgroup and the machine have left, shared by the node's ranks.
+        host_bytes: budget of host memory; "auto": what cgroup and machine have left, shared by the ranks of the node.
         prefetch: records brought back ahead of the backward.
         inflight: sources that may live on behind their copy out.
         keep_last: the newest records, which stay on the device because the backward wants them first.
         min_bytes: smaller tensors are kept on the device.
-        on_full: what happens to a tensor when the budget is spent: "keep" it on the device, put it in "pageable" memory, "raise".
-        backend: "auto" takes "cuda" for CUDA tensors and "host" for CPU tensors; "count" moves nothing and only keeps accounts.
-        schedule, poison: the host backend's, for tests: "threaded", "lazy" or "seeded:N"; fill memory with NaN before its use.
+        on_full: when the budget is spent, "keep" a tensor on the device, put it in "pageable" memory, or "raise".
+        backend: "auto" takes "cuda" for CUDA and "host" for CPU tensors; "count" moves nothing and keeps accounts.
+        schedule: of the host backend, for tests: "threaded", "lazy" or "seeded:N" (csrc/offload/host_backend.h).
+        poison: of the host backend, for tests: fill memory with NaN when it is handed out.
 
-    One engine serves one device, that of the first tensor it sees, any number of models on it and any number of graphs at once.
+    One engine serves one device, that of the first tensor it sees; any number of models on it, and of graphs at once.
 
     Raises:
         ValueError: a negative size or an unknown name.
@@ -123,11 +59,8 @@ class OffloadEngine:
         schedule: str = "threaded",
         poison: bool = False,
     ) -> None:
-        for name, value, least in (
-            ("prefetch", prefetch, 0), ("inflight", inflight, 1), ("keep_last", keep_last, 0), ("min_bytes", min_bytes, 0),
-        ):  # fmt: skip
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, not {value!r}")
+        _require_at_least(0, prefetch=prefetch, keep_last=keep_last, min_bytes=min_bytes)
+        _require_at_least(1, inflight=inflight)
         if host_bytes != "auto" and (not isinstance(host_bytes, int) or host_bytes < 0):
             raise ValueError(f"host_bytes must be 'auto' or a number of bytes >= 0, not {host_bytes!r}")
         if on_full not in _ON_FULL:
@@ -141,10 +74,11 @@ class OffloadEngine:
         self._depths = (prefetch, inflight, keep_last)
         self._min_bytes, self._on_full = min_bytes, on_full
         self._backend, self._schedule, self._poison = backend, schedule, poison
-        self._core: _Core | None = None
-        self._open_lock = threading.Lock()
+        self._core: Core | None = None
+        self._opening = threading.Lock()
         self._closed = False
-        self._off = False  # unified memory: nothing to gain
+        self._unified = False
+        self._groups = itertools.count()
         self._local = threading.local()
         self._reported: set[str] = set()
         self._invisible = 0
@@ -153,53 +87,61 @@ class OffloadEngine:
 
     @contextmanager
     def hooks(self) -> Iterator[OffloadEngine]:
-        """Offloads every tensor that autograd saves in this region, apart from parameters and what is smaller than `min_bytes`.
+        """Offloads what autograd saves in this region, apart from weights and what is smaller than `min_bytes`.
 
-        Meant for a region of non-reentrant checkpoints (`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`): of those,
-        hooks see the tensors passed by position and nothing else. Hidden states passed by keyword stay on the device.
+        Meant for a region of non-reentrant checkpoints (`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`):
+        of those, hooks see the tensors passed by position and nothing else. Hidden states passed by keyword stay on
+        the device.
         """
-        self._check_open()
         seen = self._seen
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+        with self.saving(lambda: next(self._groups)):
             yield self
-        if torch.is_grad_enabled() and self._seen == seen and not self._disabled:
-            self.report("nothing was saved for the backward in an offload region. Checkpointed functions must take their hidden "
-                        "states by position: saved-tensor hooks cannot see tensors passed by keyword")  # fmt: skip
+        if torch.is_grad_enabled() and self._seen == seen and not self.is_disabled:
+            self.report(
+                "nothing was saved for the backward in an offload region. Checkpointed functions must take their "
+                "hidden states by position: saved-tensor hooks cannot see tensors passed by keyword"
+            )
 
     def checkpoint(self, fn: Callable[..., Any], *args: Any, selective: bool = False, **kwargs: Any) -> Any:
-        """`torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False, **kwargs)` with the inputs offloaded.
+        """`torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False, **kwargs)` with offloaded inputs.
 
-        With `selective` the output and log-sum-exp of attention are offloaded too, and the recompute takes them from there. This applies
-        where attention is one dispatcher op without dropout (SDPA's fused kernels, flash-attn); it is reported where there was none.
+        With `selective` the output and log-sum-exp of attention are offloaded too, and the recompute takes them from
+        there. This applies where attention is one dispatcher op without dropout (SDPA's fused kernels, flash-attn); a
+        checkpoint without one is reported and recomputes everything.
         """
         return checkpoints.checkpoint(self, fn, *args, selective=selective, **kwargs)
 
     def install(self, model: Module, *, selective: bool = False) -> Module:
-        """Switches gradient checkpointing on in a transformers model (or its PEFT wrapper), through this engine. Returns the model."""
+        """Switches on gradient checkpointing in a transformers model (or its PEFT wrapper), through this engine."""
         return checkpoints.install(self, model, selective=selective)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """On this thread nothing is offloaded inside; what was packed before can still come back."""
-        before, self._local.disabled = self._disabled, True
+        before, self._local.disabled = self.is_disabled, True
         try:
             yield
         finally:
             self._local.disabled = before
 
     def stats(self) -> dict[str, float]:
-        """Bytes, counts and seconds since the engine was made; rates in GB/s.
+        """Bytes, counts, seconds and GB/s since the engine was made.
 
-        packs, bytes_out, bytes_in; unpacks: resident (never left), hits (prefetched), misses (loaded on demand); keeps, pageable: the
-        arena was full; invisible: bytes of hidden states passed by keyword; host_live / peak / committed / pinned / budget; device_live /
-        peak: what the engine itself holds on the device; stall_forward_s, stall_backward_s: time compute waited for a copy.
+        packs, bytes_out, bytes_in
+        resident, hits, misses: unpacks of tensors that never left, that were prefetched, that were loaded on demand
+        keeps, pageable: tensors the arena had no room for
+        invisible: bytes of hidden states that went by keyword
+        host_live, host_peak, host_committed, host_pinned, host_budget
+        device_live, device_peak: what the engine itself holds on the device
+        stall_forward_s, stall_backward_s: how long compute stood still for a copy
+        copy_out_s, copy_in_s, gb_per_s_out, gb_per_s_in
         """
-        raw: dict[str, float] = dict.fromkeys(core.STATS, 0) if self._core is None else dict(core.stats(self._core.handle))
-        out = {name: value for name, value in raw.items() if not name.endswith("_ns")}
-        out["host_budget"], out["invisible"] = self._host_bytes, self._invisible
+        raw = dict.fromkeys(core.STATS, 0) if self._core is None else core.stats(self._core.handle)
+        out: dict[str, float] = {name: n for name, n in raw.items() if not name.endswith("_ns")}
+        out |= {name.removesuffix("_ns") + "_s": n / 1e9 for name, n in raw.items() if name.endswith("_ns")}
         out["gb_per_s_out"] = raw["bytes_out"] / max(raw["copy_out_ns"], 1)
         out["gb_per_s_in"] = raw["bytes_in"] / max(raw["copy_in_ns"], 1)
-        out |= {name[:-3] + "_s": value / 1e9 for name, value in raw.items() if name.endswith("_ns")}
+        out["host_budget"], out["invisible"] = self._host_bytes, self._invisible
         return out
 
     def synchronize(self) -> None:
@@ -220,17 +162,23 @@ class OffloadEngine:
 
     # ---- records ----
 
-    def pack(self, tensor: Tensor) -> Record:
-        """A record of the tensor, offloaded where that is possible and worth it."""
+    def pack(self, tensor: Tensor, group: int | None = None) -> Record:
+        """A record of the tensor, offloaded where that is possible and worth it; `record.unpack()` brings it back.
+
+        Records of one group come back together, in the order of packing; by default a record is a group by itself.
+        """
+        self._check_open()
         if not self._worth_it(tensor):
-            return _Kept(tensor)
+            return Kept(tensor)
         engine = self._core or self._open(tensor.device)
-        if self._off or tensor.device != engine.device:
-            return _Kept(tensor)
-        if tensor.dim() and tensor.numel() // tensor.shape[-1] < _SHORT:
-            self.report(f"a saved tensor of shape {tuple(tensor.shape)} has fewer than {_SHORT} tokens: its copies take longer than "
-                        "the layer they hide behind. Offload gains with longer sequences; raise min_bytes to keep these")  # fmt: skip
-        return _Offloaded(tensor, engine)
+        if self._unified or tensor.device != engine.device:
+            return Kept(tensor)
+        if tensor.dim() and tensor.numel() < _SHORT * tensor.shape[-1]:
+            self.report(
+                f"a saved tensor of shape {tuple(tensor.shape)} has fewer than {_SHORT} tokens: its copies take longer "
+                "than the layer they hide behind. Offload gains with longer sequences; a larger min_bytes keeps these"
+            )
+        return Offloaded(tensor, engine, next(self._groups) if group is None else group)
 
     def _worth_it(self, tensor: Tensor) -> bool:
         if tensor.nbytes < self._min_bytes or type(tensor) is not Tensor or tensor.layout is not torch.strided:
@@ -243,19 +191,23 @@ class OffloadEngine:
         span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
         return span <= 2 * tensor.numel()  # a thin slice of something large: its neighbours would travel with it
 
-    def _pack(self, tensor: Tensor) -> Record:
-        self._local.seen = self._seen + 1
-        if self._disabled:
-            return _Kept(tensor)
-        self._check_open()
-        return self.pack(tensor)
+    # ---- hooks ----
 
-    @staticmethod
-    def _unpack(record: Record) -> Tensor:
-        return record.unpack()
+    def saving(self, group: Callable[[], int]) -> torch.autograd.graph.saved_tensors_hooks:
+        """The saved-tensor hooks; `group` names the group of each tensor."""
+        self._check_open()
+
+        def pack(tensor: Tensor) -> Record:
+            self._local.seen = self._seen + 1
+            return Kept(tensor) if self.is_disabled else self.pack(tensor, group())
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda record: record.unpack())
+
+    def next_group(self) -> int:
+        return next(self._groups)
 
     @property
-    def _disabled(self) -> bool:
+    def is_disabled(self) -> bool:
         return getattr(self._local, "disabled", False)
 
     @property
@@ -264,9 +216,8 @@ class OffloadEngine:
 
     # ---- the core ----
 
-    def _open(self, device: torch.device) -> _Core:
-        with self._open_lock:
-            self._check_open()
+    def _open(self, device: torch.device) -> Core:
+        with self._opening:
             if self._core is None:
                 backend = self._backend
                 if backend == "auto":
@@ -280,9 +231,9 @@ class OffloadEngine:
                     schedule=self._schedule,
                     poison=self._poison,
                 )
-                self._core = _Core(handle, device)
-                self._off = core.unified(handle)
-                if self._off:
+                self._core = Core(handle, device)
+                self._unified = core.unified(handle)
+                if self._unified:
                     self.report(f"{device} shares its memory with the host: offload gains nothing there and is off")
             return self._core
 
@@ -291,16 +242,25 @@ class OffloadEngine:
             raise RuntimeError("this OffloadEngine is closed: make a new one")
 
     def report(self, text: str) -> None:
-        """Warns once for each kind of message."""
-        kind = text[:24]
+        """Warns, once for each kind of message."""
+        kind = text[:20]
         if kind not in self._reported:
             self._reported.add(kind)
             warnings.warn(f"offload: {text}", stacklevel=3)
 
     def report_invisible(self, name: str, tensor: Tensor) -> None:
-        """Hidden states that go by keyword are counted, and reported with the remedy."""
+        """Counts hidden states that go by keyword, and reports them with the remedy."""
         if tensor.nbytes < self._min_bytes:
             return
         self._invisible += tensor.nbytes
-        self.report(f"keyword tensor {name!r} ({tensor.nbytes} bytes) of a checkpointed function stays on the device: saved-tensor hooks "
-                    f"see tensors passed by position alone. Call it as layer({name}, ...) and not layer({name}={name}, ...)")  # fmt: skip
+        self.report(
+            f"keyword tensor {name!r} ({tensor.nbytes} bytes) of a checkpointed function stays on the device: "
+            "saved-tensor hooks see tensors passed by position alone. "
+            f"Call it as layer({name}, ...) and not layer({name}={name}, ...)"
+        )
+
+
+def _require_at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, not {value!r}")

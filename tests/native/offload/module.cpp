@@ -48,12 +48,14 @@ PYBIND11_MODULE(offload_native, m) {
       .value("raise_", OnFull::raise);
 
   py::class_<World>(m, "World")
-      .def(py::init([](Schedule schedule, uint64_t seed, size_t host_bytes, int prefetch, int inflight, int keep_last, OnFull on_full) {
-             return std::make_unique<World>(Options{host_bytes, prefetch, inflight, keep_last, on_full}, schedule, seed);
+      .def(py::init([](Schedule schedule, uint64_t seed, size_t host_bytes, int prefetch, int inflight, int keep_last,
+                       OnFull on_full) {
+             return std::make_unique<World>(Options{host_bytes, prefetch, inflight, keep_last, on_full}, schedule,
+                                            seed);
            }),
            py::arg("schedule"), py::arg("seed") = 0, py::arg("host_bytes") = size_t(1) << 20, py::arg("prefetch") = 1,
            py::arg("inflight") = 2, py::arg("keep_last") = 1, py::arg("on_full") = OnFull::keep)
-      .def("pack", &World::pack, NoGil())
+      .def("pack", &World::pack, py::arg("bytes"), py::arg("group") = -1, NoGil())
       .def("unpack", &World::unpack, NoGil())
       .def("give_back", &World::give_back, NoGil())
       .def("drop", &World::drop, NoGil())

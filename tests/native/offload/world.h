@@ -50,7 +50,7 @@ class World {
   }
 
   // A new tensor of `bytes`, computed, packed and let go. Its content is a function of the number returned.
-  int64_t pack(size_t bytes) {
+  int64_t pack(size_t bytes, int64_t group = -1) {
     uint32_t content = ++contents_;
     auto* data = static_cast<char*>(std::malloc(bytes + 1));
     std::memset(data, 0xff, bytes);
@@ -62,7 +62,7 @@ class World {
         std::free(p);
       });
     });
-    auto id = engine->pack(data, bytes, owner);
+    auto id = engine->pack(data, bytes, owner, group < 0 ? content : group);
     std::lock_guard lock(mutex_);
     packed_[id] = {bytes, content};
     return id;
