@@ -57,13 +57,16 @@ Engine::Id Engine::pack(const void* data, size_t bytes, std::shared_ptr<void> ow
         auto oldest = std::move(waiting_.front());
         waiting_.pop_front();
         start(*oldest);
-        if (oldest->out) inflight_.push_back(std::move(oldest));
+        if (oldest->host) inflight_.push_back(std::move(oldest));
       }
     } catch (...) {
       forget(*record, releases);
       throw;
     }
     ++stats_.packs;
+    in_group_ = group == group_ ? in_group_ + 1 : 1;
+    group_ = group;
+    group_size_ = std::max(group_size_, in_group_);
     while (inflight_.size() > size_t(options_.inflight)) {
       release(*inflight_.front(), releases);
       inflight_.pop_front();
@@ -184,11 +187,17 @@ Engine::Slot* Engine::load(Record& record, Slot* slot) {
   return slot;
 }
 
-// The `prefetch` records that will be asked for next come in while compute works on what was unpacked last.
+// The rest of this group and the next `prefetch` groups come in while compute works on what was unpacked last.
 void Engine::prefetch(Order after) {
   std::vector<Record*> wanted;
-  for (auto it = order_.upper_bound(after); it != order_.end() && wanted.size() < size_t(options_.prefetch); ++it)
-    if (it->second->host && !it->second->source) wanted.push_back(it->second);
+  int groups = 0;
+  for (auto it = order_.upper_bound(after); it != order_.end() && options_.prefetch > 0; ++it) {
+    Record* record = it->second;
+    if (!record->host || record->source) continue;
+    if (-record->group != after.first && ++groups > options_.prefetch) break;
+    after.first = -record->group;
+    wanted.push_back(record);
+  }
   for (Record* record : wanted) {
     if (record->slot) continue;
     Slot* slot = take_slot(record->bytes, wanted, false);
@@ -198,22 +207,22 @@ void Engine::prefetch(Order after) {
   }
 }
 
-// In order of cost: a free slot, a new one while the ring may grow, one that is staged for a record nobody wants next.
-// On demand also any staged one, then memory beside the ring (every slot is lent).
+// In order of preference: the smallest free slot that is large enough, a new one while the ring may grow, a free one
+// that must grow itself, one staged for a record that is not wanted next; on demand also memory beside the ring.
 Engine::Slot* Engine::take_slot(size_t bytes, const std::vector<Record*>& wanted, bool demand) {
+  enum Choice { fitting, fresh, too_small, staged, none };
+  Choice choice = ring_.size() < size_t(options_.prefetch + 1) * group_size_ ? fresh : none;
   Slot* best = nullptr;
-  for (auto& slot : ring_)
-    if (!slot->lent && !slot->record && (!best || (best->bytes < bytes && slot->bytes > best->bytes)))
-      best = slot.get();
-  bool is_new = !best && ring_.size() < size_t(options_.prefetch) + 1;
-  if (!best && !is_new)
-    for (auto& slot : ring_)
-      if (slot->record && std::find(wanted.begin(), wanted.end(), slot->record) == wanted.end()) best = slot.get();
-  if (!best && !is_new && !demand) return nullptr;
-  bool is_extra = !best && !is_new;
-  if (best && best->record) best->record->slot = nullptr, best->record = nullptr;
+  for (auto& slot : ring_) {
+    if (slot->lent || std::find(wanted.begin(), wanted.end(), slot->record) != wanted.end()) continue;
+    Choice c = slot->record ? staged : slot->bytes < bytes ? too_small : fitting;
+    bool is_better = c < choice || (c == choice && (c == fitting) == (slot->bytes < best->bytes));
+    if (is_better) best = slot.get(), choice = c;
+  }
+  if (choice == none && !demand) return nullptr;
   if (!best) best = ring_.emplace_back(std::make_unique<Slot>()).get();
-  best->extra = is_extra;
+  if (best->record) best->record->slot = nullptr, best->record = nullptr;
+  best->extra = choice == none;
   if (fit(*best, bytes)) return best;
 
   ring_.erase(std::find_if(ring_.begin(), ring_.end(), [&](auto& slot) { return slot.get() == best; }));

@@ -3,9 +3,9 @@
 //   pack    The newest keep_last records stay on the device; older ones are copied out on the out lane. At most
 //           `inflight` sources live on behind their copy: past that the compute stream waits for the oldest copy, and
 //           its source is let go.
-//   unpack  A source that is still there is lent as it is. Otherwise the record comes back through a ring of
-//           prefetch + 1 device slots, filled on the in lane ahead of the compute stream: newest group first, and in a
-//           group in the order of packing, which is how a backward asks for the inputs of its checkpoints.
+//   unpack  A source that is still there is lent as it is. Otherwise the record comes back through a ring of device
+//           slots for prefetch + 1 groups, filled on the in lane ahead of the compute stream: newest group first, and
+//           in a group in the order of packing, which is how a backward asks for the inputs of its checkpoints.
 //   drop    The host block returns to the arena when its last copy has run.
 //
 // The orders that make it correct, each an event between two streams:
@@ -137,7 +137,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
   Arena arena_;
   Stats stats_;
   Id next_ = 0;
-  Order cursor_;  // the record unpacked last
+  Order cursor_;                          // the record unpacked last
+  int64_t group_ = -1;                    // the group packed last
+  size_t in_group_ = 0, group_size_ = 1;  // records of that group, and of the largest one
   std::unordered_map<Id, std::shared_ptr<Record>> records_;
   std::map<Order, Record*> order_;
   std::deque<std::shared_ptr<Record>> waiting_, inflight_;

@@ -69,6 +69,29 @@ def test_steady_steps(native, schedule, depth):
     assert world.wrong == 0 and world.reads == 4 * layers
 
 
+@pytest.mark.parametrize("prefetch", [1, 2])
+def test_groups_come_back_together(native, schedule, prefetch):
+    """Checkpoints with three inputs of different sizes, unpacked in their order and held until the layer is done."""
+    world = native.World(schedule, 5, prefetch=prefetch)
+    sizes = (4 * KIB, 512, 4 * KIB)
+    for i in range(3):
+        layers = [[world.pack(size, 100 * i + layer) for size in sizes] for layer in range(8)]
+        for layer in layers[::-1]:
+            for record in layer:
+                world.unpack(record)
+            for record in layer:
+                world.drop(record)
+                world.give_back(record)
+        if i == 1:
+            allocations = world.stats["allocations"]
+    stats = world.stats
+    assert stats["misses"] == 0
+    assert stats["allocations"] == allocations
+    assert stats["device_peak"] <= 3 * 4 * KIB + (prefetch + 1) * sum(sizes)
+    world.finish()
+    assert world.wrong == 0
+
+
 def test_host_memory_is_exact(native):
     """Against the rule of torch's pinned allocator: the next power of two for each block."""
     world = native.World(native.Schedule.threaded, host_bytes=64 << 20, keep_last=0)

@@ -139,8 +139,9 @@ class OffloadEngine:
         raw = dict.fromkeys(core.STATS, 0) if self._core is None else core.stats(self._core.handle)
         out: dict[str, float] = {name: n for name, n in raw.items() if not name.endswith("_ns")}
         out |= {name.removesuffix("_ns") + "_s": n / 1e9 for name, n in raw.items() if name.endswith("_ns")}
-        out["gb_per_s_out"] = raw["bytes_out"] / max(raw["copy_out_ns"], 1)
-        out["gb_per_s_in"] = raw["bytes_in"] / max(raw["copy_in_ns"], 1)
+        for way in ("out", "in"):
+            ns = raw[f"copy_{way}_ns"]
+            out[f"gb_per_s_{way}"] = raw[f"bytes_{way}"] / ns if ns else 0.0
         out["host_budget"], out["invisible"] = self._host_bytes, self._invisible
         return out
 
@@ -185,7 +186,7 @@ class OffloadEngine:
             return False
         base = tensor._base if tensor._is_view() else tensor
         if isinstance(base, torch.nn.Parameter) or (base is not None and base.is_leaf and base.requires_grad):
-            return False  # weights and the caller's own leaves live on anyway
+            return False  # weights and other leaves live on anyway: their AccumulateGrad node holds them
         if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
             return False
         span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))

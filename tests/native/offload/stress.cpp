@@ -78,6 +78,7 @@ void random_program(Schedule schedule, uint64_t seed) {
   if (below(4) == 0) world.backend->pin_limit = below(30000);
   if (below(8) == 0) world.backend->device_limit = below(20000);
   std::vector<int64_t> packed, lent;
+  int64_t group = 0;
   auto attempt = [&](auto&& call) {
     try {
       call();
@@ -90,7 +91,7 @@ void random_program(Schedule schedule, uint64_t seed) {
       case 0:
       case 1:
       case 2:
-        attempt([&] { packed.push_back(world.pack(below(10) ? 1 + below(6000) : 0)); });
+        attempt([&] { packed.push_back(world.pack(below(10) ? 1 + below(6000) : 0, group += below(2))); });
         break;
       case 3:
       case 4:
