@@ -37,7 +37,7 @@ class Backend {
 
   virtual void copy(Stream, void* to, const void* from, size_t bytes) = 0;
   virtual void host_copy(Stream, void* to, const void* from, size_t bytes) = 0;  // both sides in host memory
-  // Under test: overwrites what is handed out, so that a read before its write shows. A null stream: at once.
+  // Under test: overwrites what is handed out, so that a read before its write shows.
   virtual void poison(Stream, void*, size_t) {}
 
   virtual std::shared_ptr<void> device_alloc(size_t bytes) = 0;  // null: out of memory

@@ -29,7 +29,7 @@ Engine::~Engine() {
   backend_->drain();
   for (auto& slot : ring_) backend_->block(slot->read);
   for (auto& [id, record] : records_)
-    if (record->host) host_free(record->host, record->bytes);
+    if (record->host) retire(*record);
   reap();
 }
 
@@ -80,10 +80,12 @@ Engine::Id Engine::pack(const void* data, size_t bytes, std::shared_ptr<void> ow
 void Engine::start(Record& record) {
   if (!record.bytes) return;
   record.host = host_alloc(record.bytes);
-  if (!record.host) return;                              // kept on the device
-  backend_->poison(nullptr, record.host, record.bytes);  // at once: nothing may be pending on a block handed out
+  if (!record.host) return;  // kept on the device
   Stream out = backend_->lane(Lane::out);
   try {
+    for (auto& r : retired_)
+      if (r.host < record.host + record.bytes && record.host < r.host + r.bytes) backend_->wait(out, r.last);
+    backend_->poison(out, record.host, record.bytes);
     backend_->wait(out, record.ready);
     copy_pieces(Lane::out, record.host, record.bytes, [&](char* host, size_t offset, size_t n) {
       backend_->copy(out, host, static_cast<const char*>(record.data) + offset, n);
@@ -91,7 +93,7 @@ void Engine::start(Record& record) {
     record.out = backend_->record(out);
   } catch (...) {
     backend_->drain();
-    host_free(record.host, record.bytes);
+    arena_.owns(record.host) ? arena_.free(record.host, record.bytes) : std::free(record.host);
     record.host = nullptr;
     throw;
   }
@@ -128,12 +130,24 @@ void Engine::forget(Record& record, Releases& releases) {
   if (record.slot)
     record.slot->record = nullptr;  // its filling is ordered before the next one: both are on the in lane
   release(record, releases);
-  if (record.host) retired_.push_back({record.in ? record.in : record.out, record.host, record.bytes});
+  if (record.host) retire(record);
   auto is_this = [&](const auto& other) { return other.get() == &record; };
   waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(), is_this), waiting_.end());
   inflight_.erase(std::remove_if(inflight_.begin(), inflight_.end(), is_this), inflight_.end());
   order_.erase(order(record));
   records_.erase(record.id);
+}
+
+// A block is free in the arena at once, so that the same program finds the same blocks at every step whatever the
+// timing. Who gets it next lets the out lane wait for its last copy.
+void Engine::retire(Record& record) {
+  retired_.push_back({record.in ? record.in : record.out, record.host, record.bytes});
+  if (arena_.owns(record.host)) arena_.free(record.host, record.bytes);
+}
+
+void Engine::reap() {
+  for (; !retired_.empty() && backend_->done(retired_.front().last); retired_.pop_front())
+    if (!arena_.owns(retired_.front().host)) std::free(retired_.front().host);
 }
 
 // ---- in ----
@@ -278,14 +292,7 @@ void Engine::give_back(Slot* slot) noexcept {
 // ---- host memory ----
 
 char* Engine::host_alloc(size_t bytes) {
-  reap();
   char* host = arena_.find(bytes);
-  while (!host &&
-         !retired_.empty()) {  // waiting for a block that is about to be free beats growing: memory stays exact
-    backend_->block(retired_.front().last);
-    reap();
-    host = arena_.find(bytes);
-  }
   if (!host) host = arena_.grow(bytes);
   if (host || options_.on_full == OnFull::keep) {
     stats_.keeps += !host;
@@ -299,20 +306,6 @@ char* Engine::host_alloc(size_t bytes) {
   if (!host) throw std::bad_alloc();
   ++stats_.pageable;
   return host;
-}
-
-void Engine::host_free(char* host, size_t bytes) {
-  if (arena_.owns(host))
-    arena_.free(host, bytes);
-  else
-    std::free(host);
-}
-
-void Engine::reap() {
-  while (!retired_.empty() && backend_->done(retired_.front().last)) {
-    host_free(retired_.front().host, retired_.front().bytes);
-    retired_.pop_front();
-  }
 }
 
 // Pinned pieces go to the copy engine as they are; pageable ones pass through a small pinned buffer, a part at a time,

@@ -6,7 +6,7 @@
 //   unpack  A source that is still there is lent as it is. Otherwise the record comes back through a ring of device
 //           slots for prefetch + 1 groups, filled on the in lane ahead of the compute stream: newest group first, and
 //           in a group in the order of packing, which is how a backward asks for the inputs of its checkpoints.
-//   drop    The host block returns to the arena when its last copy has run.
+//   drop    The host block returns to the arena; the out lane waits for its last copy before it is written again.
 //
 // The orders that make it correct, each an event between two streams:
 //   compute -> out      the source is written before it is copied                 (Record::ready)
@@ -14,7 +14,7 @@
 //   out     -> in       a record comes back after its own copy out                (Record::out)
 //   in      -> compute  the slot is filled before compute reads it                (Slot::filled)
 //   compute -> in       compute has read the slot before it is filled again       (Slot::read)
-//   in, out -> host     a block's copies have run before it is handed out again   (Retired::last)
+//   in      -> out      a host block's copies have run before it is written again (Retired::last)
 #pragma once
 
 #include <deque>
@@ -123,7 +123,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void give_back(Slot*) noexcept;
 
   char* host_alloc(size_t bytes);
-  void host_free(char*, size_t bytes);
+  void retire(Record&);
   void reap();
   template <class Copy>
   void copy_pieces(Lane, char* host, size_t bytes, Copy&&);

@@ -128,9 +128,7 @@ void HostBackend::copy(Stream stream, void* to, const void* from, size_t bytes) 
 }
 
 void HostBackend::poison(Stream stream, void* p, size_t bytes) {
-  if (!poison_) return;
-  auto fill = [=] { std::memset(p, 0xff, bytes); };  // a NaN in every floating type
-  stream ? run(stream, fill) : fill();
+  if (poison_) run(stream, [=] { std::memset(p, 0xff, bytes); });  // a NaN in every floating type
 }
 
 void HostBackend::run(Stream stream, std::function<void()> work) { push(stream, {nullptr, nullptr, std::move(work)}); }

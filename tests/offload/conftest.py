@@ -17,15 +17,19 @@ def pytest_configure(config):
 
 
 def compile_stress(root: Path, into: Path, *flags: str, reuse: Path | None = None) -> Path:
-    """Builds tests/native/offload/stress.cpp of the tree `root`. Objects are taken from `reuse` where the source is the same."""
+    """Builds tests/native/offload/stress.cpp of the tree `root`. Objects of unchanged sources are taken from `reuse`."""
     cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if cxx is None:
         pytest.skip("needs a C++ compiler")
     into.mkdir(parents=True, exist_ok=True)
+
+    def unchanged(path: Path) -> bool:
+        return path.read_bytes() == (ROOT / path.relative_to(root)).read_bytes()
+
     core, objects, jobs = root / "csrc" / "offload", [], []
     for source in [*(core / name for name in CORE), root / "tests" / "native" / "offload" / "stress.cpp"]:
         ours = into / f"{source.stem}.o"
-        if reuse is not None and source.read_bytes() == (ROOT / source.relative_to(root)).read_bytes():
+        if reuse is not None and unchanged(source) and all(map(unchanged, core.glob("*.h"))):
             ours = reuse / ours.name
         else:
             command = [cxx, "-std=c++20", "-g", "-Wall", "-Wextra", *flags, f"-I{core}", "-c", source, "-o", ours]
@@ -42,12 +46,13 @@ def compile_stress(root: Path, into: Path, *flags: str, reuse: Path | None = Non
 def native():
     """The torch-free core as a Python module; see tests/native/offload/module.cpp."""
     pytest.importorskip("pybind11")
-    if shutil.which("cmake") is None:
+    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if cmake is None:
         pytest.skip("needs cmake")
     source = ROOT / "tests" / "native" / "offload"
     commands = (
-        ["cmake", "-S", source, "-B", BUILD, f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"],
-        ["cmake", "--build", BUILD, "--target", "offload_native"],
+        [cmake, "-S", source, "-B", BUILD, f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"],
+        [cmake, "--build", BUILD, "--target", "offload_native"],
     )
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)
