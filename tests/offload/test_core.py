@@ -1,5 +1,8 @@
-"""Properties of the torch-free core, with an asynchronous compute stream as a GPU has it: nothing read before it is written, nothing
-overwritten before it is read, nothing left behind. The oracle is the content: poison lies wherever an order is missing."""
+"""Properties of the torch-free core, with an asynchronous compute stream as a GPU has it.
+
+Nothing is read before it is written, nothing overwritten before it is read, nothing left behind. The oracle is the
+content of every tensor: poison lies wherever an order between two streams is missing.
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -13,15 +16,21 @@ def schedule(request, native):
     return getattr(native.Schedule, request.param)
 
 
-depths = st.fixed_dictionaries({"prefetch": st.integers(0, 3), "inflight": st.integers(1, 3), "keep_last": st.integers(0, 3)})
-actions = st.lists(
-    st.tuples(st.sampled_from(["pack", "pack", "pack", "unpack", "unpack", "give_back", "drop"]), st.integers(0, 1 << 30)),
-    max_size=60,
-)  # fmt: skip
+depths = st.fixed_dictionaries(
+    {"prefetch": st.integers(0, 3), "inflight": st.integers(1, 3), "keep_last": st.integers(0, 3)}
+)
+ACTIONS = ["pack", "pack", "pack", "unpack", "unpack", "give_back", "drop"]
+actions = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 1 << 30)), max_size=60)
 
 
 @settings(max_examples=200, deadline=None)
-@given(program=actions, depth=depths, seed=st.integers(0, 1 << 30), host=st.sampled_from([0, 9000, 1 << 20]), full=st.integers(0, 1))
+@given(
+    program=actions,
+    depth=depths,
+    seed=st.integers(0, 1 << 30),
+    host=st.sampled_from([0, 9000, 1 << 20]),
+    full=st.integers(0, 1),
+)
 def test_any_program_reads_what_it_wrote(native, program, depth, seed, host, full):
     """Any order and number of unpacks, dropped records, slots held for long, a full arena; then nothing is left."""
     for schedule in (native.Schedule.threaded, native.Schedule.lazy, native.Schedule.seeded):
@@ -51,7 +60,7 @@ def step(world, layers, bytes_):
 
 @pytest.mark.parametrize("depth", [(1, 2, 1), (0, 1, 0), (2, 1, 1), (3, 3, 2)])
 def test_steady_steps(native, schedule, depth):
-    """In order: every record is prefetched, nothing is allocated after the second step, memory is what the design says."""
+    """Every record is prefetched, nothing is allocated after the second step, memory is within its bound."""
     prefetch, inflight, keep_last = depth
     world = native.World(schedule, 5, prefetch=prefetch, inflight=inflight, keep_last=keep_last)
     layers, size = 12, 6 * KIB
@@ -66,7 +75,8 @@ def test_steady_steps(native, schedule, depth):
     assert stats["device_peak"] <= (inflight + keep_last + prefetch + 1) * size
     assert stats["host_peak"] <= layers * size
     world.finish()
-    assert world.wrong == 0 and world.reads == 4 * layers
+    assert world.wrong == 0
+    assert world.reads == 4 * layers
 
 
 @pytest.mark.parametrize("prefetch", [1, 2])
@@ -112,7 +122,8 @@ def test_full_arena_keeps_on_the_device(native, schedule):
     world = native.World(schedule, host_bytes=8 * KIB)
     records = [world.pack(3 * KIB) for _ in range(8)]
     stats = world.stats
-    assert stats["keeps"] == 5 and stats["bytes_out"] == 6 * KIB
+    assert stats["keeps"] == 5
+    assert stats["bytes_out"] == 6 * KIB
     for record in records[::-1]:
         world.unpack(record)
     world.finish()
@@ -123,7 +134,8 @@ def test_full_arena_pageable(native, schedule):
     world = native.World(schedule, host_bytes=8 * KIB, on_full=native.OnFull.pageable)
     for record in [world.pack(3 * KIB) for _ in range(8)][::-1]:
         world.unpack(record)
-    assert world.stats["pageable"] == 5 and world.stats["keeps"] == 0
+    assert world.stats["pageable"] == 5
+    assert world.stats["keeps"] == 0
     world.finish()
     assert world.wrong == 0
 
@@ -159,21 +171,21 @@ def test_copy_that_fails(native, schedule):
     step(world, 6, 2 * KIB)
     world.fail_copy(3)
     with pytest.raises(RuntimeError, match="injected"):
-        for _ in range(6):
-            world.pack(2 * KIB)
+        _ = [world.pack(2 * KIB) for _ in range(6)]
     world.finish()
     records = [world.pack(2 * KIB) for _ in range(6)]
     world.fail_copy(1)
     with pytest.raises(RuntimeError, match="injected"):
-        for record in records[::-1]:
-            world.unpack(record)
+        _ = [world.unpack(record) for record in records[::-1]]
     world.finish()
     before = world.stats
     step(world, 6, 2 * KIB)
     world.finish()
     after = world.stats
     assert after["packs"] - before["packs"] == 6
-    assert after["misses"] == before["misses"] and after["host_live"] == 0 and world.wrong == 0
+    assert after["misses"] == before["misses"]
+    assert after["host_live"] == 0
+    assert world.wrong == 0
 
 
 def test_out_of_order_is_a_counted_miss(native, schedule):
@@ -212,7 +224,7 @@ def test_device_out_of_memory(native, schedule):
     pin_limit=st.sampled_from([1 << 40, 30000, 0]),
 )
 def test_arena(native, sizes, order, pin_limit):
-    """Blocks never overlap, are 512-byte aligned, coalesce to one, and cost no more than the live bytes' peak and a page a growth."""
+    """Blocks never overlap, are 512-byte aligned, and coalesce to one."""
     arena = native.Arena(1 << 20, pin_limit)
     live = {}
     for size in sizes:
@@ -233,7 +245,8 @@ def test_arena(native, sizes, order, pin_limit):
     assert arena.live == 0
     if arena.committed:
         growths, address = arena.committed, arena.alloc(arena.committed)
-        assert address is not None and arena.committed == growths  # one free block again
+        assert address is not None
+        assert arena.committed == growths
 
 
 def test_arena_pins_by_halves(native):
@@ -241,7 +254,8 @@ def test_arena_pins_by_halves(native):
     address = arena.alloc(32 << 20)
     assert 4 << 20 <= arena.pinned <= 10 << 20
     pieces = arena.pieces(address + 100, (32 << 20) - 200)
-    assert pieces[0][0] == 0 and sum(n for _, n, _ in pieces) == (32 << 20) - 200
+    assert pieces[0][0] == 0
+    assert sum(n for _, n, _ in pieces) == (32 << 20) - 200
     assert [pinned for *_, pinned in pieces] == sorted((pinned for *_, pinned in pieces), reverse=True)
 
 
@@ -253,9 +267,11 @@ def write(root, path, text):
 @pytest.mark.parametrize(
     ("cgroup", "files", "left"),
     [
-        ("0::/job/step\n", {"job/memory.max": "9000000000", "job/memory.current": "1000000000", "job/step/memory.max": "max",
-                            "job/step/memory.current": "5"}, 8_000_000_000),
-        ("5:cpu,memory:/job\n", {"memory/job/memory.limit_in_bytes": "7000000000", "memory/job/memory.usage_in_bytes": "2000000000"},
+        ("0::/job/step\n",
+         {"job/memory.max": "9000000000", "job/memory.current": "1000000000",
+          "job/step/memory.max": "max", "job/step/memory.current": "5"}, 8_000_000_000),
+        ("5:cpu,memory:/job\n",
+         {"memory/job/memory.limit_in_bytes": "7000000000", "memory/job/memory.usage_in_bytes": "2000000000"},
          5_000_000_000),
         ("0::/\n", {}, (50 << 30) - (4 << 30)),
     ],

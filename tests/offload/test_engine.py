@@ -122,7 +122,8 @@ def test_random_graphs_have_the_gradients_of_torch(graph, options):
     engine = OffloadEngine(poison=True, **options)
     assert same(gradients(graph, engine.checkpoint), gradients(graph, torch_checkpoint))
     engine.synchronize()
-    assert engine.stats()["records"] == 0 and engine.stats()["host_live"] == 0
+    assert engine.stats()["records"] == 0
+    assert engine.stats()["host_live"] == 0
 
 
 @settings(max_examples=100, deadline=None)
@@ -156,7 +157,9 @@ def test_interleaved_graphs(first, second, options, order):
 
 def tensors():
     base = torch.randn(6, 8, 10)
-    yield from (base.to(dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.float8_e4m3fn))
+    yield from (
+        base.to(dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.float8_e4m3fn)
+    )
     yield from ((base * 50).to(dtype) for dtype in (torch.int64, torch.int8, torch.uint8, torch.bool))
     yield base[2:5, 1:, ::3]  # gaps: kept, or offloaded with its span
     yield base.transpose(0, 2)
@@ -223,7 +226,8 @@ def test_steps_move_what_they_must_and_allocate_once(engine):
             allocations = engine.stats()["allocations"]
     stats = engine.stats()
     # Each layer takes x twice; the newest stays (keep_last) and so do the two in flight.
-    assert stats["packs"] == 4 * 20 and stats["misses"] == 0
+    assert stats["packs"] == 4 * 20
+    assert stats["misses"] == 0
     assert stats["bytes_out"] == stats["packs"] * size - 4 * size
     assert stats["allocations"] == allocations
     assert stats["device_peak"] <= (2 + 1 + (1 + 1) * 2) * size  # inflight, keep_last, prefetch + 1 layers
@@ -247,7 +251,8 @@ def test_source_memory_is_released(engine):
         del tensor
     gc.collect()
     records = [record for record, _ in storages]
-    assert len(records) == 6 and engine.stats()["device_live"] == 3 * 400  # keep_last + inflight
+    assert len(records) == 6
+    assert engine.stats()["device_live"] == 3 * 400
 
 
 def test_nested_checkpoints_do_not_pack_twice(engine):
@@ -334,9 +339,8 @@ def multiply_twice(engine, change):
 
 @pytest.mark.parametrize("change", [lambda h: h.mul_(3), lambda h: h.view(-1)[0].zero_(), lambda h: h.detach().add_(1)])
 def test_change_in_place_after_packing_raises(engine, change):
-    with pytest.raises(RuntimeError, match="changed in place"), torch.no_grad():
-        with torch.enable_grad():
-            multiply_twice(engine, change)
+    with pytest.raises(RuntimeError, match="changed in place"), torch.no_grad(), torch.enable_grad():
+        multiply_twice(engine, change)
     like_a_fresh_engine(engine)
 
 
@@ -458,7 +462,8 @@ def test_parameters_leaves_and_small_tensors_stay():
     assert engine.stats()["packs"] == 0
     y.sum().backward()
     small = engine.pack(torch.randn(5))
-    assert engine.stats()["packs"] == 0 and small is not None
+    assert engine.stats()["packs"] == 0
+    assert small is not None
 
 
 def test_disabled(engine):
@@ -481,7 +486,8 @@ def test_keyword_hidden_states_are_reported(engine):
 
     with pytest.warns(UserWarning, match=r"'hidden_states' \(160 bytes\).*position.*layer\(hidden_states, \.\.\.\)"):
         out = engine.checkpoint(layer, hidden_states=h, weight=w)
-    assert engine.stats()["invisible"] == 160 and engine.stats()["packs"] == 0
+    assert engine.stats()["invisible"] == 160
+    assert engine.stats()["packs"] == 0
     out.sum().backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once an engine

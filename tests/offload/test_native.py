@@ -1,5 +1,6 @@
 """The core without Python: its stress program, under the sanitizers, and with each planted fault."""
 
+import shutil
 import subprocess
 
 import pytest
@@ -9,7 +10,7 @@ FAULTS = sorted((ROOT / "tests" / "faults").glob("offload-*.patch"))
 
 
 def run(program, count):
-    done = subprocess.run([program, str(count)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([program, str(count)], capture_output=True, text=True, check=False, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -36,11 +37,10 @@ def test_there_are_seven_faults():
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda path: path.stem)
 def test_planted_fault_is_caught(fault, plain, tmp_path):
-    files = subprocess.run(["git", "ls-files", "csrc/offload", "tests/native/offload"], cwd=ROOT, capture_output=True, text=True)
-    for name in files.stdout.split():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    applied = subprocess.run(["patch", "-p1", "--fuzz=0", "-i", fault], cwd=tmp_path, capture_output=True, text=True)
+    for folder in ("csrc/offload", "tests/native/offload"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    patch = ["patch", "-p1", "--fuzz=0", "-i", fault]
+    applied = subprocess.run(patch, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert applied.returncode == 0, f"the patch no longer applies: {applied.stdout}"
     code, output = run(compile_stress(tmp_path, tmp_path / "out", reuse=plain.parent), 300)
     assert code == 1, f"not caught: {output}"

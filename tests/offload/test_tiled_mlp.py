@@ -84,7 +84,8 @@ def test_frozen_weights_and_inputs_without_gradient():
     for a, b in zip(run(tile_mlp(layer, 6), x), want, strict=True):
         torch.testing.assert_close(a, b)
     layer(x).sum().backward()
-    assert layer.mlp.up.weight.grad is not None and layer.mlp.gate.weight.grad is None
+    assert layer.mlp.up.weight.grad is not None
+    assert layer.mlp.gate.weight.grad is None
     with torch.no_grad():
         torch.testing.assert_close(layer(x), want[0])
 
@@ -106,7 +107,12 @@ def test_intermediates_are_of_one_tile():
 def llama():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     return transformers.LlamaForCausalLM(config).double().train()
 
@@ -144,7 +150,7 @@ def test_with_offload_bit_for_bit():
 def test_bad_input():
     with pytest.raises(ValueError, match="rows must be >= 1, not 0"):
         tile_mlp(Layer(), 0)
-    with pytest.raises(ValueError, match="mlp has dropout 0.1"):
+    with pytest.raises(ValueError, match=r"mlp has dropout 0\.1"):
         tile_mlp(Layer(dropout=0.1))
     with pytest.raises(ValueError, match="Linear has no module called 'mlp'"):
         tile_mlp(nn.Linear(2, 2))

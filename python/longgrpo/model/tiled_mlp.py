@@ -42,11 +42,11 @@ def tile_mlp(model: Model, rows: int | None = None) -> Model:
     if len(dense) < len(found):
         warnings.warn(f"tiled_mlp: {len(found) - len(dense)} mixture-of-experts layers are left as they are")
     if not dense:
-        raise ValueError(f"tiled_mlp: {type(model).__name__} has no module called 'mlp' that takes each token by itself")
+        raise ValueError(f"tiled_mlp: {type(model).__name__} has no module called 'mlp' that can be tiled")
     for name, module in dense:
         dropout = [child.p for child in module.modules() if isinstance(child, nn.Dropout) and child.p > 0]
         if dropout:
-            raise ValueError(f"tiled_mlp: {name} has dropout {dropout[0]}, which a recompute would draw anew: set it to 0")
+            raise ValueError(f"tiled_mlp: {name} has dropout {dropout[0]}, which a recompute draws anew: set it to 0")
         untile_mlp(module)
         module.forward = _Tiled(module, rows)  # type: ignore[assignment]
     return model
@@ -110,13 +110,13 @@ class _Input(torch.autograd.Function):
 class _Output(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mlp: Any, rows: int) -> Tensor:
-        y: Tensor | None = None
-        for start in range(0, len(x), rows):
-            tile = mlp(x[start : start + rows])
+        tiles = (mlp(x[start : start + rows]) for start in range(0, len(x), rows))
+        for i, tile in enumerate(tiles):
             if not isinstance(tile, Tensor) or tile.shape[1:] != x.shape[1:]:
-                raise TypeError("tiled_mlp: an MLP that does not return one tensor of its input's shape cannot be tiled")
-            y = tile.new_empty(x.shape) if y is None else y  # under autocast not of x's dtype
-            y[start : start + rows] = tile
+                raise TypeError("tiled_mlp: an MLP that changes the shape of its input cannot be tiled")
+            if i == 0:
+                y = tile.new_empty(x.shape)  # under autocast not of x's dtype
+            y[i * rows : i * rows + rows] = tile
         return y
 
     @staticmethod
