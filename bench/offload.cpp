@@ -90,7 +90,7 @@ int main(int argc, char** argv) {
   auto target = buffer(bytes);
 
   bench::CacheFlush flush;
-  const bench::Effort effort{options.quick ? 3 : 10, options.quick ? 0.0 : 0.5};
+  const bench::Effort effort{options.quick ? 3 : 15, 0.0};
   const auto time = [&](const bench::Case& c) { return bench::measure(c, effort, flush); };
   const bench::Case copy{
       "memcpy", 0, both, [&](int i) { std::memcpy(target.get(), inputs[i % options.layers].get(), bytes); }, {}};

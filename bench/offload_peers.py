@@ -283,8 +283,8 @@ def main() -> None:
     share = 100 * cost["on_the_compute_thread"] / cost["step"]
     compute, stall = 1e3 * cost["on_the_compute_thread"], 1e3 * cost["stall"]
     print(
-        f"longgrpo's cost in a step of {cost['step']:.2f} s: {compute:.2f} ms ({share:.3f} %) on the compute thread, of "
-        f"which {stall:.2f} ms stalls; {1e3 * cost['copies_on_other_threads']:.1f} ms of copies on other threads"
+        f"longgrpo's cost in a step of {cost['step']:.2f} s: {compute:.2f} ms ({share:.3f} %) on the compute thread, "
+        f"{stall:.2f} ms of it stalls; {1e3 * cost['copies_on_other_threads']:.1f} ms of copies on other threads"
     )
     checkpointed(model)
     whole, tiled = LiveStorages(model), LiveStorages(model)
