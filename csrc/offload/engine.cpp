@@ -1,0 +1,373 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+namespace longgrpo::offload {
+namespace {
+
+constexpr size_t kBounce = size_t(4) << 20;
+
+std::string count(size_t bytes) { return std::to_string(bytes) + " bytes"; }
+
+}  // namespace
+
+Engine::Engine(std::unique_ptr<Backend> backend, Options options, DeviceAlloc device_alloc)
+    : backend_(std::move(backend)),
+      options_(options),
+      device_alloc_(std::move(device_alloc)),
+      arena_(*backend_, options.host_bytes) {
+  if (options.prefetch < 0 || options.inflight < 1 || options.keep_last < 0)
+    throw std::invalid_argument("offload: prefetch and keep_last must be >= 0 and inflight >= 1");
+  if (!device_alloc_) device_alloc_ = [this](size_t bytes) { return backend_->device_alloc(bytes); };
+}
+
+Engine::~Engine() {
+  backend_->drain();
+  for (auto& slot : ring_) backend_->block(slot->read);
+  for (auto& [id, record] : records_)
+    if (record->host) retire(*record);
+  reap();
+}
+
+// ---- out ----
+
+Engine::Id Engine::pack(const void* data, size_t bytes, std::shared_ptr<void> owner, int64_t group) {
+  Releases releases;
+  Id id;
+  {
+    std::lock_guard lock(mutex_);
+    auto record = std::make_shared<Record>();
+    record->id = id = next_++;
+    record->group = group;
+    record->bytes = bytes;
+    record->data = data;
+    record->source = std::move(owner);
+    record->stream = backend_->compute();
+    record->ready = backend_->record(record->stream);
+    records_[id] = record;
+    order_[order(*record)] = record.get();
+    stats_.device_live += bytes;  // not a peak yet: the caller holds this one anyway
+    waiting_.push_back(record);
+    try {
+      while (waiting_.size() > size_t(options_.keep_last)) {
+        auto oldest = std::move(waiting_.front());
+        waiting_.pop_front();
+        start(*oldest);
+        if (oldest->host) inflight_.push_back(std::move(oldest));
+      }
+    } catch (...) {
+      forget(*record, releases);
+      throw;
+    }
+    ++stats_.packs;
+    in_group_ = group == group_ ? in_group_ + 1 : 1;
+    group_ = group;
+    group_size_ = std::max(group_size_, in_group_);
+    while (inflight_.size() > size_t(options_.inflight)) {
+      release(*inflight_.front(), releases);
+      inflight_.pop_front();
+    }
+    account(0);
+  }
+  settle(releases);
+  return id;
+}
+
+void Engine::start(Record& record) {
+  if (!record.bytes) return;
+  record.host = host_alloc(record.bytes);
+  if (!record.host) return;  // kept on the device
+  Stream out = backend_->lane(Lane::out);
+  try {
+    for (auto& r : retired_)
+      if (r.host < record.host + record.bytes && record.host < r.host + r.bytes) backend_->wait(out, r.last);
+    backend_->poison(out, record.host, record.bytes);
+    backend_->wait(out, record.ready);
+    copy_pieces(Lane::out, record.host, record.bytes, [&](char* host, size_t offset, size_t n) {
+      backend_->copy(out, host, static_cast<const char*>(record.data) + offset, n);
+    });
+    record.out = backend_->record(out);
+  } catch (...) {
+    backend_->drain();
+    arena_.owns(record.host) ? arena_.free(record.host, record.bytes) : std::free(record.host);
+    record.host = nullptr;
+    throw;
+  }
+  stats_.bytes_out += record.bytes;
+}
+
+void Engine::release(Record& record, Releases& releases) {
+  if (!record.source) return;
+  account(-int64_t(record.bytes));
+  releases.push_back({record.stream, record.out, std::move(record.source)});
+  record.source = nullptr;
+}
+
+// The source's memory is reused in the order of its own stream, so it is enough that this stream waits for the copy.
+void Engine::settle(Releases& releases) {
+  for (auto& r : releases) backend_->wait(r.stream, r.out, &Times::stall_forward);
+  releases.clear();
+}
+
+void Engine::drop(Id id) {
+  Releases releases;
+  {
+    std::lock_guard lock(mutex_);
+    auto it = records_.find(id);
+    if (it == records_.end()) return;
+    auto record = it->second;
+    forget(*record, releases);
+    reap();
+  }
+  settle(releases);
+}
+
+void Engine::forget(Record& record, Releases& releases) {
+  if (record.slot)
+    record.slot->record = nullptr;  // its filling is ordered before the next one: both are on the in lane
+  release(record, releases);
+  if (record.host) retire(record);
+  auto is_this = [&](const auto& other) { return other.get() == &record; };
+  waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(), is_this), waiting_.end());
+  inflight_.erase(std::remove_if(inflight_.begin(), inflight_.end(), is_this), inflight_.end());
+  order_.erase(order(record));
+  records_.erase(record.id);
+}
+
+// A block is free in the arena at once, so that the same program finds the same blocks at every step whatever the
+// timing. Who gets it next lets the out lane wait for its last copy.
+void Engine::retire(Record& record) {
+  retired_.push_back({record.in ? record.in : record.out, record.host, record.bytes});
+  if (arena_.owns(record.host)) arena_.free(record.host, record.bytes);
+}
+
+void Engine::reap() {
+  for (; !retired_.empty() && backend_->done(retired_.front().last); retired_.pop_front())
+    if (!arena_.owns(retired_.front().host)) std::free(retired_.front().host);
+}
+
+// ---- in ----
+
+Loan Engine::unpack(Id id) {
+  Event ready;
+  Loan loan;
+  Stream compute = backend_->compute();
+  {
+    std::lock_guard lock(mutex_);
+    auto it = records_.find(id);
+    if (it == records_.end()) throw std::invalid_argument("offload: record " + std::to_string(id) + " was dropped");
+    Record& record = *it->second;
+    if (record.source) {
+      loan = {const_cast<void*>(record.data), record.source, true};
+      ready = record.ready;
+      ++stats_.resident;
+    } else {
+      Slot* slot = record.slot;
+      ++(slot ? stats_.hits : stats_.misses);
+      if (!slot) slot = load(record, take_slot(record.bytes, {}, true));
+      slot->record = nullptr;
+      record.slot = nullptr;
+      slot->lent = true;
+      slot->stream = compute;
+      ready = slot->filled;
+      loan = {slot->memory.get(), {slot, [self = shared_from_this()](Slot* s) { self->give_back(s); }}, false};
+    }
+    cursor_ = order(record);
+    prefetch(cursor_);
+  }
+  backend_->wait(compute, ready, &Times::stall_backward);
+  return loan;
+}
+
+Engine::Slot* Engine::load(Record& record, Slot* slot) {
+  Stream in = backend_->lane(Lane::in);
+  try {
+    backend_->wait(in, record.out);
+    backend_->wait(in, slot->read);
+    backend_->poison(in, slot->memory.get(), slot->bytes);
+    copy_pieces(Lane::in, record.host, record.bytes, [&](char* host, size_t offset, size_t n) {
+      backend_->copy(in, static_cast<char*>(slot->memory.get()) + offset, host, n);
+    });
+    slot->filled = record.in = backend_->record(in);
+  } catch (...) {
+    backend_->drain();  // what was queued before the failure still writes into the slot
+    throw;
+  }
+  stats_.bytes_in += record.bytes;
+  return slot;
+}
+
+// The rest of this group and the next `prefetch` groups come in while compute works on what was unpacked last.
+void Engine::prefetch(Order after) {
+  std::vector<Record*> wanted;
+  int groups = 0;
+  for (auto it = order_.upper_bound(after); it != order_.end() && options_.prefetch > 0; ++it) {
+    Record* record = it->second;
+    if (!record->host || record->source) continue;
+    if (-record->group != after.first && ++groups > options_.prefetch) break;
+    after.first = -record->group;
+    wanted.push_back(record);
+  }
+  for (Record* record : wanted) {
+    if (record->slot) continue;
+    Slot* slot = take_slot(record->bytes, wanted, false);
+    if (!slot) return;
+    record->slot = load(*record, slot);
+    slot->record = record;
+  }
+}
+
+// In order of preference: the smallest free slot that is large enough, a new one while the ring may grow, a free one
+// that must grow itself, one staged for a record that is not wanted next; on demand also memory beside the ring.
+Engine::Slot* Engine::take_slot(size_t bytes, const std::vector<Record*>& wanted, bool demand) {
+  enum Choice { fitting, fresh, too_small, staged, none };
+  Choice choice = ring_.size() < size_t(options_.prefetch + 1) * group_size_ ? fresh : none;
+  Slot* best = nullptr;
+  for (auto& slot : ring_) {
+    if (slot->lent || std::find(wanted.begin(), wanted.end(), slot->record) != wanted.end()) continue;
+    Choice c = slot->record ? staged : slot->bytes < bytes ? too_small : fitting;
+    bool is_better = c < choice || (c == choice && (c == fitting) == (slot->bytes < best->bytes));
+    if (is_better) best = slot.get(), choice = c;
+  }
+  if (choice == none && !demand) return nullptr;
+  if (!best) best = ring_.emplace_back(std::make_unique<Slot>()).get();
+  if (best->record) best->record->slot = nullptr, best->record = nullptr;
+  best->extra = choice == none;
+  if (fit(*best, bytes)) return best;
+
+  ring_.erase(std::find_if(ring_.begin(), ring_.end(), [&](auto& slot) { return slot.get() == best; }));
+  options_.prefetch = 0;  // out of device memory: stop looking ahead, then make do with one slot
+  if (!demand) return nullptr;
+  for (auto& slot : ring_)
+    if (!slot->lent) {
+      if (slot->record) slot->record->slot = nullptr, slot->record = nullptr;
+      fit(*slot, 0);
+    }
+  ring_.erase(std::remove_if(ring_.begin(), ring_.end(), [](auto& slot) { return !slot->lent; }), ring_.end());
+  auto last = std::make_unique<Slot>();
+  if (!fit(*last, bytes))
+    throw std::runtime_error("offload: out of device memory while bringing back a tensor of " + count(bytes));
+  last->extra = !ring_.empty();
+  return ring_.emplace_back(std::move(last)).get();
+}
+
+// Gives the slot at least `bytes` (0: none). Memory is freed, and may have been freed by others, in the compute
+// stream's order.
+bool Engine::fit(Slot& slot, size_t bytes) {
+  if (bytes && slot.bytes >= bytes) return true;
+  Stream compute = backend_->compute();
+  backend_->wait(compute, slot.read);
+  backend_->wait(compute, slot.filled);
+  slot.memory = nullptr;
+  account(-int64_t(slot.bytes));
+  slot.bytes = 0;
+  if (!bytes) return true;
+  slot.memory = device_alloc_(bytes);
+  if (!slot.memory) return false;
+  slot.bytes = bytes;
+  account(bytes);
+  ++stats_.allocations;
+  slot.read = backend_->record(compute);
+  return true;
+}
+
+void Engine::give_back(Slot* slot) noexcept {
+  std::lock_guard lock(mutex_);
+  slot->lent = false;
+  try {
+    slot->read = backend_->record(slot->stream);
+    if (slot->extra) {
+      account(-int64_t(slot->bytes));  // compute is its last user, and its memory is freed in compute's order
+      ring_.erase(std::find_if(ring_.begin(), ring_.end(), [&](auto& other) { return other.get() == slot; }));
+    }
+    prefetch(cursor_);  // there may have been no slot for it before
+  } catch (...) {       // nobody to tell here; the next load meets the same error and reports it
+  }
+}
+
+// ---- host memory ----
+
+char* Engine::host_alloc(size_t bytes) {
+  char* host = arena_.find(bytes);
+  if (!host) host = arena_.grow(bytes);
+  if (host || options_.on_full == OnFull::keep) {
+    stats_.keeps += !host;
+    return host;
+  }
+  if (options_.on_full == OnFull::raise)
+    throw std::runtime_error("offload: the host arena is full: " + count(bytes) + " asked for, " +
+                             count(arena_.live()) + " of " + count(arena_.budget()) +
+                             " in use. Raise host_bytes, or set on_full to 'keep' or 'pageable'");
+  host = static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
+  if (!host) throw std::bad_alloc();
+  ++stats_.pageable;
+  return host;
+}
+
+// Pinned pieces go to the copy engine as they are; pageable ones pass through a small pinned buffer, a part at a time,
+// in the lane's order: asynchronous, where a direct copy would block the calling thread until the device has caught up.
+template <class Copy>
+void Engine::copy_pieces(Lane lane, char* host, size_t bytes, Copy&& copy) {
+  auto piece = [&](size_t offset, size_t n, bool pinned) {
+    if (pinned) return copy(host + offset, offset, n);
+    char* middle = bounce(lane);
+    for (size_t end = offset + n; offset < end; offset += kBounce) {
+      size_t part = std::min(kBounce, end - offset);
+      if (lane == Lane::in) backend_->host_copy(backend_->lane(lane), middle, host + offset, part);
+      copy(middle, offset, part);
+      if (lane == Lane::out) backend_->host_copy(backend_->lane(lane), host + offset, middle, part);
+    }
+  };
+  if (arena_.owns(host))
+    arena_.for_each_piece(host, bytes, piece);
+  else
+    piece(0, bytes, false);
+}
+
+char* Engine::bounce(Lane lane) {
+  auto& buffer = bounce_[int(lane)];
+  if (!buffer) {
+    char* p = static_cast<char*>(std::aligned_alloc(4096, kBounce));
+    if (!p) throw std::bad_alloc();
+    bool pinned = backend_->pin(p, kBounce);  // even unpinned it is correct, only slower
+    buffer = {p, [this, pinned](char* q) {
+                if (pinned) backend_->unpin(q);
+                std::free(q);
+              }};
+  }
+  return buffer.get();
+}
+
+// ---- accounts ----
+
+void Engine::account(int64_t device_bytes) {
+  stats_.device_live += device_bytes;
+  stats_.device_peak = std::max(stats_.device_peak, stats_.device_live);
+}
+
+void Engine::sync() {
+  backend_->drain();
+  std::lock_guard lock(mutex_);
+  reap();
+}
+
+Stats Engine::stats() {
+  std::lock_guard lock(mutex_);
+  reap();
+  Stats s = stats_;
+  Times times = backend_->times();
+  s.records = records_.size();
+  s.allocations += arena_.growths();
+  s.host_live = arena_.live(), s.host_peak = arena_.peak(), s.host_committed = arena_.committed();
+  s.host_pinned = arena_.pinned(), s.host_budget = arena_.budget();
+  s.prefetch = options_.prefetch;
+  s.copy_out_ns = times.copy_out, s.copy_in_ns = times.copy_in;
+  s.stall_forward_ns = times.stall_forward, s.stall_backward_ns = times.stall_backward;
+  return s;
+}
+
+}  // namespace longgrpo::offload
