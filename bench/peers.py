@@ -47,6 +47,7 @@ from torch import Tensor
 SHAPES = ((4, 128, 576, 32768), (8, 512, 576, 49152), (4, 1024, 2048, 128256), (2, 2048, 1536, 151936))  # B, T, H, V
 QUICK_SHAPE = (2, 16, 64, 512)
 LARGE_VOCABULARY, FEW_TOKENS = 100_000, 256  # heads that get few tokens unless --full
+TOO_SLOW = 12  # times the floor: such a program would take most of the time of a run
 MODES = ("frozen", "trainable", "scoring")
 
 
@@ -102,19 +103,30 @@ def relative_error(x: Inputs, result: Tensor, exact: tuple[Tensor, Tensor]) -> f
     return float((got - expected).norm() / expected.norm())
 
 
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def measure(case: Case, rounds: int, seconds: float, with_memory: bool) -> Iterator[dict]:
     """One record a program: the floors first."""
     x, calls, broken, errors = make_inputs(case), {}, {}, {}
     exact = exact_rows(x)
-    for name, program in programs(case).items():
-        try:
-            errors[name] = relative_error(x, run(program, x)[0], exact)  # and warm-up
-            calls[name] = functools.partial(run, program, x)
-        except Exception as error:  # whatever a peer dies of is a row, not the end
-            broken[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     floors = {f"GEMMs {name}": bare_gemms(x, dtype) for name, dtype in DTYPES.items()}
     for gemms in floors.values():
         gemms()
+    floor = _seconds(floors[f"GEMMs {case.dtype}"])
+    for name, program in programs(case).items():
+        try:
+            errors[name] = relative_error(x, run(program, x)[0], exact)  # and warm-up
+            call = functools.partial(run, program, x)
+            if (seconds_once := _seconds(call)) > TOO_SLOW * floor:
+                broken[name] = f"{seconds_once / floor:.0f} times its GEMMs in one call, not timed further"
+                continue
+            calls[name] = call
+        except Exception as error:  # whatever a peer dies of is a row, not the end
+            broken[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     times = time_in_rounds({**floors, **calls}, rounds, seconds)
     own, faster = f"GEMMs {case.dtype}", min(floors, key=lambda f: median(times[f]))
     del x, calls, floors, exact
