@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -15,7 +16,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from longgrpo.offload import OffloadEngine
 from longgrpo.train import loop
+from longgrpo.train import trainer as train_module
 from longgrpo.train.config import build_config
 from longgrpo.train.errors import ConfigError, DataError, RewardError, TrainingError
 from longgrpo.train.loop import step
@@ -54,6 +57,30 @@ def config_file(tree, tmp_path):
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(tree))
     return file
+
+
+def test_offload_changes_no_bit(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "OffloadEngine", functools.partial(OffloadEngine, min_bytes=0, keep_last=0))
+    trainer(tree, tmp_path / "plain").run()
+    trainer(tree | {"memory": {"offload": True}}, tmp_path / "offload").run()
+    assert same(final_state(tmp_path / "plain"), final_state(tmp_path / "offload"))
+    steps = [m for m in records(tmp_path / "offload" / "metrics.jsonl") if m["step"] > 0]
+    moved = [m for m in steps if m["grad_norm"] > 0]
+    assert moved
+    for metrics in moved:
+        assert metrics["offload/bytes_out"] > 0
+        assert metrics["offload/host_peak"] > 0
+        assert metrics["seconds/offload_stall"] >= 0
+
+
+def test_tiled_mlp_gives_the_same_gradients(tree, tmp_path):
+    trainer(tree, tmp_path / "plain").run()
+    trainer(tree | {"memory": {"tiled_mlp": True}}, tmp_path / "tiled").run()
+    plain, tiled = (records(tmp_path / name / "metrics.jsonl") for name in ("plain", "tiled"))
+    steps = [(a, b) for a, b in zip(plain, tiled, strict=True) if a["step"] > 0]
+    assert steps
+    for a, b in steps:
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 def test_a_run_leaves_what_it_promises(tree, tmp_path):

@@ -87,6 +87,16 @@ class LoopConfig:
         _require(self.max_grad_norm > 0, f"max_grad_norm = {self.max_grad_norm}: must be above 0 (.inf: no clipping)")
 
 
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What is traded for memory in the backward. The gradients stay the same."""
+
+    offload: bool = False
+    """Checkpoint every layer and keep its input in host memory until the backward wants it (longgrpo.offload)."""
+    tiled_mlp: bool = False
+    """Run the MLPs a tile of the sequence at a time (longgrpo.model.tiled_mlp)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that makes a run. Without `lora` all weights are trained."""
@@ -98,6 +108,7 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: GRPOLossConfig = field(default_factory=GRPOLossConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     output_dir: str | None = None
     """Where the run lives; default runs/<name of the config file>, numbered if that exists."""
 

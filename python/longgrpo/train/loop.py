@@ -15,13 +15,24 @@ from longgrpo import LogProb, grpo_loss, linear_logprob
 from longgrpo.loss.config import GRPOLossConfig
 from longgrpo.model.load import lm_head
 from longgrpo.model.packed_attention import packed_hidden
+from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.engine import RolloutEngine
 from longgrpo.rollout.sampling import Sampling, seed_for
 from longgrpo.train.advantages import group_advantages
 from longgrpo.train.config import TrainConfig
 from longgrpo.train.data import Problem, PromptStream, as_reply, check_length, columns_of, decode, encode
 from longgrpo.train.errors import TrainingError
-from longgrpo.train.metrics import Agreement, Clock, Meter, length_metrics, peak_memory, reward_metrics, speed_metrics
+from longgrpo.train.metrics import (
+    Agreement,
+    Clock,
+    Meter,
+    length_metrics,
+    offload_counts,
+    offload_metrics,
+    peak_memory,
+    reward_metrics,
+    speed_metrics,
+)
 from longgrpo.train.packing import MicroBatch, Sample, micro_batches
 from longgrpo.train.rewards import Reward, weighted_sum
 
@@ -37,6 +48,7 @@ class Policy:
     engine: RolloutEngine
     model: Any  # transformers' model, wrapped by PEFT under LoRA; its base lies on the engine's weights
     reference: Any  # a frozen copy, for a KL term without LoRA; under LoRA the base without its adapter serves
+    offload: OffloadEngine | None  # holds the layers' inputs between forward and backward
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     parameters: dict[str, Tensor]
@@ -54,6 +66,7 @@ class StepResult:
 def step(policy: Policy, number: int) -> StepResult:
     """Step `number`, from 1: the weights are updated in place and the engine sees them."""
     clock = Clock()
+    offloaded = offload_counts(policy.offload)
     with clock("step"):
         with clock("sample_prompts"):
             problems = sample_prompts(policy, policy.config.train.prompts_per_step)
@@ -79,6 +92,7 @@ def step(policy: Policy, number: int) -> StepResult:
         **length_metrics(samples),
         **speed_metrics(samples, active, clock.seconds),
         **{f"seconds/{name}": value for name, value in clock.seconds.items()},
+        **offload_metrics(policy.offload, offloaded),
         **peak_memory(),
     }
     return StepResult(metrics, problems, samples)
@@ -229,6 +243,16 @@ def _logprob(policy: Policy, model: Any, batch: MicroBatch) -> LogProb:
         temperature=policy.config.rollout.temperature,
         entropy=True,
     )
+
+
+@contextmanager
+def _checkpointed(policy: Policy) -> Iterator[None]:
+    """transformers checkpoints its layers in training mode alone; without dropout the modes differ in nothing else."""
+    policy.model.train(policy.offload is not None)
+    try:
+        yield
+    finally:
+        policy.model.eval()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from longgrpo.offload import OffloadEngine
 from longgrpo.train.advantages import has_spread
 from longgrpo.train.packing import MicroBatch, Sample
 from longgrpo.train.rewards import Reward
@@ -122,3 +123,24 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         memory["peak_device_bytes"] = torch.cuda.max_memory_allocated()
     return memory
+
+
+_OFFLOAD_COUNTS = ("bytes_out", "bytes_in", "keeps", "stall_forward_s", "stall_backward_s")
+
+
+def offload_counts(engine: OffloadEngine | None) -> dict[str, float]:
+    """What the engine has counted so far."""
+    return {} if engine is None else {name: engine.stats()[name] for name in _OFFLOAD_COUNTS}
+
+
+def offload_metrics(engine: OffloadEngine | None, before: dict[str, float]) -> dict[str, float]:
+    """What it has counted since, and the host memory that it holds; the stall stands beside the phases' seconds."""
+    if engine is None:
+        return {}
+    since = {name: value - before[name] for name, value in offload_counts(engine).items()}
+    stall = since.pop("stall_forward_s") + since.pop("stall_backward_s")
+    return {
+        **{f"offload/{name}": value for name, value in since.items()},
+        "offload/host_peak": engine.stats()["host_peak"],
+        "seconds/offload_stall": stall,
+    }

@@ -14,6 +14,8 @@ import torch
 from longgrpo.model.load import load_model, load_tokenizer, resolve_model
 from longgrpo.model.lora import add_lora, save_adapter
 from longgrpo.model.packed_attention import use_packed_attention
+from longgrpo.model.tiled_mlp import tile_mlp
+from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.engine import RolloutEngine, make_engine
 from longgrpo.train import checkpoint
 from longgrpo.train.advantages import has_spread
@@ -93,6 +95,8 @@ class Trainer:
                 return self._run(tracker)
             finally:
                 self.policy.engine.close()
+                if self.policy.offload:
+                    self.policy.offload.close()
 
     def _run(self, tracker: Tracker) -> dict[str, Any] | None:
         progress, steps, every = self.progress, self.config.train.steps, self.config.train.save_steps
@@ -152,7 +156,8 @@ class Trainer:
         engine = make_engine(config.rollout, config.model)
         for problem in [*first, *self.held_out]:
             check_length(encode(tokenizer, problem.prompt), problem, engine.max_length())
-        model = _trained_model(engine, config)
+        offload = OffloadEngine() if config.memory.offload else None
+        model = _trained_model(engine, config, offload)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         train = config.train
         self.policy = Policy(
@@ -160,6 +165,7 @@ class Trainer:
             engine=engine,
             model=model,
             reference=_reference_model(model_directory, config),
+            offload=offload,
             tokenizer=tokenizer,
             optimizer=torch.optim.AdamW(
                 parameters.values(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
@@ -281,12 +287,16 @@ class Trainer:
         self.progress.peak_rss_bytes = max(self.progress.peak_rss_bytes, peak_memory()["peak_rss_bytes"])
 
 
-def _trained_model(engine: RolloutEngine, config: TrainConfig) -> Any:
+def _trained_model(engine: RolloutEngine, config: TrainConfig, offload: OffloadEngine | None) -> Any:
     if config.lora:
         model: Any = add_lora(engine.model, config.lora, config.train.seed)
     else:
         model = engine.model.requires_grad_(True)
     use_packed_attention(model)
+    if config.memory.tiled_mlp:
+        tile_mlp(model)
+    if offload:
+        offload.install(model)
     engine.attach(model)
     return model
 
