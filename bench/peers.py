@@ -47,7 +47,7 @@ from torch import Tensor
 SHAPES = ((4, 128, 576, 32768), (8, 512, 576, 49152), (4, 1024, 2048, 128256), (2, 2048, 1536, 151936))  # B, T, H, V
 QUICK_SHAPE = (2, 16, 64, 512)
 LARGE_VOCABULARY, FEW_TOKENS = 100_000, 256  # heads that get few tokens unless --full
-TOO_SLOW = 12  # times the floor: such a program would take most of the time of a run
+TOO_SLOW = 12  # times the floor (of 0.1 s at least): such a program would take most of the time of a run
 MODES = ("frozen", "trainable", "scoring")
 
 
@@ -121,7 +121,7 @@ def measure(case: Case, rounds: int, seconds: float, with_memory: bool) -> Itera
         try:
             errors[name] = relative_error(x, run(program, x)[0], exact)  # and warm-up
             call = functools.partial(run, program, x)
-            if (seconds_once := _seconds(call)) > TOO_SLOW * floor:
+            if (seconds_once := _seconds(call)) > TOO_SLOW * max(floor, 0.1):
                 broken[name] = f"{seconds_once / floor:.0f} times its GEMMs in one call, not timed further"
                 continue
             calls[name] = call

@@ -18,11 +18,12 @@ def trainer_logprobs(model, prompts, completions, temperature=1.0):
         torch.cat([torch.arange(len(row)) for row in rows]),
         torch.tensor([0] + [len(row) for row in rows]).cumsum(0).int(),
     )
-    with torch.no_grad():
-        logits = lm_head(model)(packed_hidden(model, batch)) / temperature
-    logp = logits.log_softmax(-1)[:-1].gather(1, batch.input_ids[1:, None])[:, 0]  # row i: token i + 1
     spans = zip(batch.cu_seqlens.tolist(), prompts, completions, strict=False)
-    return torch.cat([logp[s + len(p) - 1 : s + len(p) - 1 + len(c.token_ids)] for s, p, c in spans])
+    at = torch.cat([s + len(p) - 1 + torch.arange(len(c.token_ids)) for s, p, c in spans])  # row i predicts token i + 1
+    with torch.no_grad():
+        logits = lm_head(model)(packed_hidden(model, batch)[at]) / temperature
+    # float64: in float32 log_softmax itself is 1e-5 too high at this vocabulary.
+    return logits.double().log_softmax(-1).gather(1, batch.input_ids[at + 1, None])[:, 0]
 
 
 def sampled_logprobs(completions):

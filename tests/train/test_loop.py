@@ -186,10 +186,11 @@ def test_a_signal_saves_and_says_how_to_go_on(config_file, tmp_path, number):
 def test_a_second_signal_stops_at_once_and_leaves_what_was_saved(tree, tmp_path):
     tree["rewards"] = [{"function": f"{OWN}:stops_at_once"}]
     tree["train"]["save_steps"] = 1
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         trainer(tree, tmp_path / "run").run()
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_rewards_that_never_apply(tree, tmp_path):
