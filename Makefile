@@ -12,7 +12,7 @@ CONFIG ?= examples/smollm2-arithmetic.yaml
 # Waiting OpenMP threads sleep: beside other load on few cores spinning ones slow a rollout several times.
 train test: export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test setup wheel lint bench clean
+.PHONY: train test setup wheel lint bench gpu clean
 
 train: setup  ## set up, then run the main job
 	$(BIN)/longgrpo train $(CONFIG)
@@ -33,6 +33,9 @@ lint: $(STAMPS)/test  ## ruff, clang-format, mypy on the public API
 bench: $(STAMPS)/wheel $(STAMPS)/peers  ## the loss against its peers on the same inputs
 	$(BIN)/python bench/peers.py
 
+gpu:  ## build for the GPU that is here, test, benchmark; PYTHON's own torch (CUDA), nothing is downloaded
+	bench/gpu.sh $(PYTHON)
+
 clean:
 	rm -rf $(VENV) build dist
 
@@ -51,8 +54,8 @@ $(STAMPS)/engine: $(STAMPS)/build requirements/*.txt
 	@scripts/setup.sh engine $(BIN)
 	@touch $@
 
-$(STAMPS)/test: $(STAMPS)/build requirements/test.txt
-	@scripts/setup.sh step "test tools" $(PIP) install -q -r requirements/test.txt
+$(STAMPS)/test: $(STAMPS)/build requirements/test.txt requirements/cuda-test.txt
+	@scripts/setup.sh step "test tools" $(PIP) install -q -r requirements/test.txt -r requirements/cuda-test.txt
 	@touch $@
 
 $(STAMPS)/peers: $(STAMPS)/engine requirements/peers.txt

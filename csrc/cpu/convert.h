@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
+#include "../head/types.h"
+
 namespace longgrpo {
-
-enum class Dtype { f32, bf16, f16 };
-
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 void to_float(const void* source, Dtype dtype, float* destination, int64_t n);
 void from_float(const float* source, float factor, void* destination, Dtype dtype, int64_t n);

@@ -26,30 +26,6 @@ inline Matrix row_major(float* data, int64_t rows, int64_t columns, int64_t stri
 }
 inline Matrix transposed(const Matrix& m) { return {m.data, m.columns, m.rows, m.column_stride, m.row_stride}; }
 
-struct HeadInputs {
-  const void* hidden;            // [tokens, hidden]
-  const void* reference_hidden;  // the same, or null
-  Dtype hidden_dtype;
-  const void* weight;            // [vocabulary, hidden]
-  const void* reference_weight;  // the same; may be `weight`
-  Dtype weight_dtype;
-  const int64_t* target;           // [tokens]
-  const float* token_temperature;  // [tokens] or null
-  float temperature;
-  LogitTransform transform;
-  ExactKl exact_kl;
-};
-
-struct HeadOutputs {          // null where not wanted
-  float* logp = nullptr;      // [tokens]
-  float* entropy = nullptr;   // [tokens]
-  float* kl = nullptr;        // [tokens]
-  void* direction = nullptr;  // [tokens, hidden] in the hidden states' dtype: dL/dhidden = scale * direction
-  float* scale = nullptr;     // [tokens]; null: direction is dL/dhidden itself
-  float* dweight = nullptr;   // [vocabulary, hidden], zeroed
-  float* dbias = nullptr;     // [vocabulary], zeroed
-};
-
 // Whether the GEMMs run on the bf16 operands as they are; otherwise they are upcast, block by block.
 inline bool native_bf16(const HeadInputs& in) {
   return in.hidden_dtype == Dtype::bf16 && in.weight_dtype == Dtype::bf16 && bf16::supported();

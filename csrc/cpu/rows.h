@@ -4,19 +4,10 @@
 
 #include <cstdint>
 
+#include "../head/types.h"
 #include "../math/softmax.h"
 
 namespace longgrpo {
-
-enum class ExactKl { none, reverse, forward };
-
-// z = cap(logit_scale (h.w + bias)) / temperature, cap(x) = softcap tanh(x / softcap).
-struct LogitTransform {
-  int64_t vocabulary;
-  float logit_scale;
-  float softcap;      // 0: none
-  const float* bias;  // [vocabulary] or null
-};
 
 // Applies bias and cap in place. Returns the factor that is left: z_j = factor * x[j].
 float prepare_row(const LogitTransform& transform, float temperature, float* x);

@@ -1,7 +1,5 @@
 #include "token_loss.h"
 
-#include <algorithm>
-
 namespace longgrpo {
 namespace {
 
@@ -13,20 +11,8 @@ struct Outputs {
 
 void count(LossSums& sums, const LossConfig& config, const TokenTerm& term, const Token& token, float weight,
            const Outputs& out, int64_t t) {
-  const float kl = out.exact_kl ? out.exact_kl[t] : term.kl;
-  const float entropy = out.entropy ? out.entropy[t] : 0.0f;
-  sums.policy += double(weight) * policy_part(config, token, term.policy);
-  sums.kl_loss += double(weight) * config.beta * kl;
-  if (config.entropy_coef != 0) sums.entropy_loss -= double(weight) * config.entropy_coef * entropy;
-  sums.kl += kl;
-  sums.entropy += entropy;
-  sums.ratio += term.ratio;
-  sums.ratio_min = std::min(sums.ratio_min, term.ratio);
-  sums.ratio_max = std::max(sums.ratio_max, term.ratio);
-  sums.clip_low += term.clip_low;
-  sums.clip_high += term.clip_high;
-  sums.active += out.logp_gradient[t] != 0;
-  sums.tokens += 1;
+  sums.add(config, term, token, weight, out.exact_kl ? out.exact_kl[t] : term.kl, out.entropy ? out.entropy[t] : 0.0f,
+           out.logp_gradient[t]);
 }
 
 void one_token(LossSums& sums, const LossConfig& config, const TokenBatch& batch, const float* logp, const Outputs& out,
@@ -70,14 +56,6 @@ void one_sequence(LossSums& sums, const LossConfig& config, const TokenBatch& ba
 }
 
 }  // namespace
-
-LossMetrics LossSums::metrics() const {
-  const double n = double(std::max<int64_t>(tokens, 1));
-  const bool any = tokens > 0;
-  return {float(policy),          float(kl / n),          float(entropy / n),  any ? float(ratio / n) : 1.0f,
-          any ? ratio_min : 1.0f, any ? ratio_max : 1.0f, float(clip_low / n), float(clip_high / n),
-          float(active / n),      float(tokens)};
-}
 
 LossSums token_loss(const LossConfig& config, const TokenBatch& batch, const float* logp, const float* entropy,
                     const float* exact_kl, const int32_t* cu_seqlens, int64_t sequences, float* logp_gradient) {

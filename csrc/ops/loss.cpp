@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../cpu/token_loss.h"
+#include "arguments.h"
 #include "torch_runtime.h"
 
 #define HEAD_ARGUMENTS                                                                                        \
@@ -47,56 +48,10 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-using OptionalTensor = std::optional<Tensor>;
-
-template <class T = float>
-const T* pointer(const OptionalTensor& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, "longgrpo takes float32, bfloat16 and float16 tensors");
-  }
-}
-
 Tensor zeros(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
   Tensor tensor = torch::stable::new_empty(like, size, dtype);
   advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * int64_t(tensor.element_size()));
   return torch::stable::zero_(tensor);
-}
-
-LossConfig loss_config(const std::vector<int64_t>& options, const std::vector<double>& constants) {
-  STD_TORCH_CHECK(options.size() == 5 && constants.size() == 11, "longgrpo: a loss has 5 options and 11 constants");
-  const auto f = [&](int i) { return float(constants[i]); };
-  return {LossType(options[0]),
-          Kl(options[1]),
-          options[2] != 0,
-          options[3] != 0,
-          options[4] != 0,
-          f(0),
-          f(1),
-          f(2),
-          f(3),
-          f(4),
-          f(5),
-          f(6),
-          f(7),
-          f(8),
-          f(9),
-          f(10)};
-}
-
-ExactKl exact_kl_of(const LossConfig& config) {
-  if (config.beta == 0 || !config.exact_kl()) return ExactKl::none;
-  return config.kl == Kl::exact_reverse ? ExactKl::reverse : ExactKl::forward;
 }
 
 // The head of one call: inputs as the pass wants them, and one pass after another over them.
@@ -156,10 +111,6 @@ struct Head {
   }
 };
 
-const float* read(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
-
-float* data(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-
 std::tuple<Tensor, Tensor, Tensor> linear_logprob(const Tensor& hidden, const Tensor& weight, const Tensor& target,
                                                   const OptionalTensor& bias, const OptionalTensor& token_temperature,
                                                   double temperature, double softcap, double logit_scale, bool entropy,
@@ -201,12 +152,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(const Tensor& hidden,
   return {dhidden, dweight, dbias};
 }
 
-TokenBatch token_batch(const Tensor& token_weight, const Tensor& advantages, const OptionalTensor& old_logp,
-                       const OptionalTensor& ref_logp, const OptionalTensor& importance) {
-  return {token_weight.numel(), read(token_weight), read(advantages),
-          pointer(old_logp),    pointer(ref_logp),  pointer(importance)};
-}
-
 struct LossResult {
   Tensor loss, metrics;
 };
@@ -244,10 +189,6 @@ struct RowOrder {
 RowOrder order_rows(const LossConfig& config, const TokenBatch& batch, const int64_t* target, const int32_t* cu_seqlens,
                     int64_t sequences, bool report) {
   const auto in_loss = [&](int64_t t) { return batch.weight[t] != 0 && target[t] >= 0; };
-  const auto moves = [&](int64_t t) {
-    return config.beta != 0 || config.entropy_coef != 0 ||
-           (batch.advantage[t] != 0 && (!batch.importance || batch.importance[t] != 0));
-  };
   RowOrder order{{}, 0};
   std::vector<int64_t> quiet;
   const auto visit = [&](int64_t begin, int64_t end, bool active) {
@@ -257,11 +198,12 @@ RowOrder order_rows(const LossConfig& config, const TokenBatch& batch, const int
   if (config.needs_sequence()) {  // one token's advantage can move every token of its sequence
     for (int64_t s = 0; s < sequences; ++s) {
       bool active = false;
-      for (int64_t t = cu_seqlens[s]; t < cu_seqlens[s + 1] && !active; ++t) active = in_loss(t) && moves(t);
+      for (int64_t t = cu_seqlens[s]; t < cu_seqlens[s + 1] && !active; ++t)
+        active = in_loss(t) && batch.moves(config, t);
       visit(cu_seqlens[s], cu_seqlens[s + 1], active);
     }
   } else {
-    for (int64_t t = 0; t < batch.tokens; ++t) visit(t, t + 1, in_loss(t) && moves(t));
+    for (int64_t t = 0; t < batch.tokens; ++t) visit(t, t + 1, in_loss(t) && batch.moves(config, t));
   }
   order.active = int64_t(order.rows.size());
   if (report) order.rows.insert(order.rows.end(), quiet.begin(), quiet.end());

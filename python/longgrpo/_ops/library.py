@@ -24,4 +24,7 @@ def _check_torch() -> None:
 
 _check_torch()
 _open("_cpu.so")
+# Built where nvcc was found. A CPU torch lacks what it links to; a CUDA torch takes it without a GPU too.
+if torch.version.cuda and (files("longgrpo") / "_cuda.so").is_file():
+    _open("_cuda.so")
 ops = torch.ops.longgrpo

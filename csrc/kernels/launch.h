@@ -1,0 +1,142 @@
+// The kernels as host functions: launch configurations are here, kernels in the .cuh files. No torch, no CUDA headers.
+//
+// Logits of a tile are fp32 [rows, stride]; stride is a multiple of kStrideUnit, so that every row starts on 16 bytes
+// and the columns past the vocabulary may be read (whatever they hold) and written. A signed row in a half type lies in
+// the second half of its row of logits: a sweep from the last column to the first writes only what it has read.
+#pragma once
+
+#include "../head/types.h"
+#include "../math/sequence_loss.h"
+#include "../math/softmax.h"
+#include "../math/token_batch.h"
+#include "chip.h"
+
+namespace longgrpo {
+
+constexpr int64_t kStrideUnit = 8;
+
+// Threads of a row, by the vocabulary alone: every kernel that sums a row must do it in the same order.
+constexpr int kFewThreads = 256, kManyThreads = 1024;
+constexpr int64_t kFewColumns = 8192;
+// Columns that are summed by themselves before they join the row's sums: the chunk of flash.cuh, which must not change
+// the order of the sums.
+constexpr int kBlockColumns = 32768;
+
+// What a loss says of a row, without the host: which rows it skips, and the row's gradient once its logp is there.
+struct RowLoss {
+  enum Kind {
+    direction,  // dlogp itself
+    given,      // c and e from arrays
+    token,      // a token-level loss
+    sequence    // c from an array, where the sequences have been summed; the rest from the config
+  } kind = direction;
+  const float* c = nullptr;       // [tokens]
+  const float* e = nullptr;       // [tokens] or null
+  const float* weight = nullptr;  // [tokens] or null: 0 marks a token outside the loss
+  TokenBatch batch{};
+  LossConfig config{};
+
+  LONGGRPO_HD bool skips(int64_t t) const {
+    return (weight && weight[t] == 0) || (kind == given && c[t] == 0 && (!e || e[t] == 0));
+  }
+  LONGGRPO_HD RowGradient operator()(int64_t t, float logp) const {
+    if (kind == direction) return {1, 0, 0};
+    if (kind == given) return {c[t], e ? e[t] : 0.0f, 0};
+    const float w = weight[t];
+    float c_t;
+    if (kind == token) {
+      const Token it = batch.at(t, logp);
+      c_t = logp_gradient(config, token_term(config, it), it, w);
+    } else {
+      c_t = c[t];
+    }
+    return {c_t, -config.entropy_coef * w, config.exact_kl() ? config.beta * w : 0.0f};
+  }
+  // Whether a gradient other than logp's is possible.
+  LONGGRPO_HD bool beyond_logp() const {
+    if (kind == given) return e != nullptr;
+    return (kind == token || kind == sequence) && (config.entropy_coef != 0 || (config.beta != 0 && config.exact_kl()));
+  }
+};
+
+// A tile of rows as the kernels see it. Row i is the token first + i.
+struct RowTile {
+  int64_t first, rows, stride;
+  float* logits;
+  const float* reference_logits;  // the same shape, or null
+  LogitTransform transform;
+  const float* token_temperature;
+  float temperature;
+  const int64_t* target;
+  ExactKl exact_kl;
+  RowLoss loss;
+
+  LONGGRPO_HD float temperature_of(int64_t token) const {
+    return token_temperature ? token_temperature[token] : temperature;
+  }
+  LONGGRPO_HD bool skips(int64_t token) const { return target[token] < 0 || loss.skips(token); }
+};
+
+struct RowOutputs {  // null where not wanted
+  float* logp;       // [tokens]
+  float* entropy;    // [tokens]
+  float* kl;         // [tokens]
+  float* scale;      // [tokens]
+  float* row_scale;  // [rows]: the same for the tile. Null: statistics only, the logits stay
+};
+
+// Statistics of whole rows, and the signed row in `dtype` in place:
+//   row_scale_i signed_ij = dL/d(logit_ij before the transform)
+void launch_rows(const RowTile& tile, const RowOutputs& out, Dtype dtype, const Chip& chip, Stream stream);
+
+// ---- rows in chunks of the vocabulary (see flash.cuh) ----
+
+struct ChunkState {
+  float highest, sum, weighted;  // an OnlineSoftmax over the columns so far, the target's left out
+  float target_x;                // its transformed logit, once its chunk has been there
+  float rescale;                 // what the last chunk multiplies sums over earlier chunks by
+};
+
+// Adds the columns [column, column + columns) to `state` [rows]; tile.logits holds these columns alone. With `gradient`
+// the logits become 2^t_j (1 - tanh_j^2) in `dtype`, 0 at the target.
+void launch_chunk(const RowTile& tile, int64_t column, int64_t columns, ChunkState* state, bool gradient, Dtype dtype,
+                  Stream stream);
+
+// logp, entropy, scale and direction [tokens, hidden] of rows whose chunks are all in `state` and `sums` [rows,
+// hidden]; `sums` may be null.
+void launch_finish(const RowTile& tile, const RowOutputs& out, const ChunkState* state, const float* sums,
+                   const void* weight, Dtype weight_dtype, void* direction, Dtype direction_dtype, int64_t hidden,
+                   Stream stream);
+
+// sums[i, :] = state_i.rescale sums[i, :] + product[i, :]
+void launch_rescale_add(float* sums, const float* product, const ChunkState* state, int64_t rows, int64_t hidden,
+                        Stream stream);
+
+// ---- matrices ----
+
+// to[i, j] = scale_i from[i, j], 0 where scale_i is 0, and from[i, j] itself where `scale` is null. In place is fine.
+void launch_scale_rows(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, const float* scale, int64_t rows,
+                       int64_t columns, Stream stream);
+// to += *factor from, n numbers; factor null: 1
+void launch_add(float* to, const float* from, const float* factor, int64_t n, Stream stream);
+// to[j] += sum_i scale_i from[i, j]; from has `stride` numbers a row
+void launch_add_columns(float* to, const void* from, Dtype dtype, const float* scale, int64_t rows, int64_t columns,
+                        int64_t stride, Stream stream);
+// to = from / max |from|, which goes to *highest; all 0 stays 0
+void launch_normalise(const float* from, float* to, float* highest, int64_t n, Stream stream);
+
+// ---- the loss from logp ----
+
+// weight'[t] = weight[t] where the pass visits the token: it has a target, and `report` or a gradient is possible.
+// `target` may be null.
+void launch_visited(const LossConfig& config, const TokenBatch& batch, const int64_t* target, const int32_t* cu_seqlens,
+                    int64_t sequences, bool report, float* visited, Stream stream);
+
+// Partial sums that launch_token_loss needs.
+int64_t loss_partials(const LossConfig& config, int64_t tokens, int64_t sequences);
+// As token_loss of csrc/cpu; loss [1] and metrics receive the result, partials [loss_partials] is scratch.
+void launch_token_loss(const LossConfig& config, const TokenBatch& batch, const float* logp, const float* entropy,
+                       const float* exact_kl, const int32_t* cu_seqlens, int64_t sequences, float* logp_gradient,
+                       LossSums* partials, float* loss, LossMetrics* metrics, Stream stream);
+
+}  // namespace longgrpo

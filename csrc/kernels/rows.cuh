@@ -1,0 +1,303 @@
+// Rows of logits, a block a row.
+//
+//   sweep 1, forward   t_j -> highest, sum, weighted      logp, entropy, and from them the loss's gradient (c, e, kl)
+//   sweep 2, backward  signed_j = [j = y] - p_j / (1 - p_y), the row's scale being c (1 - p_y) = -c expm1(logp);
+//                      with an entropy gradient or an exact KL their terms join, and the scale is max(|c|, |e|, |kl|)
+//
+// The scale takes what is small for a confident token or a large normaliser, so the signed row is near 1 in any dtype:
+// its target's entry is exactly 1, and fp16 meets no subnormal numbers.
+//
+// The tile is read from memory once: sweep 2 meets first what sweep 1 read last, which is still in L2, and the first
+// columns, read longest ago, were kept in shared memory. Each thread reads back in sweep 2 the columns it read in sweep
+// 1, so shared memory is as private as registers and needs no barrier.
+//
+// Bytes a row: 4 V read, and 4 V or 2 V written. Work a column: 2 exponentials (ex2) and, in sm_90a's machine code,
+// about 20 + 10 instructions, three quarters of what a multiprocessor issues while its share of the memory moves the
+// column.
+#pragma once
+
+#include "device.h"
+#include "launch.h"
+#include "softmax.cuh"
+
+namespace longgrpo {
+
+constexpr int kWidth = 4;  // columns of one 16-byte load
+
+// The transform of the logits, with the rest as one factor: z_j = factor x'_j.
+template <bool kShaped>
+struct Logits {
+  const float* bias;
+  float scale, cap, inverse_cap, factor;
+  int columns;
+
+  DEVICE Logits(const LogitTransform& t, float temperature, int first_column, int columns)
+      : bias(t.bias ? t.bias + first_column : nullptr),
+        scale(t.logit_scale),
+        cap(t.softcap),
+        inverse_cap(t.softcap > 0 ? 1.0f / t.softcap : 0.0f),
+        factor((kShaped ? 1.0f : t.logit_scale) / temperature),
+        columns(columns) {}
+
+  DEVICE float factor2() const { return factor * kLog2E; }
+
+  DEVICE float operator()(float x, int column) const {
+    if constexpr (!kShaped) return x;
+    const float b = bias && column < columns ? bias[column] : 0.0f;
+    const float y = scale * (x + b);
+    return cap > 0 ? cap * tanhf(y * inverse_cap) : y;
+  }
+  // d x'/d logit, without the scale
+  DEVICE float slope(float shaped) const {
+    if constexpr (!kShaped) return 1.0f;
+    const float t = shaped * inverse_cap;  // 0 without a cap
+    return (1.0f - t) * (1.0f + t);
+  }
+};
+
+// One row as its block reads it, in steps of kLoads loads of each thread that are in flight together.
+template <bool kShaped, int kThreads, int kLoads>
+struct Row {
+  static constexpr int kStep = kThreads * kWidth * kLoads;
+  static_assert(kBlockColumns % kStep == 0 && kLoads * kWidth % kGroup == 0);
+  using Values = float[kLoads][kWidth];
+
+  const float* x;
+  Logits<kShaped> logits;
+  int columns;
+  float* kept;  // shared memory for the first `kept_columns`, whole chunks
+  int kept_columns;
+
+  DEVICE static int column(int chunk, int u) { return chunk + (u * kThreads + int(threadIdx.x)) * kWidth; }
+
+  // Transformed logits of this thread in a chunk; -inf past the last column.
+  DEVICE void read(int chunk, Values& to) const {
+#pragma unroll
+    for (int u = 0; u < kLoads; ++u) {
+      const int j = column(chunk, u);
+      if (j < columns) {
+        load4(x + j, to[u]);
+      } else {
+        to[u][0] = to[u][1] = to[u][2] = to[u][3] = -INFINITY;
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kLoads; ++u) {
+      const int j = column(chunk, u);
+      if constexpr (kShaped) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) to[u][k] = logits(to[u][k], j + k);
+      }
+      if (j + kWidth > columns) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k)
+          if (j + k >= columns) to[u][k] = -INFINITY;
+      }
+    }
+  }
+
+  // The softmax's sums over all columns but the target.
+  DEVICE OnlineSoftmax sum(int target) const {
+    OnlineSoftmax whole(logits.factor2());
+    for (int block = 0; block < columns; block += kBlockColumns) whole.merge(sum_block(block, target));
+    return whole;
+  }
+
+  DEVICE OnlineSoftmax sum_block(int block, int target) const {
+    OnlineSoftmax softmax(logits.factor2());
+    const int end = columns - block < kBlockColumns ? columns : block + kBlockColumns;
+    for (int chunk = block; chunk < end; chunk += kStep) {
+      Values values;
+      read(chunk, values);
+      if (chunk < kept_columns) {
+#pragma unroll
+        for (int u = 0; u < kLoads; ++u) store4(kept + column(chunk, u), values[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < kLoads; ++u) {
+        const unsigned hit = unsigned(target - column(chunk, u));
+        if (hit < kWidth) {
+#pragma unroll
+          for (int k = 0; k < kWidth; ++k)
+            if (hit == unsigned(k)) values[u][k] = -INFINITY;
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kLoads; u += kGroup / kWidth) softmax.add(values[u]);
+    }
+    return block_reduce<kThreads>(softmax);
+  }
+
+  // to[j] = f(x'_j, j), from the last chunk to the first; `to` may lie in the second half of the row's own memory.
+  template <class Out, class F>
+  DEVICE void rewrite(Out* to, F&& f) const {
+    const int last = (columns - 1) / kStep * kStep;
+    for (int chunk = last; chunk >= 0; chunk -= kStep) {
+      Values values;
+      if (chunk < kept_columns) {
+#pragma unroll
+        for (int u = 0; u < kLoads; ++u) load4(kept + column(chunk, u), values[u]);
+      } else {
+        read(chunk, values);
+      }
+      if constexpr (sizeof(Out) != sizeof(float)) __syncthreads();  // others may still read where this thread writes
+#pragma unroll
+      for (int u = 0; u < kLoads; ++u) {
+        const int j = column(chunk, u);
+        if (j >= columns) continue;
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) values[u][k] = f(values[u][k], j + k);
+        store4(to + j, values[u]);
+      }
+    }
+  }
+};
+
+// Where the signed row lies.
+template <class Out>
+DEVICE Out* signed_row(float* logits, int64_t stride) {
+  return reinterpret_cast<Out*>(logits) + (sizeof(Out) == sizeof(float) ? 0 : stride);
+}
+
+// A row after its statistics: log p_j = ln2 t_j - softmax.offset.
+struct RowStatistics {
+  float factor2, origin;  // t_j = factor2 (x'_j - origin)
+  float rest;             // sum of 2^t_j over all columns but the target
+  RowSoftmax softmax;
+
+  DEVICE float exponent(float x) const { return product(x - origin, factor2); }
+  DEVICE float logp(float x) const { return kLn2 * exponent(x) - softmax.offset; }
+};
+
+DEVICE RowStatistics finish(const OnlineSoftmax& rest, float target_x) {
+  RowStatistics row{rest.factor2, rest.origin(), rest.sum, {}};
+  row.softmax = finish_row(rest.sums(), product(kLn2, row.exponent(target_x)));
+  return row;
+}
+
+// What multiplies the three parts of a row's gradient, so that the signed row stays near 1 whatever the loss's
+// normaliser is. A NaN stays.
+DEVICE float common_scale(const RowGradient& g) {
+  float scale = fabsf(g.logp);
+  if (fabsf(g.entropy) > scale) scale = fabsf(g.entropy);
+  return fabsf(g.kl) > scale ? fabsf(g.kl) : scale;
+}
+
+// Terms of the KL between a row and its reference.
+struct KlTerms {
+  RowStatistics row, reference;
+  bool reverse;
+
+  // Both take x' of the row and of the reference.
+  DEVICE float divergence(float x, float r) const {
+    const float d = row.logp(x), d_reference = reference.logp(r);
+    const float p = expf(reverse ? d : d_reference);
+    return p == 0 ? 0.0f : p * (reverse ? d - d_reference : d_reference - d);
+  }
+  DEVICE float gradient(float x, float r, float divergence) const {
+    const float d = row.logp(x), d_reference = reference.logp(r), p = expf(d);
+    if (!reverse) return p - expf(d_reference);
+    return p == 0 ? 0.0f : p * (d - d_reference - divergence);
+  }
+};
+
+template <int kThreads, class BlockRow>
+DEVICE float exact_kl(const BlockRow& row, const BlockRow& reference, const KlTerms& terms) {
+  Sum sum{0};
+  for (int chunk = 0; chunk < row.columns; chunk += BlockRow::kStep) {
+    typename BlockRow::Values x, r;
+    row.read(chunk, x);
+    reference.read(chunk, r);
+    constexpr int kLoads = sizeof(x) / sizeof(x[0]);
+#pragma unroll
+    for (int u = 0; u < kLoads; ++u) {
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k)
+        if (BlockRow::column(chunk, u) + k < row.columns) sum.value += terms.divergence(x[u][k], r[u][k]);
+    }
+  }
+  return block_reduce<kThreads>(sum).value;
+}
+
+// kBeyond: a gradient other than logp's, that of the entropy or of the exact KL, is possible.
+template <class Out, bool kShaped, bool kBeyond, int kThreads>
+KERNEL(kThreads)
+row_kernel(RowTile tile, RowOutputs out, int kept_columns) {
+  DYNAMIC_SHARED(float, kept);
+  SHARED(RowGradient, shared_gradient);
+  const int64_t i = blockIdx.x, token = tile.first + i;
+  const int columns = int(tile.transform.vocabulary);
+  float* const x = tile.logits + i * tile.stride;
+  Out* const to = signed_row<Out>(x, tile.stride);
+  const float temperature = tile.temperature_of(token);
+  using BlockRow = Row<kShaped, kThreads, kBeyond ? 2 : 4>;  // the longer kernel has fewer registers to spare
+  const BlockRow row{x, {tile.transform, temperature, 0, columns}, columns, kept, kept_columns};
+
+  if (tile.skips(token)) {
+    if (!out.row_scale) return;
+    if (threadIdx.x == 0) out.row_scale[i] = 0;
+    row.rewrite(to, [](float, int) { return 0.0f; });
+    return;
+  }
+
+  const int target = int(tile.target[token] < columns ? tile.target[token] : 0);
+  const float target_x = row.logits(x[target], target);
+  RowStatistics statistics = finish(row.sum(target), target_x);
+  if (tile.target[token] >= columns) statistics.softmax.logp = NAN;  // no way to raise an error from here
+  const float logp = statistics.softmax.logp, entropy = statistics.softmax.entropy;
+
+  BlockRow reference = row;
+  KlTerms terms{};
+  float divergence = 0;
+  if constexpr (kBeyond) {
+    if (tile.reference_logits) {
+      reference.x = tile.reference_logits + i * tile.stride;
+      reference.kept_columns = 0;
+      const float reference_target = row.logits(reference.x[target], target);
+      terms = {statistics, finish(reference.sum(target), reference_target), tile.exact_kl == ExactKl::reverse};
+      divergence = exact_kl<kThreads>(row, reference, terms);
+    }
+  }
+
+  if (threadIdx.x == 0) {
+    if (out.logp) out.logp[token] = logp;
+    if (out.entropy) out.entropy[token] = entropy;
+    if (out.kl) out.kl[token] = divergence;
+    if (out.row_scale) shared_gradient = tile.loss(token, logp);
+  }
+  if (!out.row_scale) return;
+  __syncthreads();
+
+  const RowGradient whole = shared_gradient;
+  // p_j / (1 - p_y) is the row's softmax without the target.
+  const float scale = common_scale(whole) * (kBeyond ? 1.0f : -expm1f(logp));
+  if (threadIdx.x == 0) {
+    out.row_scale[i] = scale;
+    if (out.scale) out.scale[token] = scale;
+  }
+  if (scale == 0) {
+    row.rewrite(to, [](float, int) { return 0.0f; });
+    return;
+  }
+  const float to_logits = tile.transform.logit_scale / temperature;
+
+  if constexpr (kBeyond) {
+    const RowGradient g{whole.logp / scale, whole.entropy / scale, whole.kl / scale};
+    row.rewrite(to, [&](float value, int j) {
+      const float d = statistics.logp(value);
+      float dz = -expf(d) * (g.logp + g.entropy * (fmaxf(d, -87.0f) + entropy));
+      if (j == target) dz = target_logit_gradient(g, logp, entropy);
+      if (tile.reference_logits && j < columns)
+        dz += g.kl * terms.gradient(value, row.logits(reference.x[j], j), divergence);
+      return to_logits * dz * row.logits.slope(value);
+    });
+  } else {
+    const float of_target = to_logits * (whole.logp / fabsf(whole.logp)), factor = -of_target / statistics.rest;
+    row.rewrite(
+        to, [&](float value, int) { return factor * exp2_fast(statistics.exponent(value)) * row.logits.slope(value); });
+    __syncthreads();
+    if (threadIdx.x == 0) round_to(of_target * row.logits.slope(target_x), to[target]);
+  }
+}
+
+}  // namespace longgrpo

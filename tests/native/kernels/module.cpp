@@ -1,0 +1,181 @@
+// The kernels on the simulator, and the whole tile loop on a simulated device, for Python. Arrays are addresses.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+
+#include "kernels/loss.h"
+#include "kernels/numbers.cuh"
+
+namespace py = pybind11;
+using namespace longgrpo;
+
+namespace {
+
+Chip chip{4, 100 << 10};
+int64_t forced_rows = 0, forced_chunk = 0;  // 0: what the rule says
+
+float element(const Operand& m, int64_t i, int64_t j) {
+  const int64_t offset = i * m.row_stride + j * m.column_stride;
+  if (m.dtype == Dtype::f32) return static_cast<const float*>(m.data)[offset];
+  if (m.dtype == Dtype::bf16) return widen(static_cast<const Bf16*>(m.data)[offset]);
+  return widen(static_cast<const Half*>(m.data)[offset]);
+}
+
+std::vector<float> unpacked(const Operand& m) {
+  std::vector<float> out(size_t(m.rows * m.columns));
+  for (int64_t i = 0; i < m.rows; ++i)
+    for (int64_t j = 0; j < m.columns; ++j) out[size_t(i * m.columns + j)] = element(m, i, j);
+  return out;
+}
+
+// Memory of exactly so many bytes that holds NaN until it is written.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : memory_(new char[size_t(bytes)]) {
+    std::memset(memory_.get(), 0xff, size_t(bytes));
+  }
+  void* data() const { return memory_.get(); }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+};
+
+struct SimulatedRuntime {
+  const Chip& chip() const { return ::chip; }
+  Stream stream() const { return nullptr; }
+  Scratch scratch(int64_t bytes) { return Scratch(bytes); }
+
+  GpuPlan plan(const GpuWish& wish, int64_t limit_bytes) {
+    if (forced_rows == 0) return plan_gpu(wish, limit_bytes, ::chip);
+    GpuPlan plan = forced_chunk && wish.can_chunk() ? row_chunks(wish, forced_chunk) : whole_rows(wish);
+    plan.tile_rows = forced_rows;
+    return plan;
+  }
+
+  void gemm(const Operand& a, const Operand& b, float* c, int64_t c_stride) {
+    const std::vector<float> x = unpacked(a), y = unpacked(b);
+    std::vector<double> row(size_t(b.columns));
+    for (int64_t i = 0; i < a.rows; ++i) {
+      std::fill(row.begin(), row.end(), 0.0);
+      for (int64_t k = 0; k < a.columns; ++k) {
+        const double factor = x[size_t(i * a.columns + k)];
+        const float* const from = &y[size_t(k * b.columns)];
+        for (int64_t j = 0; j < b.columns; ++j) row[size_t(j)] += factor * from[j];
+      }
+      std::copy(row.begin(), row.end(), c + i * c_stride);
+    }
+  }
+};
+
+SimulatedRuntime runtime;
+
+template <class T = float>
+T* pointer(const py::dict& d, const char* name) {
+  if (!d.contains(name) || d[name].is_none()) return nullptr;
+  return reinterpret_cast<T*>(d[name].cast<uintptr_t>());
+}
+
+Dtype dtype_of(const py::dict& d, const char* name) { return Dtype(d[name].cast<int>()); }
+
+HeadShape shape_of(const py::dict& d) {
+  return {d["tokens"].cast<int64_t>(), d["hidden_size"].cast<int64_t>(), d["vocabulary"].cast<int64_t>()};
+}
+
+HeadInputs inputs_of(const py::dict& d) {
+  const int64_t v = d["vocabulary"].cast<int64_t>();
+  return {pointer<void>(d, "hidden"),
+          pointer<void>(d, "ref_hidden"),
+          dtype_of(d, "hidden_dtype"),
+          pointer<void>(d, "weight"),
+          pointer<void>(d, "ref_weight") ? pointer<void>(d, "ref_weight") : pointer<void>(d, "weight"),
+          dtype_of(d, "weight_dtype"),
+          pointer<int64_t>(d, "target"),
+          pointer(d, "token_temperature"),
+          d["temperature"].cast<float>(),
+          {v, d["logit_scale"].cast<float>(), d["softcap"].cast<float>(), pointer(d, "bias")},
+          ExactKl(d["exact_kl"].cast<int>())};
+}
+
+HeadOutputs outputs_of(const py::dict& d) {
+  return {pointer(d, "logp"),  pointer(d, "entropy"), pointer(d, "kl"),   pointer<void>(d, "direction"),
+          pointer(d, "scale"), pointer(d, "dweight"), pointer(d, "dbias")};
+}
+
+LossConfig config_of(const std::vector<int64_t>& o, const std::vector<float>& f) {
+  return {LossType(o.at(0)), Kl(o.at(1)), o.at(2) != 0, o.at(3) != 0, o.at(4) != 0, f.at(0), f.at(1), f.at(2),
+          f.at(3),           f.at(4),     f.at(5),      f.at(6),      f.at(7),      f.at(8), f.at(9), f.at(10)};
+}
+
+TokenBatch batch_of(const py::dict& d) {
+  return {d["tokens"].cast<int64_t>(), pointer(d, "token_weight"), pointer(d, "advantages"),
+          pointer(d, "old_logp"),      pointer(d, "ref_logp"),     pointer(d, "importance")};
+}
+
+Sequences sequences_of(const py::dict& d) {
+  return {pointer<int32_t>(d, "cu_seqlens"), d["sequences"].cast<int64_t>()};
+}
+
+LossOutputs loss_of(const py::dict& d) { return {pointer(d, "loss"), pointer<LossMetrics>(d, "metrics")}; }
+
+// One launch of the row kernel over logits [rows, stride].
+void rows(const py::dict& d) {
+  const HeadInputs in = inputs_of(d);
+  RowTile tile{0,
+               d["tokens"].cast<int64_t>(),
+               d["stride"].cast<int64_t>(),
+               pointer(d, "logits"),
+               pointer(d, "reference_logits"),
+               in.transform,
+               in.token_temperature,
+               in.temperature,
+               in.target,
+               in.exact_kl,
+               {}};
+  if (pointer(d, "c")) tile.loss.kind = RowLoss::given, tile.loss.c = pointer(d, "c"), tile.loss.e = pointer(d, "e");
+  const HeadOutputs out = outputs_of(d);
+  launch_rows(tile, {out.logp, out.entropy, out.kl, out.scale, pointer(d, "row_scale")}, dtype_of(d, "out_dtype"), chip,
+              nullptr);
+}
+
+}  // namespace
+
+namespace longgrpo {
+Chip use_device(int) { return ::chip; }
+}  // namespace longgrpo
+
+PYBIND11_MODULE(longgrpo_kernels, m) {
+  m.def("set_schedule", [](int schedule) { sim::schedule = sim::Schedule(schedule); });
+  m.def("set_chip", [](int multiprocessors, int64_t shared) { chip = {multiprocessors, shared}; });
+  m.def("force_tiles", [](int64_t rows, int64_t chunk) { forced_rows = rows, forced_chunk = chunk; });
+  m.def("launches", [] { return sim::launches; });
+  m.def("rows", rows);
+  m.def("plan", [](int64_t n, int64_t h, int64_t v, int dtype, bool trains, int64_t workspace) {
+    const GpuPlan p = plan_gpu({{n, h, v}, Dtype(dtype), Dtype(dtype), false, trains, false}, workspace, chip);
+    return std::make_tuple(p.flash, p.tile_rows, p.chunk, p.bytes());
+  });
+  m.def("linear_logprob", [](const py::dict& d) {
+    gpu_linear_logprob(runtime, shape_of(d), inputs_of(d), outputs_of(d), d["workspace"].cast<int64_t>());
+  });
+  m.def("linear_logprob_backward", [](const py::dict& d) {
+    gpu_linear_logprob_backward(runtime, shape_of(d), inputs_of(d), outputs_of(d), pointer(d, "c"), pointer(d, "e"),
+                                d["workspace"].cast<int64_t>());
+  });
+  m.def("token_loss", [](const py::dict& d, const std::vector<int64_t>& options, const std::vector<float>& constants) {
+    gpu_token_loss(runtime, config_of(options, constants), batch_of(d), sequences_of(d), pointer(d, "logp"),
+                   pointer(d, "entropy"), nullptr, pointer(d, "logp_grad"), loss_of(d));
+  });
+  m.def("linear_grpo_loss",
+        [](const py::dict& d, const std::vector<int64_t>& options, const std::vector<float>& constants, bool report) {
+          GpuFusedLoss<SimulatedRuntime>(runtime, config_of(options, constants), shape_of(d), inputs_of(d), batch_of(d),
+                                         sequences_of(d), outputs_of(d), report, d["workspace"].cast<int64_t>())
+              .run(loss_of(d));
+        });
+  m.def("scale_rows",
+        [](uintptr_t from, int from_dtype, uintptr_t to, int to_dtype, uintptr_t scale, int64_t rows, int64_t columns) {
+          launch_scale_rows(reinterpret_cast<void*>(from), Dtype(from_dtype), reinterpret_cast<void*>(to),
+                            Dtype(to_dtype), reinterpret_cast<float*>(scale), rows, columns, nullptr);
+        });
+}

@@ -1,0 +1,144 @@
+"""The kernels on the simulator: built once, called with torch tensors, the ops' own signatures."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+BUILD = ROOT / "build" / "native" / "kernels"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of Dtype in csrc/head/types.h
+SCHEDULES = {"forward": 0, "reverse": 1, "shuffled": 2}
+METRICS = 10
+
+
+def build(into: Path = BUILD, root: Path = ROOT, sanitize: str = "") -> Path:
+    """Compiles the kernels of the tree `root` for the simulator; returns the module's path."""
+    if shutil.which("cmake") is None or importlib.util.find_spec("pybind11") is None:
+        import pytest
+
+        pytest.skip("needs cmake and pybind11")
+    configure = ["cmake", "-S", HERE, "-B", into, f"-DPython_EXECUTABLE={sys.executable}", f"-DLONGGRPO_ROOT={root}",
+                 f"-DSANITIZE={sanitize}"]  # fmt: skip
+    for command in (configure, ["cmake", "--build", into, "-j", str(os.cpu_count())]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = into.glob("longgrpo_kernels*.so")
+    return path
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location("longgrpo_kernels", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def kernels():
+    """The module; one that is built already where SIMULATED_BUILD names its folder."""
+    ready = os.environ.get("SIMULATED_BUILD")
+    return load(next(Path(ready).glob("longgrpo_kernels*.so")) if ready else build())
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(size, dtype=dtype)
+
+
+def _head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, workspace) -> dict:
+    return {
+        "tokens": hidden.shape[0], "hidden_size": hidden.shape[1], "vocabulary": weight.shape[0],
+        "hidden": address(hidden), "weight": address(weight), "target": address(target), "bias": address(bias),
+        "hidden_dtype": DTYPES.index(hidden.dtype), "weight_dtype": DTYPES.index(weight.dtype),
+        "token_temperature": address(token_temperature), "temperature": temperature, "softcap": softcap,
+        "logit_scale": logit_scale, "exact_kl": 0, "workspace": workspace,
+    }  # fmt: skip
+
+
+def _addresses(**tensors: Tensor | None) -> dict:
+    return {name: address(x) if x is not None and x.numel() else None for name, x in tensors.items()}
+
+
+def linear_logprob(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    *head, entropy, direction, workspace = arguments
+    hidden = head[0]
+    n, h = hidden.shape
+    out = zeros(n), zeros(n if entropy else 0), zeros(n if direction else 0, h, dtype=hidden.dtype)
+    kernels().linear_logprob(
+        _head(*head, workspace) | _addresses(logp=out[0], entropy=out[1], direction=out[2])
+    )  # fmt: skip
+    return out
+
+
+def linear_logprob_backward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    *head, c, e, need_hidden, need_weight, need_bias, workspace = arguments
+    hidden, weight = head[:2]
+    (n, h), v = hidden.shape, weight.shape[0]
+    out = (
+        zeros(n if need_hidden else 0, h, dtype=hidden.dtype),
+        zeros(v if need_weight else 0, h),
+        zeros(v if need_bias else 0),
+    )
+    kernels().linear_logprob_backward(
+        _head(*head, workspace) | _addresses(direction=out[0], dweight=out[1], dbias=out[2], c=c, e=e)
+    )
+    return out
+
+
+def token_loss(
+    logp, token_weight, advantages, old_logp, ref_logp, importance, cu_seqlens, entropy, options, constants
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = zeros(1), zeros(METRICS), zeros(logp.shape[0])
+    tokens = {"tokens": logp.shape[0], "sequences": 0 if cu_seqlens is None else cu_seqlens.numel() - 1}
+    tensors = _addresses(
+        logp=logp, token_weight=token_weight, advantages=advantages, old_logp=old_logp, ref_logp=ref_logp,
+        importance=importance, cu_seqlens=cu_seqlens, entropy=entropy, loss=out[0], metrics=out[1], logp_grad=out[2],
+    )  # fmt: skip
+    kernels().token_loss(tokens | tensors, options, constants)
+    return out[0].view(()), out[1], out[2]
+
+
+def linear_grpo_loss(*arguments) -> tuple[Tensor, ...]:
+    head, rest = arguments[:8], arguments[8:]
+    token_weight, advantages, old_logp, ref_logp, importance, cu_seqlens, ref_hidden, ref_weight = rest[:8]
+    options, constants, need_hidden, need_weight, need_bias, metrics, workspace = rest[8:]
+    hidden, weight = head[:2]
+    (n, h), v = hidden.shape, weight.shape[0]
+    loss, values, scale = zeros(1), zeros(METRICS), zeros(n if need_hidden else 0)
+    direction = zeros(n if need_hidden else 0, h, dtype=hidden.dtype)
+    dweight, dbias = zeros(v if need_weight else 0, h), zeros(v if need_bias else 0)
+    beta, kl = constants[0], options[1]
+    exact = {9: 1, 10: 2}.get(kl, 0) if beta else 0
+    kernels().linear_grpo_loss(
+        _head(*head, workspace)
+        | {"exact_kl": exact, "sequences": 0 if cu_seqlens is None else cu_seqlens.numel() - 1}
+        | _addresses(
+            token_weight=token_weight, advantages=advantages, old_logp=old_logp, ref_logp=ref_logp,
+            importance=importance, cu_seqlens=cu_seqlens, ref_hidden=ref_hidden, ref_weight=ref_weight, loss=loss,
+            metrics=values, direction=direction, scale=scale, dweight=dweight, dbias=dbias,
+        ),
+        options, constants, metrics,
+    )  # fmt: skip
+    return loss.view(()), values, direction, scale, dweight, dbias
+
+
+def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    dtype = DTYPES.index(x.dtype)
+    kernels().scale_rows(address(x), dtype, address(out), dtype, address(scale), *x.shape)
+    return out

@@ -1,0 +1,88 @@
+"""What the compiler made of the kernels: no spills, no local memory, 16-byte loads. Needs nvcc, no GPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from simulated import ROOT
+
+KERNELS = ROOT / "csrc" / "kernels"
+SOURCES = ("rows", "flash", "matrix", "token_loss")
+ARCHITECTURES = ("80", "90a")
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+def disassembler() -> str:
+    found = shutil.which("nvdisasm")
+    if found:
+        return found
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs nvdisasm (requirements/cuda-test.txt)")
+    return str(next(f.locate() for f in files if f.name == "nvdisasm"))
+
+
+@functools.cache
+def compiled(architecture: str, into: Path) -> dict[str, tuple[str, str]]:
+    """Source -> (the assembler's report, machine code)."""
+
+    def one(source: str) -> tuple[str, str]:
+        cubin = into / f"{source}.{architecture}.cubin"
+        report = subprocess.run(
+            ["nvcc", "-std=c++20", "-O3", "-Xptxas", "-v", "-cubin", f"-gencode=arch=compute_{architecture},"
+             f"code=sm_{architecture}", KERNELS / f"{source}.cu", "-o", cubin],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert report.returncode == 0, report.stderr
+        code = subprocess.run([disassembler(), "-c", cubin], capture_output=True, text=True, check=True).stdout
+        return report.stderr, code
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SOURCES, pool.map(one, SOURCES), strict=True))
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def code(request, tmp_path_factory):
+    return compiled(request.param, tmp_path_factory.getbasetemp())
+
+
+def functions(disassembly: str) -> dict[str, list[str]]:
+    """Mangled kernel -> its instructions."""
+    parts = re.split(r"^\s*\.section\s+\.text\.(\S+?),", disassembly, flags=re.M)[1:]
+    return {
+        name: re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", body, flags=re.M)
+        for name, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_spills(code, source):
+    report = code[source][0]
+    assert re.findall(r"(\d+) bytes spill stores", report), report
+    for pattern in (r"(\d+) bytes stack frame", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads"):
+        assert set(re.findall(pattern, report)) == {"0"}, report
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_local_memory(code, source):
+    for name, instructions in functions(code[source][1]).items():
+        assert len(instructions) > 20, name
+        assert not [i for i in instructions if re.search(r"\b(LDL|STL)\b", i)], name
+
+
+@pytest.mark.parametrize(("source", "kernel"), [("rows", "row_kernel"), ("flash", "chunk_kernel")])
+def test_rows_are_read_in_16_bytes(code, source, kernel):
+    kernels = {k: v for k, v in functions(code[source][1]).items() if kernel in k}
+    assert kernels
+    for name, instructions in kernels.items():
+        wide = [i for i in instructions if re.search(r"\bLDG\.E(\.\w+)*\.128\b", i)]
+        assert len(wide) >= 4, name
