@@ -12,6 +12,9 @@ CONFIG ?= examples/smollm2-arithmetic.yaml
 # Waiting OpenMP threads sleep: beside other load on few cores spinning ones slow a rollout several times.
 train test: export OMP_WAIT_POLICY ?= passive
 
+# The environment's cmake and ninja serve the tests that compile: a distribution's may be too old.
+train test lint bench: export PATH := $(abspath $(BIN)):$(PATH)
+
 .PHONY: train test setup wheel lint bench gpu clean
 
 train: setup  ## set up, then run the main job

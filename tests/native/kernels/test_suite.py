@@ -28,13 +28,13 @@ def run_suite(*options: str, suites: list[str] = SUITES, left_out: str = LEFT_OU
 
 
 def test_as_the_rule_tiles():
-    run_suite("--simulated-schedule", "reverse", "--simulated-examples", "40")
+    run_suite("--simulated-schedule", "reverse", "--simulated-examples", "15")
 
 
 @pytest.mark.parametrize(("rows", "chunk"), [(16, 0), (16, 64)], ids=["whole rows", "chunks"])
 def test_small_tiles(rows, chunk):
     # Chunks of 64 columns are not those of the row kernel, so the bits may differ; test_kernels has the real ones.
-    run_suite("--simulated-tiles", f"{rows},{chunk}", "--simulated-schedule", "shuffled", "--simulated-examples", "15",
+    run_suite("--simulated-tiles", f"{rows},{chunk}", "--simulated-schedule", "shuffled", "--simulated-examples", "8",
               left_out=LEFT_OUT + " and not ratio_is_exactly_one" * bool(chunk))  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def test_under_sanitizers():
         for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")
     ]
     run_suite(
-        "--simulated-tiles", "16,64", "--simulated-examples", "8", suites=SUITES[:1],
+        "--simulated-tiles", "16,64", "--simulated-examples", "4", suites=SUITES[:1],
         SIMULATED_BUILD=str(BUILD.with_name("kernels-sanitized")), LD_PRELOAD=" ".join(libraries),
         ASAN_OPTIONS="detect_leaks=0",
     )  # fmt: skip
