@@ -16,10 +16,10 @@ fail() {
 remedy() { # the last step's log -> one line
   if grep -qiE 'No space left' "$log"; then
     echo "the disk is full: free 6 GB here and in \$TMPDIR, then run make again"
+  elif grep -qiE 'NewConnectionError|connection broken|ProxyError|Temporary failure in name resolution|Connection refused|timed out|Network is unreachable' "$log"; then
+    echo "the package index is unreachable: check the network or pip's configuration (pip config list), then run make again"
   elif grep -qiE 'No matching distribution|Could not find a version' "$log"; then
     echo "pip's index lacks a pinned package: $(grep -iE 'No matching distribution|Could not find a version' "$log" | tail -n 1)"
-  elif grep -qiE 'NewConnectionError|Temporary failure in name resolution|Connection refused|timed out|Network is unreachable' "$log"; then
-    echo "the package index is unreachable: check the network or pip's configuration (pip config list), then run make again"
   elif grep -qiE 'No CMAKE_CXX_COMPILER|CXX compiler.*(broken|not found)' "$log"; then
     echo "no working C++20 compiler: install g++ >= 11 (Debian: apt-get install g++)"
   else
