@@ -1,8 +1,10 @@
 """Checkpoints: written beside their place and renamed into it, so that what was saved stays whole.
 
 RUN/checkpoints/step-000025/  state.safetensors  trained weights and AdamW's moments, by parameter name
-                              state.json         step, position in the data, random generators, what the summary needs
+                              state.json         step, metric, position in the data, random generators, the summary's
                               adapter/           with LoRA: the adapter as peft reads it
+
+A name that begins with a dot is something half done: a process that was killed left it, the next save removes it.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,50 +29,79 @@ from longgrpo.train.errors import UserError
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the error of a disk that is full or fails into one that the command line reports."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: cannot be written ({error}); what was saved before stands: make room, then resume"
+        ) from error
+
+
 def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
-    """Writes a directory by `write(temporary)` and renames it to `directory`, whose old content stays until then."""
+    """Writes a directory by `write(temporary)` and renames it to `directory`, whose old content stays until then.
+
+    Raises UserError where the disk does not take it.
+    """
     temporary, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("tmp", "old"))
+    if old.exists() and not directory.exists():  # killed between the two renames below
+        os.rename(old, directory)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        write(temporary)
-        for path in temporary.rglob("*"):
-            _sync(path)
-        if directory.exists():
-            os.rename(directory, old)
-        os.rename(temporary, directory)
-        _sync(directory.parent)
+        with writing(directory):
+            temporary.mkdir(parents=True)
+            write(temporary)
+            for path in (temporary, *temporary.rglob("*")):
+                _sync(path)
+            if directory.exists():
+                os.rename(directory, old)
+            os.rename(temporary, directory)
+            _sync(directory.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_directory(directory: Path) -> None:
+    """Removes a directory whole or not at all, as others see it."""
+    doomed = directory.with_name(f".{directory.name}.old")
+    os.rename(directory, doomed)
+    shutil.rmtree(doomed)
+
+
 def write_file(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    _sync(temporary)
-    os.replace(temporary, path)
+    try:
+        with writing(path):
+            temporary.write_text(text)
+            _sync(temporary)
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def save(
     run: Path,
     step: int,
-    parameters: dict[str, Tensor],
+    parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
+    state: Mapping[str, Any],
     write_adapter: Callable[[Path], None] | None,
     keep: int,
+    metric: float | None = None,
 ) -> Path:
-    """Saves everything that the steps after `step` depend on, then drops all but the newest `keep` checkpoints.
+    """Saves everything that the steps after `step` depend on, then drops all but the newest `keep` checkpoints and the
+    one with the highest `metric`.
 
     The checkpoint of a step is written once: replacing it would leave a moment without it.
     """
     directory = run / "checkpoints" / f"step-{step:06d}"
-    if directory.exists():
-        return directory
     tensors = {f"weight.{name}": parameter for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         moments = optimizer.state.get(parameter, {})
@@ -78,48 +111,83 @@ def save(
         save_file(
             {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, directory / "state.safetensors"
         )
-        (directory / "state.json").write_text(json.dumps({"step": step, **state}))
+        (directory / "state.json").write_text(json.dumps({"step": step, "metric": metric, **state}))
         if write_adapter:
             write_adapter(directory / "adapter")
 
-    replace_directory(directory, write)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    if not directory.exists():
+        replace_directory(directory, write)
+    _drop_old(run, keep)
     return directory
+
+
+def _drop_old(run: Path, keep: int) -> None:
+    for half_done in (run / "checkpoints").glob(".*"):
+        shutil.rmtree(half_done)
+    kept = {*checkpoints(run)[-keep:], best(run)}
+    for directory in checkpoints(run):
+        if directory not in kept:
+            remove_directory(directory)
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    return sorted((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def load(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Copies the newest checkpoint into the parameters and the optimiser, in place; returns the rest of its state."""
-    if not checkpoints(run):
-        raise UserError(f"{run}: has no checkpoint to resume from; start the run again from its config")
-    directory = checkpoints(run)[-1]
-    tensors = load_file(directory / "state.safetensors")
-    saved = {name.removeprefix("weight.") for name in tensors if name.startswith("weight.")}
-    if saved != set(parameters):
-        odd = sorted(saved ^ set(parameters))
+def best(run: Path) -> Path | None:
+    """The checkpoint that was saved with the highest metric, of several the oldest; None where none has one."""
+    metrics = {directory: read_state(directory)["metric"] for directory in checkpoints(run)}
+    known = {directory: metric for directory, metric in metrics.items() if metric is not None}
+    return max(known, key=lambda directory: known[directory]) if known else None
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors."""
+    return json.loads((directory / "state.json").read_text())
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """What state.safetensors holds: "weight.NAME" and "MOMENT.NAME" of every trained parameter."""
+    try:
+        return load_file(directory / "state.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{directory}: cannot be read ({error}); move it away to go on from the checkpoint before it"
+        ) from error
+
+
+def load(directory: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Copies a checkpoint into the parameters and the optimiser, in place; returns the rest of its state.
+
+    Raises UserError where the checkpoint cannot be read or was saved from other weights.
+    """
+    saved = read_tensors(directory)
+    load_weights(directory, saved, parameters)
+    for name, parameter in parameters.items():
+        moments = {moment: saved[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in saved}
+        if moments:
+            optimizer.state[parameter] = {m: t if m == "step" else t.to(parameter.device) for m, t in moments.items()}
+    return read_state(directory)
+
+
+@torch.no_grad()
+def load_weights(directory: Path, saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Copies the weights among the `saved` tensors of a checkpoint into the parameters, in place."""
+    names = {name.removeprefix("weight.") for name in saved if name.startswith("weight.")}
+    if names != set(parameters):
+        odd = sorted(names ^ set(parameters))
         raise UserError(
             f"{directory}: was saved from other weights (first difference: {odd[0]}); model and lora must not change"
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            weight = tensors[f"weight.{name}"]
-            if weight.shape != parameter.shape:
-                raise UserError(
-                    f"{directory}: {name} was saved as {list(weight.shape)}, now {list(parameter.shape)}: "
-                    "model and lora must not change"
-                )
-            parameter.copy_(weight)
-            moments = {moment: tensors.get(f"{moment}.{name}") for moment in MOMENTS}
-            if moments["step"] is not None:
-                optimizer.state[parameter] = {
-                    m: t if m == "step" else t.to(parameter.device) for m, t in moments.items() if t is not None
-                }
-    return json.loads((directory / "state.json").read_text())
+    for name, parameter in parameters.items():
+        weight = saved[f"weight.{name}"]
+        if weight.shape != parameter.shape:
+            raise UserError(
+                f"{directory}: {name} was saved as {list(weight.shape)}, now {list(parameter.shape)}: "
+                "model and lora must not change"
+            )
+        parameter.copy_(weight)
 
 
 def generator_states() -> dict[str, Any]:
@@ -138,6 +206,12 @@ def set_generator_states(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(keys), gauss))
     numpy.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+
+
+def seed_generators(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _sync(path: Path) -> None:

@@ -75,6 +75,10 @@ class LoopConfig:
     save_steps: int = 25
     """A checkpoint after every so many steps, besides the last; 0: only the last."""
     keep_checkpoints: int = 2
+    """The newest that are kept."""
+    best_metric: str | None = None
+    """The checkpoint of the step with the highest value of this metric is kept as well, for example reward/mean;
+    with a minus before its name, the lowest."""
     log_completions: int = 4
     """Completions of each step written to completions.jsonl."""
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longgrpo.offload import OffloadEngine
 from longgrpo.train.advantages import has_spread
+from longgrpo.train.errors import ConfigError
 from longgrpo.train.packing import MicroBatch, Sample
 from longgrpo.train.rewards import Reward
 
@@ -144,3 +148,17 @@ def offload_metrics(engine: OffloadEngine | None, before: dict[str, float]) -> d
         "offload/host_peak": engine.stats()["host_peak"],
         "seconds/offload_stall": stall,
     }
+
+
+def best_metric(name: str | None, metrics: Mapping[str, Any]) -> float | None:
+    """The value by which the best checkpoint is chosen: the metric `name`, or "-NAME" for the negative of it; None
+    without a name, and where the step has no finite value. Raises ConfigError for a name that no step has."""
+    if name is None:
+        return None
+    key, sign = (name[1:], -1.0) if name.startswith("-") else (name, 1.0)
+    if key not in metrics and not key.startswith("eval"):  # an evaluation is not of every step
+        near = difflib.get_close_matches(key, metrics, n=3)
+        remedy = f"did you mean {' or '.join(near)}?" if near else f"they have {', '.join(metrics)}"
+        raise ConfigError(f"train.best_metric = {name!r}: no metric of a step; {remedy}")
+    value = metrics.get(key)
+    return sign * value if value is not None and math.isfinite(value) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from longgrpo.train.checkpoint import writing
 from longgrpo.train.data import Problem
 from longgrpo.train.packing import Sample
 
@@ -77,17 +79,20 @@ class _JsonLines:
     """A file of one JSON object a line, each with the step that it belongs to."""
 
     def __init__(self, path: Path, keep_until: int) -> None:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a killed process leaves half a line
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= keep_until))
-        self._file = path.open("a")
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith(b"\n")]  # a killed process leaves half a line
+        kept = [line for line in whole if json.loads(line)["step"] <= keep_until]
+        self._path, self._file = path, path.open("a")
+        self._file.truncate(sum(map(len, kept)))  # what is kept is never written anew: a full disk cannot lose it
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a full disk, which write() has reported
+            self._file.close()
 
 
 def _record(sample: Sample) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from longgrpo.train.data import Problem, PromptStream, ReasoningGymSource, check
 from longgrpo.train.errors import ConfigError, UserError
 from longgrpo.train.evaluation import Evaluation, evaluate, paired_interval
 from longgrpo.train.loop import Policy, reward, roll_out, sample_prompts, step
-from longgrpo.train.metrics import peak_memory
+from longgrpo.train.metrics import best_metric, peak_memory
 from longgrpo.train.rewards import load_reward
 from longgrpo.train.signals import StopRequest
 from longgrpo.train.tracking import Tracker
@@ -44,6 +44,8 @@ class Progress:
     peak_rss_bytes: int = 0
     logprob_diff_max: float = 0.0
     groups_with_spread_before: float | None = None
+    metric: float | None = None
+    """train.best_metric of the last step."""
 
 
 class Trainer:
@@ -71,15 +73,15 @@ class Trainer:
 
     @classmethod
     def resume(cls, directory: Path, overrides: list[str] | None = None) -> Trainer:
-        """The run in `directory` at its newest checkpoint; overrides such as `--train.steps 100` change its config."""
+        """The run in `directory` at its newest checkpoint, or at its start where it has none yet; overrides such as
+        `--train.steps 100` change its config."""
         if not (directory / "config.yaml").is_file():
             raise ConfigError(f"{directory}: holds no run (no config.yaml is in it)")
-        if not checkpoint.checkpoints(directory):
-            raise ConfigError(f"{directory}: has no checkpoint yet; start the run anew with another output_dir")
         config = load_config(directory / "config.yaml", overrides)
         trainer = cls.__new__(cls)
         trainer._build(config, directory)
-        trainer._restore()
+        if saved := checkpoint.checkpoints(directory):
+            trainer._restore(saved[-1])
         checkpoint.write_file(directory / "config.yaml", dump_config(config))
         return trainer
 
@@ -88,7 +90,8 @@ class Trainer:
         it is saved, and `stop.signal` says which signal."""
         names = [reward.name for reward in self.policy.rewards]
         train = self.config.train
-        tracker = Tracker(self.directory, names, train.steps, self.progress.step, train.log_completions)
+        done = self.progress.step if checkpoint.checkpoints(self.directory) else -1  # step 0 is what is measured before
+        tracker = Tracker(self.directory, names, train.steps, done, train.log_completions)
         self._start = time.monotonic() - self.progress.seconds
         with StopRequest(tracker.say) as self.stop, tracker:
             try:
@@ -102,6 +105,7 @@ class Trainer:
         progress, steps, every = self.progress, self.config.train.steps, self.config.train.save_steps
         if progress.step == 0:
             self._look_at_untrained(tracker)
+            checkpoint.seed_generators(self.config.train.seed)  # whatever was looked at, step 1 begins alike
         while progress.step < steps and not self.stop:
             self._step(tracker)
             if every and progress.step % every == 0 and progress.step < steps:
@@ -116,6 +120,7 @@ class Trainer:
         """One step. Where it fails, the state before it is saved: what failed can be put right and the run resumed."""
         stream, number = self.policy.stream, self.progress.step + 1
         position, generators = stream.position, checkpoint.generator_states()
+        self.policy.engine.weights_changed()  # as after a resume, nothing is cached of what was sampled before
         try:
             result = step(self.policy, number)
         except UserError as error:
@@ -129,6 +134,7 @@ class Trainer:
         self.progress.logprob_diff_max = max(
             self.progress.logprob_diff_max, result.metrics["engine_trainer_logprob_diff_max"]
         )
+        self.progress.metric = best_metric(self.config.train.best_metric, result.metrics)
         self._look_at_clock()
         tracker.step(result.metrics, result.problems, result.samples)
 
@@ -175,8 +181,8 @@ class Trainer:
             stream=stream,
         )
 
-    def _restore(self) -> None:
-        state = checkpoint.load(self.directory, self.policy.parameters, self.policy.optimizer)
+    def _restore(self, saved: Path) -> None:
+        state = checkpoint.load(saved, self.policy.parameters, self.policy.optimizer)
         self.progress = Progress(**state["progress"])
         self.policy.stream.position = state["position"]
         checkpoint.set_generator_states(state["generators"])
@@ -198,6 +204,7 @@ class Trainer:
             state,
             (lambda directory: save_adapter(self.policy.model, directory)) if self.config.lora else None,
             self.config.train.keep_checkpoints,
+            self.progress.metric,
         )
 
     # ---- before and after training
