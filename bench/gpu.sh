@@ -55,15 +55,14 @@ for workspace in 256 1024; do
     --about "\"workspace_mib\": $workspace" || status=1
   cat $build/part.jsonl >>$build/cases.jsonl
 done
-if [ -f bench/peers.py ] && "$python" bench/peers.py --help 2>/dev/null | grep -q -- --device; then
-  "$python" bench/peers.py --device cuda || status=1
-fi
+rm -f $build/peers.jsonl
+"$python" bench/peers.py --device cuda --seconds 5 --json $build/peers.jsonl || status=1
 
-"$python" - "$name.json" $build/cases.jsonl $build/tests.xml "$card" <<'PY'
+"$python" - "$name.json" $build/cases.jsonl $build/peers.jsonl $build/tests.xml "$card" <<'PY'
 import json, subprocess, sys, xml.etree.ElementTree as xml
 import torch
 
-out, cases, tests, card = sys.argv[1:]
+out, cases, peers, tests, card = sys.argv[1:]
 suite = xml.parse(tests).getroot().find("testsuite").attrib
 driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
 commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -72,6 +71,7 @@ record = {
     "driver": driver.stdout.split("\n")[0], "python": sys.version.split()[0],
     "tests": {k: int(suite[k]) for k in ("tests", "failures", "errors", "skipped")},
     "cases": [json.loads(line) for line in open(cases)],
+    "peers": [json.loads(line) for line in open(peers)],
 }
 json.dump(record, open(out, "w"), indent=1)
 print(out)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 # Large blocks get a mapping of their own and give it back when they are freed, as on a heap without history.
 FRESH_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
@@ -20,7 +22,13 @@ def _status(field: str) -> int:
 
 
 def peak_extra(call: Callable[[], object]) -> int:
-    """Bytes by which the resident memory of this process rose while `call` ran, its result still held."""
+    """Bytes by which this process's memory rose while `call` ran, its result still held: torch's on a GPU if it has
+    one in use, the resident memory else."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        used = torch.cuda.memory_allocated()
+        result = call()
+        return torch.cuda.max_memory_allocated() - used
     # getrusage's ru_maxrss will not do: it starts at the parent's peak and cannot be reset.
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")

@@ -31,7 +31,6 @@ from programs import (
     ALL,
     DTYPES,
     GROWTH,
-    PEERS,
     Case,
     Inputs,
     bare_gemms,
@@ -39,6 +38,7 @@ from programs import (
     loss_of,
     make_inputs,
     padded,
+    peers,
     programs,
     run,
 )
@@ -69,15 +69,23 @@ class Spread:
         return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
+def _seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call, the GPU's work included where there is one in use."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - start
+
+
 def time_in_rounds(calls: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, list[float]]:
     """Milliseconds of every call in every round; at least 3 rounds, then until `seconds` are spent."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     names, end = list(calls), time.monotonic() + seconds
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            calls[name]()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * _seconds(calls[name]))
         if i >= 2 and time.monotonic() > end:
             break
     return times
@@ -87,12 +95,12 @@ def exact_rows(x: Inputs, count: int = 8) -> tuple[Tensor, Tensor]:
     """Some rows (indices into the flat tokens) and their result in float64: dL/dhidden, or logp when scoring."""
     moving = x.mask & (x.advantages != 0)[:, None]
     rows = moving.view(-1).nonzero()[:, 0]
-    rows = rows[torch.linspace(0, len(rows) - 1, count).long()]
+    rows = rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).long()]
     hidden = x.hidden.detach().flatten(0, 1)[rows].double().requires_grad_()
     logp = log_softmax(hidden, x.weight.detach().double(), x.ids.view(-1)[rows])
     if x.case.mode == "scoring":
         return rows, logp.detach()
-    full = torch.zeros(x.mask.numel(), dtype=torch.float64).index_put((rows,), logp)
+    full = logp.new_zeros(x.mask.numel()).index_put((rows,), logp)
     (gradient,) = torch.autograd.grad(loss_of(x, full.view(x.mask.shape)), hidden)
     return rows, gradient
 
@@ -101,12 +109,6 @@ def relative_error(x: Inputs, result: Tensor, exact: tuple[Tensor, Tensor]) -> f
     rows, expected = exact
     got = (padded(x, result) if x.case.mode == "scoring" else result).flatten(0, 1)[rows].double()
     return float((got - expected).norm() / expected.norm())
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def measure(case: Case, rounds: int, seconds: float, with_memory: bool) -> Iterator[dict]:
@@ -142,7 +144,7 @@ def measure(case: Case, rounds: int, seconds: float, with_memory: bool) -> Itera
 
 
 def memory_of(case: Case, name: str) -> int:
-    small = make_inputs(Case((2, 8, 64, 256), case.dtype, case.mode))
+    small = make_inputs(Case((2, 8, 64, 256), case.dtype, case.mode, device=case.device))
     run(ALL[name], small)  # imports, thread pools
     x = make_inputs(case)
     return memory.peak_extra(lambda: run(ALL[name], x))
@@ -195,9 +197,9 @@ def check_targets(case: Case, records: list[dict]) -> Iterator[Target]:
     floors = {ours["faster"]: ours["over_faster"], f"GEMMs {case.dtype}": ours["over_own"]}  # fp32 cannot reach bf16's
     for floor, ratios in floors.items():
         yield Target(f"time / {floor}", Spread.of(ratios), multiple, at_most=True)
-    peers = [name for name in PEERS if name in by_name]
-    if rival == "fastest" and peers:
-        rival = min(peers, key=lambda name: median(by_name[name]["ms"]))
+    rivals = [name for name in peers(case) if name in by_name]
+    if rival == "fastest" and rivals:
+        rival = min(rivals, key=lambda name: median(by_name[name]["ms"]))
     if speedup and rival in by_name:
         ratios = [theirs / mine for theirs, mine in zip(by_name[rival]["ms"], ours["ms"], strict=True)]
         yield Target(f"times faster than {rival}", Spread.of(ratios), speedup, at_most=False)
@@ -212,31 +214,33 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         if args.shape not in (None, shape) or args.dtype not in (None, dtype):
             continue
         short = (4, FEW_TOKENS // 4, *shape[2:])
-        used = short if shape[3] > LARGE_VOCABULARY and not args.full else shape
+        used = short if shape[3] > LARGE_VOCABULARY and args.device == "cpu" and not args.full else shape
         for mode, padding, half_zero in itertools.product(MODES, (False, True), (False, True)):
-            case = Case(used, dtype, mode, padding, half_zero)
+            case = Case(used, dtype, mode, padding, half_zero, args.device)
             known = mode == "scoring" and half_zero  # scoring knows no advantage
             wanted = args.full or shape == SHAPES[0] or target_key(case) in TARGETS
             if args.mode in (None, mode) and wanted and not known:
                 yield case
 
 
-def environment() -> dict:
+def environment(device: str) -> dict:
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.processor())  # fmt: skip
     versions = {}
-    for name in ("torch", "longgrpo", "trl", "liger-kernel", "unsloth_zoo", "verl"):
+    for name in ("torch", "longgrpo", "trl", "liger-kernel", "unsloth_zoo", "verl", "cut-cross-entropy"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
     root = Path(__file__).parent.parent
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
     )
     return {
-        "machine": platform.platform(), "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "versions": versions, "commit": git.stdout.strip() or None,
+        "machine": platform.platform(), "cpu": cpu, "gpu": gpu, "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": versions,
+        "commit": git.stdout.strip() or None,
         "command": sys.argv, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
 
@@ -254,11 +258,11 @@ def print_records(case: Case, records: list[dict]) -> None:
         print(f"{r['program']:28}{median(r['ms']):9.1f}  {own!s:>19}  {faster!s:>19}{extra:>11}{error:>10}")
 
 
-def memory_growth(lengths: list[int]) -> Iterator[dict]:
+def memory_growth(lengths: list[int], device: str) -> Iterator[dict]:
     """Peak of linear_grpo_loss less the gradient that it returns: flat in the number of tokens."""
     (name,) = GROWTH
     for tokens in lengths:
-        case = Case((1, tokens, 64, 4096), "fp32", "frozen")
+        case = Case((1, tokens, 64, 4096), "fp32", "frozen", device=device)
         extra = fresh_memory_of(case, name)
         yield {"tokens": tokens, "extra_bytes": extra, "less_dhidden": extra - 4 * tokens * case.shape[2]}
 
@@ -267,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one tiny shape, 2 rounds: does it run")
     parser.add_argument("--full", action="store_true", help="every case on every shape, with all its tokens")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", type=lambda s: tuple(map(int, s.split(","))), help="only this B,T,H,V")
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--mode", choices=MODES)
@@ -285,9 +290,10 @@ def main() -> None:
             with args.json.open("a") as file:
                 file.write(json.dumps({"kind": kind, **record}) + "\n")
 
-    about = environment()
+    about = environment(args.device)
     save("run", about)
-    print(", ".join(f"{k} {about[k]}" for k in ("cpu", "threads", "machine", "commit")), about["versions"], sep="\n")
+    where = (f"{k} {about[k]}" for k in ("gpu", "cpu", "threads", "machine", "commit") if about[k])
+    print(", ".join(where), about["versions"], sep="\n")
     verdicts = []
     for case in cases(args):
         with_memory = not args.no_memory and target_key(case) in TARGETS
@@ -300,8 +306,9 @@ def main() -> None:
         for record in records:
             save("result", record)
     if not args.no_memory:
+        lengths = [1 << 10, 1 << 12] if args.quick else [1 << 10, 1 << 13, 1 << 16, 1 << 18]
         print("\nlinear_grpo_loss, H = 64, V = 4096, workspace 16 MiB: MiB beyond the inputs and dhidden")
-        for record in memory_growth([1 << 10, 1 << 12] if args.quick else [1 << 10, 1 << 13, 1 << 16, 1 << 18]):
+        for record in memory_growth(lengths, args.device):
             print(f"{record['tokens']:8} tokens {record['less_dhidden'] / 2**20:8.1f}")
             save("memory", record)
     print("\nTargets", *verdicts, sep="\n")

@@ -34,6 +34,7 @@ class Case:
     mode: str  # "frozen", "trainable" or "scoring"
     padded: bool = False
     half_zero: bool = False  # half the sequences have advantage 0, and beta is 0
+    device: str = "cpu"
 
     def __str__(self) -> str:
         padding, zero = f", {PADDING:.0%} padding" * self.padded, ", half of A = 0" * self.half_zero
@@ -54,6 +55,7 @@ class Inputs:
     advantages: Tensor  # [B]
     old: Tensor  # [B, T]
     ref: Tensor  # [B, T]
+    host: tuple[Tensor, Tensor]  # mask and advantages on the CPU, where a trainer makes them
 
     @property
     def wrt(self) -> list[Tensor]:
@@ -66,25 +68,27 @@ class Inputs:
 
 def make_inputs(case: Case) -> Inputs:
     batch, length, hidden, vocabulary = case.shape
-    g = torch.Generator().manual_seed(0)
-    h = torch.randn(batch, length, hidden, generator=g).to(DTYPES[case.dtype])
-    w = torch.empty(vocabulary, hidden, dtype=DTYPES[case.dtype]).normal_(0, 3 / hidden**0.5, generator=g)
-    ids = torch.randint(vocabulary, (batch, length), generator=g)
+    g, dtype = torch.Generator(case.device).manual_seed(0), DTYPES[case.dtype]
+    randn = functools.partial(torch.randn, generator=g, device=case.device)
+    h = randn(batch, length, hidden).to(dtype)
+    w = torch.empty(vocabulary, hidden, dtype=dtype, device=case.device).normal_(0, 3 / hidden**0.5, generator=g)
+    ids = torch.randint(vocabulary, (batch, length), generator=g, device=case.device)
     # lengths rise from a quarter of T to T: a mean of 5/8
     lengths = torch.linspace(0.25, 1, batch).mul(length).long() if case.padded else torch.full((batch,), length)
-    advantages = torch.randn(batch, generator=g)
+    lengths = lengths.to(case.device)
+    advantages = randn(batch)
     if case.half_zero:  # a long one and a short one, so that it is half the tokens too
         order = [i // 2 if i % 2 == 0 else batch - 1 - i // 2 for i in range(batch)]
         advantages[order[: batch // 2]] = 0
     few = zip(h.view(-1, hidden).split(64), ids.view(-1).split(64), strict=True)  # naive, but not all logits at once
     logp = torch.cat([log_softmax(rows, w, targets) for rows, targets in few]).view(batch, length)
     # Near enough that no row is clipped: its gradient would be 0, and skipping it would be luck.
-    old, ref = (logp + 0.03 * torch.randn(batch, length, generator=g) for _ in range(2))
-    mask = torch.arange(length) < lengths[:, None]
+    old, ref = (logp + 0.03 * randn(batch, length) for _ in range(2))
+    mask = torch.arange(length, device=case.device) < lengths[:, None]
     if case.mode != "scoring":
         h.requires_grad_()
         w.requires_grad_(case.mode == "trainable")
-    return Inputs(case, h, w, ids, mask, advantages, old, ref)
+    return Inputs(case, h, w, ids, mask, advantages, old, ref, (mask.cpu(), advantages.cpu()))
 
 
 def log_softmax(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
@@ -196,10 +200,38 @@ def linear_logprob_grpo_loss(x: Inputs) -> Tensor:
 
 
 def linear_grpo_loss(x: Inputs, **options) -> Tensor:
+    mask, advantages = x.host
     return longgrpo.linear_grpo_loss(
-        x.hidden, x.weight, x.ids, x.advantages, mask=x.mask, old_logp=x.old, ref_logp=x.ref, temperature=TEMPERATURE,
+        x.hidden, x.weight, x.ids, advantages, mask=mask, old_logp=x.old, ref_logp=x.ref, temperature=TEMPERATURE,
         config=config(x), **options,
     ).loss  # fmt: skip
+
+
+# ---- peers that need a GPU; quack's linear cross entropy takes no weight of a token, so it cannot play ----
+
+
+def cut_cross_entropy(x: Inputs) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    hidden, ids = x.packed()
+    return -linear_cross_entropy(hidden / TEMPERATURE, x.weight, ids, reduction="none")
+
+
+def liger_triton(x: Inputs) -> Tensor:
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    logits = F.pad(x.hidden, (0, 0, 0, 1)) @ x.weight.T  # [B, T + 1, V]: the last position predicts nothing
+    return triton_grpo_loss(
+        logits, x.old, x.ref, x.ids, x.advantages, x.mask, temperature=TEMPERATURE, beta=x.case.beta, eps_low=CLIP,
+        eps_high=CLIP, loss_type="grpo", reduce=True,
+    )[0]  # fmt: skip
+
+
+def verl_triton(x: Inputs) -> Tensor:
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    hidden, ids = x.packed()
+    return linear_cross_entropy(hidden, x.weight, ids, TEMPERATURE, "none", None)[0]
 
 
 PEERS = {
@@ -210,18 +242,23 @@ PEERS = {
     "verl": verl,
     "torch": torch_linear_cross_entropy,
 }
+GPU_PEERS = {"Liger Triton": liger_triton, "verl Triton": verl_triton, "CCE": cut_cross_entropy}
+NO_SCORING = (liger, liger_triton)  # these give the loss alone
 # What a reader who packs by hand may want to know: no bound on memory, so no peer.
 BASELINES = {"naive packed": naive_packed}
 LOSS_OURS = {"linear_logprob + grpo_loss": linear_logprob_grpo_loss, "linear_grpo_loss": linear_grpo_loss}
 SCORING_OURS = {"linear_logprob": linear_logprob}
 GROWTH = {"linear_grpo_loss, 16 MiB": functools.partial(linear_grpo_loss, workspace=16 << 20)}
-ALL = PEERS | BASELINES | LOSS_OURS | SCORING_OURS | GROWTH
+ALL = PEERS | GPU_PEERS | BASELINES | LOSS_OURS | SCORING_OURS | GROWTH
+
+
+def peers(case: Case) -> dict[str, Callable]:
+    those = PEERS if case.device == "cpu" else PEERS | GPU_PEERS
+    return {name: f for name, f in those.items() if case.mode != "scoring" or f not in NO_SCORING}
 
 
 def programs(case: Case) -> dict[str, Callable]:
-    if case.mode == "scoring":  # Liger has no scoring call
-        return {k: f for k, f in PEERS.items() if f is not liger} | BASELINES | SCORING_OURS
-    return PEERS | BASELINES | LOSS_OURS
+    return peers(case) | BASELINES | (SCORING_OURS if case.mode == "scoring" else LOSS_OURS)
 
 
 def run(program: Callable, x: Inputs) -> tuple[Tensor, ...]:
@@ -238,7 +275,7 @@ def bare_gemms(x: Inputs, dtype: torch.dtype) -> Callable[[], None]:
     moving = x.mask & (x.advantages != 0)[:, None] if x.case.half_zero else x.mask
     rows, active = int(x.mask.sum()), int(moving.sum())
     h, w = x.hidden.detach()[x.mask].to(dtype), x.weight.detach().to(dtype)
-    logits = torch.empty(rows, len(w), dtype=dtype)
+    logits = torch.empty(rows, len(w), dtype=dtype, device=w.device)
     dh, dw = torch.empty_like(h[:active]), torch.empty_like(w) if x.case.mode == "trainable" else None
 
     def gemms() -> None:

@@ -16,7 +16,9 @@ LONGGRPO_CLONES float max_of(const float* x, int64_t n) {
   return best;
 }
 
-LONGGRPO_CLONES void exp_sums(const float* x, int64_t n, float factor, float max_x, double* sum, double* weighted) {
+// With `kKeep` the exponentials take the place of the logits.
+template <bool kKeep>
+LONGGRPO_INLINE void exp_sums_of(float* x, int64_t n, float factor, float max_x, double* sum, double* weighted) {
   float s = 0, w = 0;
 #pragma omp simd reduction(+ : s, w)
   for (int64_t j = 0; j < n; ++j) {
@@ -24,23 +26,17 @@ LONGGRPO_CLONES void exp_sums(const float* x, int64_t n, float factor, float max
     const float e = simd::exp_nonpositive(d);
     s += e;
     w += e * (d < -87.0f ? -87.0f : d);
+    if (kKeep) x[j] = e;
   }
   *sum += s;
   *weighted += w;
 }
 
+LONGGRPO_CLONES void exp_sums(float* x, int64_t n, float factor, float max_x, double* sum, double* weighted) {
+  exp_sums_of<false>(x, n, factor, max_x, sum, weighted);
+}
 LONGGRPO_CLONES void exp_sums_keep(float* x, int64_t n, float factor, float max_x, double* sum, double* weighted) {
-  float s = 0, w = 0;
-#pragma omp simd reduction(+ : s, w)
-  for (int64_t j = 0; j < n; ++j) {
-    const float d = factor * (x[j] - max_x);
-    const float e = simd::exp_nonpositive(d);
-    s += e;
-    w += e * (d < -87.0f ? -87.0f : d);
-    x[j] = e;
-  }
-  *sum += s;
-  *weighted += w;
+  exp_sums_of<true>(x, n, factor, max_x, sum, weighted);
 }
 
 LONGGRPO_CLONES void affine(float* x, const float* bias, int64_t n, float scale) {

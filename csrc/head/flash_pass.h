@@ -14,22 +14,25 @@
 namespace longgrpo {
 
 struct FlashPlan {
-  int64_t rows, tile_rows, vocabulary, chunk;
-  bool gradient;
+  int64_t rows;
+  int64_t active;  // of these, the first `active` may have a gradient
+  int64_t tile_rows, vocabulary, chunk;
 };
 
-// Device: chunk_logits(begin, rows, column, columns); chunk(...the same); accumulate(...the same); finish(begin, rows).
+// Device: chunk_logits(begin, rows, column, columns); chunk(...the same, gradient); accumulate(rows, column, columns);
+// finish(begin, rows, gradient).
 template <class Device>
 void flash_pass(Device& device, const FlashPlan& plan) {
   for (int64_t begin = 0; begin < plan.rows; begin += plan.tile_rows) {
     const int64_t rows = std::min(plan.tile_rows, plan.rows - begin);
+    const bool gradient = begin < plan.active;
     for (int64_t column = 0; column < plan.vocabulary; column += plan.chunk) {
       const int64_t columns = std::min(plan.chunk, plan.vocabulary - column);
       device.chunk_logits(begin, rows, column, columns);
-      device.chunk(begin, rows, column, columns);
-      if (plan.gradient) device.accumulate(rows, column, columns);
+      device.chunk(begin, rows, column, columns, gradient);
+      if (gradient) device.accumulate(rows, column, columns);
     }
-    device.finish(begin, rows);
+    device.finish(begin, rows, gradient);
   }
 }
 

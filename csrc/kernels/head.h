@@ -5,8 +5,9 @@
 //   runtime.plan(wish, limit_bytes)    plan_gpu, unless a test wants a tiling of its own
 //
 // No value on the device is read by the host. Rows are visited in the order they have; a row without a target, outside
-// the loss or without a gradient becomes a zero row, which costs its share of the GEMMs and nothing else. To save that
-// share, leave such rows out of `hidden`: only the caller knows them without asking the device.
+// the loss or without a gradient becomes a zero row, which costs its share of the GEMMs and nothing else. That share is
+// saved where the host knows such rows: the caller leaves them out of `hidden`, or puts them last and hands in
+// `active`.
 #pragma once
 
 #include "../head/flash_pass.h"
@@ -137,11 +138,13 @@ class GpuHead {
              loss};
   }
 
-  void run(bool gradient) {
+  // The first `active` rows may have a gradient.
+  void run(int64_t active) {
     const auto [n, h, v] = wish_.shape;
-    if (plan_.flash) return flash_pass(*this, {n, plan_.tile_rows, v, plan_.chunk, gradient});
+    if (plan_.flash) return flash_pass(*this, {n, active, plan_.tile_rows, v, plan_.chunk});
+    const bool gradient = active > 0;
     const HeadPlan plan{n,
-                        gradient ? n : 0,
+                        active,
                         plan_.tile_rows,
                         0,
                         gradient && out_.direction,
@@ -203,9 +206,9 @@ class GpuHead {
     product(in_.hidden, in_.weight, begin, rows, column, columns, hidden_, logits_);
   }
 
-  void chunk(int64_t begin, int64_t rows, int64_t column, int64_t columns) {
+  void chunk(int64_t begin, int64_t rows, int64_t column, int64_t columns, bool gradient) {
     tile_.first = begin, tile_.rows = rows;
-    launch_chunk(tile_, column, columns, states_, out_.direction, wish_.gemm_dtype(), runtime_.stream());
+    launch_chunk(tile_, column, columns, states_, gradient, wish_.gemm_dtype(), runtime_.stream());
   }
 
   void accumulate(int64_t rows, int64_t column, int64_t columns) {
@@ -214,10 +217,10 @@ class GpuHead {
     if (!first) launch_rescale_add(direction_, product_, states_, rows, wish_.shape.hidden, runtime_.stream());
   }
 
-  void finish(int64_t begin, int64_t rows) {
+  void finish(int64_t begin, int64_t rows, bool gradient) {
     tile_.first = begin, tile_.rows = rows;
-    launch_finish(tile_, {out_.logp, out_.entropy, nullptr, out_.scale, nullptr}, states_,
-                  out_.direction ? direction_ : nullptr, in_.weight, in_.weight_dtype, out_.direction, in_.hidden_dtype,
+    launch_finish(tile_, {out_.logp, out_.entropy, nullptr, gradient ? out_.scale : nullptr, nullptr}, states_,
+                  gradient ? direction_ : nullptr, in_.weight, in_.weight_dtype, out_.direction, in_.hidden_dtype,
                   wish_.shape.hidden, runtime_.stream());
   }
 

@@ -9,8 +9,9 @@ namespace longgrpo {
 
 template <class Runtime>
 void gpu_pass(Runtime& runtime, const HeadShape& shape, const HeadInputs& in, const HeadOutputs& out,
-              const RowLoss& loss, bool gradient, int64_t workspace) {
+              const RowLoss& loss, int64_t active, int64_t workspace) {
   if (shape.tokens == 0) return;
+  const bool gradient = active > 0;
   const GpuWish wish{shape,
                      in.hidden_dtype,
                      in.weight_dtype,
@@ -19,13 +20,13 @@ void gpu_pass(Runtime& runtime, const HeadShape& shape, const HeadInputs& in, co
                      gradient && loss.beyond_logp()};
   const GpuPlan plan = runtime.plan(wish, workspace);
   const auto memory = runtime.scratch(plan.bytes());
-  GpuHead<Runtime>(runtime, wish, plan, in, out, loss, memory.data()).run(gradient);
+  GpuHead<Runtime>(runtime, wish, plan, in, out, loss, memory.data()).run(active);
 }
 
 template <class Runtime>
 void gpu_linear_logprob(Runtime& runtime, const HeadShape& shape, const HeadInputs& in, const HeadOutputs& out,
                         int64_t workspace) {
-  gpu_pass(runtime, shape, in, out, RowLoss{}, out.direction != nullptr, workspace);
+  gpu_pass(runtime, shape, in, out, RowLoss{}, out.direction ? shape.tokens : 0, workspace);
 }
 
 template <class Runtime>
@@ -33,7 +34,7 @@ void gpu_linear_logprob_backward(Runtime& runtime, const HeadShape& shape, const
                                  const float* logp_grad, const float* entropy_grad, int64_t workspace) {
   RowLoss loss;
   loss.kind = RowLoss::given, loss.c = logp_grad, loss.e = entropy_grad;
-  gpu_pass(runtime, shape, in, out, loss, true, workspace);
+  gpu_pass(runtime, shape, in, out, loss, shape.tokens, workspace);
 }
 
 struct Sequences {
@@ -60,10 +61,11 @@ void gpu_token_loss(Runtime& runtime, const LossConfig& config, const TokenBatch
 template <class Runtime>
 class GpuFusedLoss {
  public:
-  // `gradients` names the outputs that are wanted; its scores are this class's own.
+  // `gradients` names the outputs that are wanted; its scores are this class's own. The first `active` tokens may have
+  // a gradient.
   GpuFusedLoss(Runtime& runtime, const LossConfig& config, const HeadShape& shape, const HeadInputs& in,
-               const TokenBatch& batch, const Sequences& sequences, const HeadOutputs& gradients, bool report,
-               int64_t workspace)
+               const TokenBatch& batch, const Sequences& sequences, const HeadOutputs& gradients, int64_t active,
+               bool report, int64_t workspace)
       : runtime_(runtime),
         config_(config),
         shape_(shape),
@@ -71,6 +73,7 @@ class GpuFusedLoss {
         batch_(batch),
         sequences_(sequences),
         gradients_(gradients),
+        active_(gradients.direction || gradients.dweight || gradients.dbias ? active : 0),
         exact_(in.exact_kl != ExactKl::none),
         with_entropy_(report || config.entropy_coef != 0),
         workspace_(workspace),
@@ -85,20 +88,20 @@ class GpuFusedLoss {
 
   void run(const LossOutputs& out) {
     if (!config_.needs_sequence()) {
-      pass(with_scores(gradients_), row_loss(RowLoss::token), any_gradient(), true);
+      pass(with_scores(gradients_), row_loss(RowLoss::token), active_, true);
     } else if (gradients_.direction && !gradients_.dweight && !gradients_.dbias && !beyond_logp()) {
       // A frozen head: dlogp/dhidden now, its factor c once the sequences are whole.
       HeadOutputs directions = with_scores(gradients_);
       directions.scale = nullptr;
-      pass(directions, row_loss(RowLoss::direction), true, false);
+      pass(directions, row_loss(RowLoss::direction), active_, false);
       sum(out);
       launch_scale_rows(c_, Dtype::f32, gradients_.scale, Dtype::f32, nullptr, 1, shape_.tokens, runtime_.stream());
       return;
     } else {
       // A scoring pass, then a pass in which every gradient is given.
-      pass(with_scores({}), row_loss(RowLoss::direction), false, false);
+      pass(with_scores({}), row_loss(RowLoss::direction), 0, false);
       sum(out);
-      if (any_gradient() || exact_) pass(gradients_, row_loss(RowLoss::sequence), any_gradient(), true);
+      if (active_ > 0 || exact_) pass(gradients_, row_loss(RowLoss::sequence), active_, true);
     }
     sum(out);
   }
@@ -106,7 +109,6 @@ class GpuFusedLoss {
  private:
   static constexpr int64_t kArrays = 5;
 
-  bool any_gradient() const { return gradients_.direction || gradients_.dweight || gradients_.dbias; }
   bool beyond_logp() const { return exact_ || config_.entropy_coef != 0; }
 
   RowLoss row_loss(RowLoss::Kind kind) const { return {kind, c_, nullptr, visited_, batch_, config_}; }
@@ -117,10 +119,10 @@ class GpuFusedLoss {
     return out;
   }
 
-  void pass(const HeadOutputs& out, const RowLoss& loss, bool gradient, bool with_reference) {
+  void pass(const HeadOutputs& out, const RowLoss& loss, int64_t active, bool with_reference) {
     HeadInputs in = in_;
     if (!with_reference) in.exact_kl = ExactKl::none;
-    gpu_pass(runtime_, shape_, in, out, loss, gradient, workspace_);
+    gpu_pass(runtime_, shape_, in, out, loss, active, workspace_);
   }
 
   void sum(const LossOutputs& out) {
@@ -135,6 +137,7 @@ class GpuFusedLoss {
   TokenBatch batch_;
   const Sequences sequences_;
   HeadOutputs gradients_;
+  const int64_t active_;
   const bool exact_, with_entropy_;
   const int64_t workspace_;
   const decltype(std::declval<Runtime&>().scratch(0)) memory_;

@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(longgrpo, m) {
   m.def("token_loss(Tensor logp, " TOKEN_ARGUMENTS "Tensor? entropy, " CONFIG_ARGUMENTS
         ") -> (Tensor loss, Tensor metrics, Tensor logp_grad)");
   m.def("linear_grpo_loss(" HEAD_ARGUMENTS TOKEN_ARGUMENTS "Tensor? ref_hidden, Tensor? ref_weight, " CONFIG_ARGUMENTS
-        ", bool need_hidden, bool need_weight, bool need_bias, bool metrics, int workspace) -> "
+        ", bool need_hidden, bool need_weight, bool need_bias, bool metrics, int workspace, int active=-1) -> "
         "(Tensor loss, Tensor metrics, Tensor direction, Tensor scale, Tensor weight_grad, Tensor bias_grad)");
   m.def("scale_rows(Tensor x, Tensor scale) -> Tensor");
   m.def("scale_rows_(Tensor(a!) x, Tensor scale) -> ()");
@@ -244,14 +244,9 @@ class FusedLoss {
   }
 
   LossSums run() {
-    if (!config_.needs_sequence()) {
-      one_pass();
-    } else if (gradients_.direction && !gradients_.dweight && !gradients_.dbias && !logits_kept()) {
-      direction_then_factor();
-    } else {
-      score_then_gradients();
-    }
-    return sum();
+    if (!config_.needs_sequence()) return one_pass();
+    const bool frozen = gradients_.direction && !gradients_.dweight && !gradients_.dbias;
+    return frozen && !logits_kept() ? direction_then_factor() : score_then_gradients();
   }
 
   Tensor direction, scale, dweight, dbias;
@@ -282,29 +277,32 @@ class FusedLoss {
   }
 
   // c is known in the row.
-  void one_pass() {
+  LossSums one_pass() {
     const RowLoss loss = [this](int64_t t, float logp) {
       const Token token = batch_.at(t, logp);
       return row_gradient(t, logp_gradient(config_, token_term(config_, token), token, batch_.weight[t]));
     };
     pass(with_scores(gradients_), order_.active, loss, true);
+    return sum();
   }
 
   // A frozen head: dlogp/dhidden now, its factor c once the sequences are whole.
-  void direction_then_factor() {
+  LossSums direction_then_factor() {
     const RowLoss unit = [](int64_t, float) { return RowGradient{1, 0, 0}; };
     pass(with_scores(gradients_), order_.active, unit, false);
-    sum();
+    const LossSums sums = sum();
     std::copy(data(c_), data(c_) + batch_.tokens, data(scale));
+    return sums;
   }
 
   // A scoring pass, then a pass in which every gradient is given.
-  void score_then_gradients() {
+  LossSums score_then_gradients() {
     pass(with_scores({}), 0, nullptr, false);
     sum();
     const RowLoss given = [this](int64_t t, float) { return row_gradient(t, data(c_)[t]); };
     if (gradients_.direction || gradients_.dweight || gradients_.dbias || exact())
       pass(gradients_, order_.active, given, true);
+    return sum();
   }
 
   const LossConfig& config_;
@@ -326,7 +324,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_grpo_loss(
     const OptionalTensor& ref_logp, const OptionalTensor& importance, const OptionalTensor& cu_seqlens,
     const OptionalTensor& ref_hidden, const OptionalTensor& ref_weight, const std::vector<int64_t>& options,
     const std::vector<double>& constants, bool need_hidden, bool need_weight, bool need_bias, bool metrics,
-    int64_t workspace) {
+    int64_t workspace, int64_t /*active: order_rows looks for itself*/) {
   const LossConfig config = loss_config(options, constants);
   Head head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, workspace);
   head.in.reference_hidden = ref_hidden ? ref_hidden->const_data_ptr() : nullptr;

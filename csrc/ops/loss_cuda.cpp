@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_grpo_loss(
     const OptionalTensor& ref_logp, const OptionalTensor& importance, const OptionalTensor& cu_seqlens,
     const OptionalTensor& ref_hidden, const OptionalTensor& ref_weight, const std::vector<int64_t>& options,
     const std::vector<double>& constants, bool need_hidden, bool need_weight, bool need_bias, bool metrics,
-    int64_t workspace) {
+    int64_t workspace, int64_t active) {
   CudaRuntime runtime(hidden);
   const LossConfig config = loss_config(options, constants);
   Head head = head_of(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale);
@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_grpo_loss(
   const LossResult result(hidden);
   GpuFusedLoss<CudaRuntime>(runtime, config, head.shape, head.in,
                             token_batch(token_weight, advantages, old_logp, ref_logp, importance),
-                            sequences_of(cu_seqlens), gradients, metrics, workspace)
+                            sequences_of(cu_seqlens), gradients, active < 0 ? n : active, metrics, workspace)
       .run(result.outputs());
   return {result.loss, result.metrics, direction, scale, dweight, dbias};
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cases import DTYPES, Head, batches, configs, heads, make_batch, make_head, 
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import longgrpo.loss.grpo as grpo
 from longgrpo import GRPOLossConfig, LinearGRPOLoss, grpo_loss, linear_grpo_loss, linear_logprob
 from longgrpo.loss import reference
 from longgrpo.loss.config import KL_ESTIMATORS, LOSS_TYPES
@@ -51,14 +53,16 @@ def test_any_loss(batch, config, normaliser):
 
 
 def fused_and_oracle(head: Head, batch, config, *, train_head: bool, ref: Head | None = None, **options):
-    """(loss, gradients) of the fused op and of float64 autograd, scaled so that no fp16 gradient is subnormal."""
+    """(loss, gradients) of the fused op; (loss, gradients, sums of the magnitudes that make each of them) of float64
+    autograd. Gradients are scaled so that none is subnormal in fp16."""
     scale = 4096.0
     arguments = batch.arguments(config)
     mine, truth = head.cast(head.hidden.dtype, train_head=train_head), head.cast(torch.float64, train_head=train_head)
     extra = {} if ref is None else {"ref_hidden": ref.hidden, "ref_weight": ref.weight if train_head else None}
     result = linear_grpo_loss(mine.hidden, mine.weight, mine.target, batch.advantages, **arguments, **extra,
                               config=config, **mine.options, **options)  # fmt: skip
-    rows = truth.rows()
+    shift = torch.zeros(len(head.hidden), len(head.weight), dtype=torch.float64, requires_grad=True)  # [N, V]
+    rows = replace(truth, bias=shift if truth.bias is None else shift + truth.bias).rows()
     logp, entropy = reference.logprob_and_entropy(rows, head.target)
     exact = None
     if ref is not None:
@@ -70,12 +74,26 @@ def fused_and_oracle(head: Head, batch, config, *, train_head: bool, ref: Head |
         exact = reference.exact_kl(rows, ref_rows, config.kl)
     batch.mask &= head.target >= 0
     expected = batch.oracle(config, logp=logp, entropy=entropy, exact=exact)
-    return (result.loss, torch.autograd.grad(scale * result.loss, mine.leaves)), (
-        expected.detach(),
-        torch.autograd.grad(scale * expected, truth.leaves, allow_unused=True, materialize_grads=True)
+    leaves = [*truth.leaves, shift]
+    *gradients, d_logits = (
+        torch.autograd.grad(scale * expected, leaves, allow_unused=True, materialize_grads=True)
         if expected.requires_grad
-        else [torch.zeros_like(x) for x in truth.leaves],
+        else [torch.zeros_like(x) for x in leaves]
     )
+    magnitudes = [d_logits.abs() @ truth.weight.detach().abs()]
+    if train_head:
+        magnitudes += [d_logits.abs().T @ truth.hidden.detach().abs(), d_logits.abs().sum(0)]
+    ours = torch.autograd.grad(scale * result.loss, mine.leaves)
+    return (result.loss, ours), (expected.detach(), gradients, magnitudes[: len(gradients)])
+
+
+def check_fused(actual, wanted, dtype: torch.dtype) -> None:
+    """The loss within fp32's error, each gradient within that of its dtype: a row of logits' gradient is rounded once
+    before it is summed, and the sum once. Where a sum cancels, its terms' rounding is what remains."""
+    torch.testing.assert_close(actual[0].double(), wanted[0], rtol=1e-4, atol=1e-5)
+    for gradient, expected, magnitude in zip(actual[1], *wanted[1:], strict=True):
+        bound = EPS[dtype] * (expected.norm() + magnitude.norm()) + 3e-5 * expected.norm()
+        assert float((gradient.double() - expected).norm()) <= float(bound)
 
 
 def lengths_of(tokens: int) -> list[int]:
@@ -93,10 +111,7 @@ def test_any_fused_loss(head, config, seed, train_head, on_policy, importance, m
                        off_policy=None if on_policy else 0.2)  # fmt: skip
     batch.mask &= head.target >= 0
     assume(not near_a_clip(batch, config))
-    actual, wanted = fused_and_oracle(head, batch, config, train_head=train_head, metrics=metrics)
-    torch.testing.assert_close(actual[0].double(), wanted[0], rtol=1e-4, atol=1e-5)
-    for a, w in zip(actual[1], wanted[1], strict=True):
-        assert relative_error(a, w) <= 3 * EPS[head.hidden.dtype] + 3e-5
+    check_fused(*fused_and_oracle(head, batch, config, train_head=train_head, metrics=metrics), head.hidden.dtype)
 
 
 @pytest.mark.parametrize("kl", ["exact_reverse", "exact_forward"])
@@ -113,10 +128,7 @@ def test_exact_kl(kl, loss_type, level, train_head, dtype):
     with torch.no_grad():
         logp = linear_logprob(head.hidden, head.weight, head.target, **head.options).logp
     batch = make_batch(3, [10, 0, 20], logp=logp, off_policy=0.1)
-    actual, wanted = fused_and_oracle(head, batch, config, train_head=train_head, ref=ref)
-    torch.testing.assert_close(actual[0].double(), wanted[0], rtol=1e-4, atol=1e-5)
-    for a, w in zip(actual[1], wanted[1], strict=True):
-        assert relative_error(a, w) <= 3 * EPS[dtype] + 3e-5
+    check_fused(*fused_and_oracle(head, batch, config, train_head=train_head, ref=ref), dtype)
 
 
 @settings(max_examples=60, deadline=None)
@@ -169,6 +181,36 @@ def test_fused_equals_composed(loss_type):
         torch.testing.assert_close(fused.metrics[name], value, rtol=1e-5, atol=1e-6)
     a, b = (torch.autograd.grad(x.loss, h.hidden)[0] for x in (fused, composed))
     assert relative_error(a, b) < 2e-5
+
+
+@pytest.mark.parametrize("metrics", [True, False])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "gmpo", "vespo"])
+def test_rows_that_the_host_leaves_out_change_nothing(loss_type, metrics, monkeypatch):
+    """A GPU's pass is planned on the host: fewer rows in another order give the same loss, metrics and gradients."""
+    config = GRPOLossConfig(loss_type=loss_type)
+    head, batch = make_head(8, 60, 32, 300), make_batch(8, [20, 15, 10, 15], importance=True)
+    advantages = batch.advantages.clone()
+    advantages[1] = advantages[3] = 0
+    results, rows = [], []
+    for planned in (False, True):
+        monkeypatch.setattr(grpo, "_plans_on_host", lambda device, planned=planned: planned)
+        leaves = head.cast(torch.float32, train_head=True)
+        out = linear_grpo_loss(leaves.hidden, leaves.weight, leaves.target, advantages, **batch.arguments(config),
+                               config=config, metrics=metrics)  # fmt: skip
+        results.append((out, torch.autograd.grad(out.loss, (leaves.hidden, leaves.weight))))
+        rows.append(grpo._rows_known_on_host(leaves.target.shape, advantages, batch.mask, batch.cu_seqlens, config,
+                                             metrics))  # fmt: skip
+    (a, gradients), (b, planned_gradients) = results
+    torch.testing.assert_close(a.loss, b.loss, rtol=1e-6, atol=1e-7)
+    for name in a.metrics:
+        torch.testing.assert_close(a.metrics[name], b.metrics[name], rtol=1e-5, atol=1e-6)
+    for x, y in zip(gradients, planned_gradients, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+    visited = int(batch.mask.sum())
+    assert len(rows[0].index) == visited if metrics or config.needs_sequences else rows[0].active
+    assert rows[0].active == (
+        visited if config.needs_sequences else int(batch.mask[:20].sum() + batch.mask[35:45].sum())
+    )
 
 
 def test_module_is_the_function():

@@ -34,7 +34,7 @@ def op_samples():
         head = head_tensors(train_head)
         yield "linear_logprob", (*head, *HEAD, True, not train_head, MIB)
         needs = (True, train_head, False)
-        yield "linear_grpo_loss", (*head, *HEAD, *token_tensors(), None, None, *config, *needs, True, MIB)
+        yield "linear_grpo_loss", (*head, *HEAD, *token_tensors(), None, None, *config, *needs, True, MIB, 12)
     head = tuple(t.detach() for t in head_tensors(False))
     yield "linear_logprob_backward", (*head, *HEAD, torch.randn(12), torch.randn(12), True, True, False, MIB)
     logp = (torch.randn(12) - 2).requires_grad_()

@@ -49,7 +49,7 @@ def _(logp, token_weight, advantages, old_logp, ref_logp, importance, cu_seqlens
 def _(
     hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, token_weight, advantages,
     old_logp, ref_logp, importance, cu_seqlens, ref_hidden, ref_weight, options, constants, need_hidden, need_weight,
-    need_bias, metrics, workspace,
+    need_bias, metrics, workspace, active=-1,
 ):  # fmt: skip
     (n, h), v = hidden.shape, weight.shape[0]
     return (
@@ -191,7 +191,7 @@ def _setup_linear_grpo_loss(ctx, inputs, output):
 
 def _linear_grpo_loss_backward(ctx, loss_grad, *_):
     if loss_grad is None:
-        return (None,) * 23
+        return (None,) * 24
     direction, scale, d_weight, d_bias = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     weight_dtype, bias_dtype = ctx.dtypes
@@ -200,7 +200,7 @@ def _linear_grpo_loss_backward(ctx, loss_grad, *_):
         _scale_weight(d_weight, loss_grad, weight_dtype) if need_weight else None,
         _scale_weight(d_bias, loss_grad, bias_dtype) if need_bias else None,
     )
-    return (d_hidden, d_weight, None, d_bias, *(None,) * 19)
+    return (d_hidden, d_weight, None, d_bias, *(None,) * 20)
 
 
 torch.library.register_autograd(

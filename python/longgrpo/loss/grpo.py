@@ -28,6 +28,41 @@ class GRPOLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+class _Rows(NamedTuple):
+    """The tokens that a pass has to visit, where the host knows them."""
+
+    index: Tensor  # [M] int64 into the N flat tokens, on the host: first those that may have a gradient
+    active: int  # how many those are
+    cu_seqlens: Tensor | None  # [S + 1] int32 bounds among the M, where the loss asks for sequences
+
+
+def _rows_known_on_host(
+    shape: torch.Size, advantages: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, config: GRPOLossConfig,
+    metrics: bool,
+) -> _Rows | None:  # fmt: skip
+    """What a GPU cannot be asked for without waiting for it. None where the host does not know, or nothing is saved."""
+    if any(t is not None and t.device.type != "cpu" for t in (advantages, mask, cu_seqlens)):
+        return None
+    tokens = shape.numel()
+    visited = torch.ones(tokens, dtype=torch.bool) if mask is None else mask.reshape(-1).bool()
+    if len(shape) == 2:
+        cu_seqlens = torch.arange(shape[0] + 1) * shape[1]
+    if config.needs_sequences:  # a sequence stays whole and in its place
+        assert cu_seqlens is not None
+        before = torch.nn.functional.pad(visited.cumsum(0), (1, 0))
+        index, bounds = visited.nonzero()[:, 0], before[cu_seqlens.long()].int()
+        return _Rows(index, len(index), bounds) if len(index) < tokens else None
+    moves = visited
+    if not (config.beta or config.entropy_coef):
+        of_token = advantages.reshape(-1)
+        if cu_seqlens is not None and advantages.numel() == cu_seqlens.numel() - 1:
+            of_token = per_token(of_token, cu_seqlens.long(), tokens)
+        moves = visited & (of_token != 0)
+    active, quiet = moves.nonzero()[:, 0], (visited & ~moves).nonzero()[:, 0]
+    index = torch.cat((active, quiet)) if metrics else active
+    return _Rows(index, len(active), None) if len(active) < tokens else None
+
+
 class _Tokens(NamedTuple):
     """What the loss knows of each token, flat and float32, as the ops take it."""
 
@@ -37,6 +72,18 @@ class _Tokens(NamedTuple):
     ref_logp: Tensor | None  # [N]
     importance: Tensor | None  # [N]
     cu_seqlens: Tensor | None  # [S + 1] int32
+
+    def at(self, rows: _Rows, index: Tensor) -> _Tokens:
+        """The tokens of `rows`; index: that of `rows`, on the tokens' device."""
+        per_token = (None if t is None else t.index_select(0, index) for t in self[:-1])
+        return _Tokens(*per_token, _on(index.device, rows.cu_seqlens))
+
+
+def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    """`tensor` on `device`, without waiting for what the device is at."""
+    if tensor is None or tensor.device == device:
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def token_weights(
@@ -237,6 +284,9 @@ def linear_grpo_loss(
     costs 2 GEMMs and a trainable one 3 (4 where the loss needs the whole sequence first). Tokens outside the mask
     cost nothing; tokens whose gradient is known to be 0 cost the first GEMM, or nothing with `metrics=False`.
 
+    On a GPU this takes a mask and advantages (and cu_seqlens) that are CPU tensors: the pass is planned on the host,
+    which never waits for the device. Handed in on the GPU, such tokens cost what the others do.
+
     Args:
         hidden, weight, target, bias, temperature, softcap, logit_scale, workspace: as linear_logprob's.
         advantages, mask, cu_seqlens, old_logp, ref_logp, importance, normaliser, config: as grpo_loss's.
@@ -253,14 +303,30 @@ def linear_grpo_loss(
         hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
     )
     flat_ref_hidden, flat_ref_weight = _reference_head(hidden, weight, ref_hidden, ref_weight, config)
+    device, rows = hidden.device, None
+    if _plans_on_host(device):
+        rows = _rows_known_on_host(target.shape, advantages, mask, cu_seqlens, config, metrics)
+        moved = (_on(device, t) for t in (advantages, mask, cu_seqlens, importance))
+        advantages, mask, cu_seqlens, importance = moved  # type: ignore[assignment]
     used = target >= 0 if mask is None else mask.bool() & (target >= 0)
     tokens = _prepare(
         target.shape, advantages, used, cu_seqlens, old_logp, ref_logp, importance, normaliser, config
     )  # fmt: skip
+    active = target.numel()
+    if rows is not None:
+        index, active = _on(device, rows.index), rows.active
+        assert index is not None
+        head, tokens = head.at(index), tokens.at(rows, index)
+        flat_ref_hidden = None if flat_ref_hidden is None else flat_ref_hidden.index_select(0, index)
     loss, values, *_ = ops.linear_grpo_loss(
-        *head, *tokens, flat_ref_hidden, flat_ref_weight, *config.packed(), *head.needs, metrics, workspace
+        *head, *tokens, flat_ref_hidden, flat_ref_weight, *config.packed(), *head.needs, metrics, workspace, active
     )
     return GRPOLoss(loss, _named(values))
+
+
+def _plans_on_host(device: torch.device) -> bool:
+    """Whether the op cannot look at its inputs' values; the CPU's can."""
+    return device.type != "cpu" and not torch.compiler.is_compiling()
 
 
 def _reference_head(

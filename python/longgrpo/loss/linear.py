@@ -34,6 +34,15 @@ class Head(NamedTuple):
     softcap: float
     logit_scale: float
 
+    def at(self, index: Tensor) -> Head:
+        """The tokens of index [M]."""
+        temperature = None if self.token_temperature is None else self.token_temperature.index_select(0, index)
+        return self._replace(
+            hidden=self.hidden.index_select(0, index),
+            target=self.target.index_select(0, index),
+            token_temperature=temperature,
+        )
+
     @property
     def needs(self) -> tuple[bool, bool, bool]:
         """Which of hidden, weight and bias get a gradient."""

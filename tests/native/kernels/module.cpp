@@ -167,12 +167,12 @@ PYBIND11_MODULE(longgrpo_kernels, m) {
     gpu_token_loss(runtime, config_of(options, constants), batch_of(d), sequences_of(d), pointer(d, "logp"),
                    pointer(d, "entropy"), nullptr, pointer(d, "logp_grad"), loss_of(d));
   });
-  m.def("linear_grpo_loss",
-        [](const py::dict& d, const std::vector<int64_t>& options, const std::vector<float>& constants, bool report) {
-          GpuFusedLoss<SimulatedRuntime>(runtime, config_of(options, constants), shape_of(d), inputs_of(d), batch_of(d),
-                                         sequences_of(d), outputs_of(d), report, d["workspace"].cast<int64_t>())
-              .run(loss_of(d));
-        });
+  m.def("linear_grpo_loss", [](const py::dict& d, const std::vector<int64_t>& options,
+                               const std::vector<float>& constants, int64_t active, bool report) {
+    GpuFusedLoss<SimulatedRuntime>(runtime, config_of(options, constants), shape_of(d), inputs_of(d), batch_of(d),
+                                   sequences_of(d), outputs_of(d), active, report, d["workspace"].cast<int64_t>())
+        .run(loss_of(d));
+  });
   m.def("scale_rows",
         [](uintptr_t from, int from_dtype, uintptr_t to, int to_dtype, uintptr_t scale, int64_t rows, int64_t columns) {
           launch_scale_rows(reinterpret_cast<void*>(from), Dtype(from_dtype), reinterpret_cast<void*>(to),

@@ -116,7 +116,7 @@ def token_loss(
 def linear_grpo_loss(*arguments) -> tuple[Tensor, ...]:
     head, rest = arguments[:8], arguments[8:]
     token_weight, advantages, old_logp, ref_logp, importance, cu_seqlens, ref_hidden, ref_weight = rest[:8]
-    options, constants, need_hidden, need_weight, need_bias, metrics, workspace = rest[8:]
+    options, constants, need_hidden, need_weight, need_bias, metrics, workspace, active = rest[8:]
     hidden, weight = head[:2]
     (n, h), v = hidden.shape, weight.shape[0]
     loss, values, scale = zeros(1), zeros(METRICS), zeros(n if need_hidden else 0)
@@ -132,7 +132,7 @@ def linear_grpo_loss(*arguments) -> tuple[Tensor, ...]:
             importance=importance, cu_seqlens=cu_seqlens, ref_hidden=ref_hidden, ref_weight=ref_weight, loss=loss,
             metrics=values, direction=direction, scale=scale, dweight=dweight, dbias=dbias,
         ),
-        options, constants, metrics,
+        options, constants, active, metrics,
     )  # fmt: skip
     return loss.view(()), values, direction, scale, dweight, dbias
 
