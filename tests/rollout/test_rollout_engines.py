@@ -57,6 +57,13 @@ def test_the_current_adapter_is_used(engine, lora, prompts):
     assert before != after
 
 
+def test_each_completion_is_told_of_when_it_ends(engine, prompts):
+    told = []
+    sampling = Sampling(max_tokens=12)
+    completions = engine.generate(prompts, sampling, seeds(8), lambda i, completion: told.append((i, completion)))
+    assert sorted(told, key=lambda entry: entry[0]) == list(enumerate(completions))
+
+
 def test_generate_leaves_the_base_as_it_was(engine, lora, prompts):
     before = {name: p.detach().clone() for name, p in lora.named_parameters()}
     engine.generate(prompts, GREEDY, seeds(8))

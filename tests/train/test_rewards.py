@@ -1,20 +1,12 @@
-import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from longgrpo.rewards import exact_answer, graded_error, last_number, score_answer
 from longgrpo.train.config import RewardConfig
 from longgrpo.train.errors import ConfigError, RewardError
-from longgrpo.train.rewards import (
-    Reward,
-    exact_answer,
-    graded_error,
-    last_number,
-    load_reward,
-    score_answer,
-    weighted_sum,
-)
+from longgrpo.train.rewards import Reward, load_reward
 
 OWN = Path(__file__).parent / "own_rewards.py"
 
@@ -24,7 +16,7 @@ def replies(*texts):
 
 
 def call(reward, texts=("1", "2")):
-    return reward([[]] * len(texts), replies(*texts), [[1]] * len(texts), {})
+    return reward([[]] * len(texts), replies(*texts), [[1]] * len(texts), {}).values
 
 
 @pytest.mark.parametrize(
@@ -50,11 +42,11 @@ def test_score_answer_leaves_other_answers_to_the_task():
 
 
 def test_exact_answer():
-    assert exact_answer(replies(" 7\n", "7.", "The sum is 7"), ["7"] * 3) == [1, 0, 0]
+    assert exact_answer(replies(" 7\n", "7.", "The sum is 7"), answer=["7"] * 3) == [1, 0, 0]
 
 
 def test_graded_error():
-    got = graded_error(replies("7", "9", "none", "7"), ["7", "7", "7", "cba"])
+    got = graded_error(replies("7", "9", "none", "7"), answer=["7", "7", "7", "cba"])
     assert got == [0.5, 0.5 / 3, 0.0, None]
 
 
@@ -65,21 +57,17 @@ def test_functions_get_trls_arguments():
         seen.update(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         return [1, torch.tensor(2.0)]
 
-    values = Reward("f", function)(["p", "q"], ["a", "b"], [[1], [2]], {"answer": ["x", "y"]})
+    values = Reward("f", function)(["p", "q"], ["a", "b"], [[1], [2]], {"answer": ["x", "y"]}).values
     assert values.tolist() == [1, 2]
+    assert callable(seen.pop("log_extra"))
+    assert callable(seen.pop("log_metric"))
+    assert seen.pop("trainer_state") is None
     assert seen == {
         "prompts": ["p", "q"],
         "completions": ["a", "b"],
         "completion_ids": [[1], [2]],
         "answer": ["x", "y"],
     }
-
-
-def test_none_is_left_out_of_the_sum():
-    values = {"a": torch.tensor([1.0, math.nan, math.nan]), "b": torch.tensor([2.0, 2.0, math.nan])}
-    total = weighted_sum([Reward("a", len), Reward("b", len, 0.25)], values)
-    assert total[:2].tolist() == [1.5, 0.5]
-    assert math.isnan(total[2])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
@@ -44,6 +44,9 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
+Finished = Callable[[int, Completion], None]
+
+
 class RolloutEngine(Protocol):
     name: str
     shares_weights: bool
@@ -53,9 +56,16 @@ class RolloutEngine(Protocol):
     def attach(self, model: PreTrainedModel | PeftModel) -> None:
         """From now on generate() samples from `model`: engine.model itself, or engine.model wrapped by PEFT."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        finished: Finished | None = None,
+    ) -> list[Completion]:
         """One completion an entry of `prompts`, in order, entry i sampled with seeds[i]. A prompt that leaves no room
-        for a token within max_length() raises ValueError; a completion ends with "length" where the context ends."""
+        for a token within max_length() raises ValueError; a completion ends with "length" where the context ends.
+        finished(i, completion) is called as soon as entry i is complete, once for each."""
 
     def weights_changed(self) -> None:
         """To be called after every optimiser step: what the engine has cached of the old weights is dropped."""

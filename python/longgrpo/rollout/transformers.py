@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longgrpo.model.load import ModelConfig, base_model, end_token_ids, load_model, resolve_model
-from longgrpo.rollout.engine import Completion, RolloutConfig, check_prompts, max_length
+from longgrpo.rollout.engine import Completion, Finished, RolloutConfig, check_prompts, max_length
 from longgrpo.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -41,12 +41,22 @@ class TransformersEngine:
             )
         self._attached = model
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        finished: Finished | None = None,
+    ) -> list[Completion]:
         check_prompts(prompts, seeds, self._max_length)
         completions: list[Completion] = []
         with _generating(self._attached), torch.no_grad():
             for i in range(0, len(prompts), BATCH):
-                completions += self._batch(prompts[i : i + BATCH], sampling, seeds[i : i + BATCH])
+                batch = self._batch(prompts[i : i + BATCH], sampling, seeds[i : i + BATCH])
+                if finished:
+                    for j, completion in enumerate(batch, i):
+                        finished(j, completion)
+                completions += batch
         return completions
 
     def _batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:

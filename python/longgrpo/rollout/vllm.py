@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from longgrpo.model.load import ModelConfig, base_model, end_token_ids, resolve_model
 from longgrpo.rollout import vllm_private
-from longgrpo.rollout.engine import Completion, RolloutConfig, check_prompts, max_length
+from longgrpo.rollout.engine import Completion, Finished, RolloutConfig, check_prompts, max_length
 from longgrpo.rollout.sampling import Sampling
 from longgrpo.rollout.shared_weights import LoraMerge, model_on
 
@@ -79,14 +79,32 @@ class VllmEngine:
         self._merge = LoraMerge(model, self.directory) if model is not self.model else None
         self.weights_changed()
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        finished: Finished | None = None,
+    ) -> list[Completion]:
         check_prompts(prompts, seeds, self.max_length())
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         params = [self._params(sampling, seed) for seed in seeds]
         merged: AbstractContextManager[None] = self._merge.merged() if self._merge else nullcontext()
         with merged, vllm_private.no_dynamo():
-            outputs = self.llm.generate(requests, params, use_tqdm=False)
-        return [_completion(output.outputs[0]) for output in outputs]
+            return self._completions(self.llm.enqueue(requests, params, use_tqdm=False), finished)
+
+    def _completions(self, requests: Sequence[str], finished: Finished | None) -> list[Completion]:
+        """Of the requests in the queue, in their order: LLM.wait_for_completion, which tells of each as it ends."""
+        places = {request.partition("-")[0]: i for i, request in enumerate(requests)}  # what outputs are called by
+        completions: dict[int, Completion] = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            for output in self.llm.llm_engine.step():
+                if output.finished:
+                    i, completion = places[output.request_id], _completion(output.outputs[0])
+                    completions[i] = completion
+                    if finished:
+                        finished(i, completion)
+        return [completions[i] for i in range(len(requests))]
 
     def _params(self, sampling: Sampling, seed: int) -> Any:
         from vllm import SamplingParams

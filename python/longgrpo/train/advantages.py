@@ -1,4 +1,4 @@
-"""From rewards to advantages."""
+"""From rewards to advantages. Rewards are NaN where no reward function applied."""
 
 from __future__ import annotations
 
@@ -7,28 +7,61 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-EPSILON = 1e-4
+EPSILON = 1e-4  # beside a standard deviation, as in TRL
+Scale = Literal["group", "batch", "none"]
+Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 
 
-def group_advantages(rewards: Tensor, scale: Literal["group", "none"] = "group") -> Tensor:
-    """rewards [P, G] (NaN: no reward function applied), a row the completions of one prompt -> advantages, f32 [P, G].
+def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    """values [F, P, G], weights [F] -> [P, G]: the sum over the functions that apply; NaN where none does."""
+    return (values * weights[:, None, None]).nansum(0).masked_fill(values.isnan().all(0), torch.nan)
 
-    Each reward less its group's mean, and for "group" over the group's standard deviation (n - 1, as TRL takes it) plus
-    1e-4. Exactly 0 in a group without spread, so that such groups can be left out of the backward, and where the reward
-    is NaN.
+
+def advantages(values: Tensor, weights: Tensor, scale: Scale, aggregation: Aggregation) -> Tensor:
+    """values f64 [F, P, G] of F functions, P prompts and G completions, weights [F] -> f32 [P, G].
+
+    Exactly 0 in a group without spread, so that such groups can be left out of the backward, and where no function
+    applied.
     """
-    known = ~rewards.isnan()
-    count = known.sum(1, keepdim=True)
-    mean = rewards.nanmean(1, keepdim=True)
-    centred = torch.where(known, rewards - mean, 0.0)
+    if aggregation == "sum_then_normalize":
+        return group_advantages(weighted_sum(values, weights), scale)
+    normalised = torch.stack([group_advantages(value, "group", torch.nan) for value in values])
+    total = weighted_sum(normalised.to(values.dtype), weights)  # GDPO: again over the whole step
+    centred = (total - total.nanmean()) / (_deviation(total.flatten()) + EPSILON)
+    return torch.where(groups_with_spread(values, weights, aggregation)[:, None], centred, 0.0).nan_to_num(0.0).float()
+
+
+def group_advantages(rewards: Tensor, scale: Scale = "group", unknown: float = 0.0) -> Tensor:
+    """rewards [P, G], a row the completions of one prompt -> advantages f32 [P, G], `unknown` where there is no reward.
+
+    Each reward less its group's mean, over the standard deviation of the group or of all (n - 1, as TRL takes it).
+    """
+    centred = rewards - rewards.nanmean(1, keepdim=True)
     if scale == "group":
-        deviation = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-        centred = centred / (deviation + EPSILON)
-    return torch.where(has_spread(rewards)[:, None], centred, 0.0).float()
+        centred = centred / (_deviation(rewards) + EPSILON)
+    elif scale == "batch":
+        centred = centred / (_deviation(rewards.flatten()) + EPSILON)
+    centred = torch.where(has_spread(rewards)[:, None], centred, 0.0)
+    return centred.masked_fill(rewards.isnan(), unknown).float()
+
+
+def groups_with_spread(values: Tensor, weights: Tensor, aggregation: Aggregation) -> Tensor:
+    """[P] bool: whether a group's rewards differ in what the advantages are made of."""
+    if aggregation == "sum_then_normalize":
+        return has_spread(weighted_sum(values, weights))
+    return (has_spread(values) & (weights != 0)[:, None]).any(0)
 
 
 def has_spread(rewards: Tensor) -> Tensor:
-    """[P] bool: whether the known rewards of a group differ at all. The mean of equal floats need not equal them."""
-    low = rewards.nan_to_num(nan=torch.inf).amin(1)
-    high = rewards.nan_to_num(nan=-torch.inf).amax(1)
+    """[..., G] -> [...] bool: whether the known rewards of a group differ at all. The mean of equal floats need not
+    equal them."""
+    low = rewards.nan_to_num(nan=torch.inf).amin(-1)
+    high = rewards.nan_to_num(nan=-torch.inf).amax(-1)
     return high > low
+
+
+def _deviation(rewards: Tensor) -> Tensor:
+    """The standard deviation (n - 1) of the known rewards along the last axis, which is kept; 0 of a single one."""
+    count = (~rewards.isnan()).sum(-1, keepdim=True)
+    squares = (rewards - rewards.nanmean(-1, keepdim=True)).square().nansum(-1, keepdim=True)
+    return (squares / (count - 1).clamp(min=1)).sqrt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,17 +22,40 @@ from longgrpo.train.errors import ConfigError
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The problems: a reasoning_gym task by name and its parameters."""
+    """The problems. A row of data has a prompt, as text or as messages; its other columns are handed to the rewards."""
 
     name: str
-    """A task of reasoning_gym, for example chain_sum."""
+    """A task of reasoning_gym (chain_sum, say), a .jsonl or .parquet file, a directory that datasets has written, a
+    hub id (owner/name), or a function of your own (package.module:function, path/to/file.py:function), which is called
+    with `split` and `parameters` and returns a sequence of rows."""
     parameters: dict[str, Any] = field(default_factory=dict)
-    """Handed to the task; `size` is the number of different problems before they repeat."""
+    """Handed to the task, to datasets or to the function. `size` of a reasoning_gym task is the number of different
+    problems before they repeat."""
+    split: str = "train"
+    """The split of a data set."""
+    prompt_column: str | None = None
+    """The column with the prompt; default prompt, and question for reasoning_gym."""
     seed: int = 0
-    """Seed of the training problems."""
+    """Seed of a reasoning_gym task's training problems, and of the order of other rows."""
+    shuffle: bool = True
+    """Draw rows in a random order, a new one each epoch. A reasoning_gym task, random by itself, stays in order."""
+    sampler: str | None = None
+    """A curriculum: path/to/file.py:Class, a longgrpo.train.data.Sampler that says which problem comes next."""
+    chat: bool | None = None
+    """Whether a prompt of plain text is sent as a user's message; default: where the model has a chat template (TRL
+    leaves plain text as it is)."""
+    chat_template: str | None = None
+    """A jinja file in place of the model's own chat template."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, {enable_thinking: false} for example."""
     system_prompt: str | None = None
+    """Begins every conversation that does not bring its own."""
     eval_n: int = 200
     """Number of held-out problems, different from each other and never trained on; 0: no evaluation."""
+    eval_name: str | None = None
+    """Where held-out problems come from, in the form of `name`; default: from the same source."""
+    eval_split: str | None = None
+    """Their split of a data set; default: the training problems' own, whose held-out ones training then skips."""
     eval_seed: int = 1_000_000_007
     """Seed of the held-out problems."""
     eval_reward: str = "score_answer"
@@ -46,11 +70,31 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """One reward function and its weight in the sum."""
+    """One reward function and its weight in the sum; see docs/rewards.md."""
 
     function: str
-    """A built-in (score_answer, exact_answer, graded_error), package.module:function or path/to/file.py:function."""
+    """A built-in (exact_answer, numeric_answer, math_answer, score_answer, graded_error, matches_format, target_length,
+    soft_overlong), package.module:function or path/to/file.py:function."""
     weight: float = 1.0
+    """0: the function is only logged."""
+    name: str | None = None
+    """Its name in the logs; default: the function's own."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the function."""
+    timeout: float | None = None
+    """Seconds that a call may take. A function that is not async then runs in a process of its own."""
+    on_error: Literal["raise", "none"] = "raise"
+    """What an exception, a timeout or an unusable value does: stop the run, which can be resumed, or count as "does not
+    apply" to the completions of the call."""
+    isolate: bool = False
+    """Run the function in a process of its own."""
+
+    def __post_init__(self) -> None:
+        _require(self.timeout is None or self.timeout > 0, f"timeout = {self.timeout}: must be above 0 seconds")
+
+    @property
+    def label(self) -> str:
+        return self.name or self.function.rpartition(":")[2]
 
 
 @dataclass(frozen=True)
@@ -58,16 +102,45 @@ class LoopConfig:
     """The loop and its optimiser."""
 
     steps: int = 50
+    """Rollouts, each with its updates."""
     seed: int = 0
     """Seeds the adapter's first weights and every sampled completion."""
     prompts_per_step: int = 8
     learning_rate: float = 1e-5
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
+    """TRL: 1e-6, for full fine-tuning. An adapter wants about ten times as much."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """From the learning rate, after the warm-up, to 0 at the last step (TRL: linear). A constant rate, the usual one in
+    reinforcement learning, lets a run be prolonged."""
     warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's. TRL: 0.999 for the second, a memory of a thousand steps, longer than most runs."""
+    weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    scale_rewards: Literal["group", "none"] = "group"
-    """What a group's centred rewards are divided by: their standard deviation, or nothing."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What a group's centred rewards are divided by: their standard deviation, that of all rewards of the step, or
+    nothing (Dr. GRPO, arXiv:2503.20783)."""
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Whether several rewards are summed before they are normalised in their groups or after, and then once more over
+    the step (GDPO, arXiv:2601.05242)."""
+    max_refills: int = 0
+    """Dynamic sampling (DAPO, arXiv:2503.14476): groups without spread are replaced by groups of new prompts, in at
+    most so many further rollouts a step."""
+    passes: int = 1
+    """How often a rollout is trained on (TRL: num_iterations)."""
+    minibatches: int = 1
+    """Optimiser steps of a pass, each on its part of the groups."""
+    mask_truncated: bool = False
+    """Leave completions that were cut off at the longest allowed length out of the loss."""
+    top_entropy_quantile: float = 1.0
+    """Share of tokens, those of the highest entropy in the step, that have a policy gradient (arXiv:2506.01939)."""
+    off_policy_threshold: float | None = None
+    """A completion with a negative advantage has no policy gradient once the policy has moved so far from the one that
+    sampled it: mean of logp_old - logp over its tokens (DeepSeek-V3.2, arXiv:2512.02556)."""
+    reference_sync_steps: int = 0
+    """Move the reference of the KL term towards the policy every so many steps; 0: never. Under LoRA the reference
+    is the base without its adapter, else, and where it moves, a frozen copy of the trained weights."""
+    reference_mixup: float = 0.6
+    """reference = mixup * policy + (1 - mixup) * reference."""
     token_budget: int = 4096
     """Tokens of a packed micro-batch, prompts included: it bounds memory and never changes the result."""
     probe_prompts: int = 16
@@ -83,12 +156,31 @@ class LoopConfig:
     """Completions of each step written to completions.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "token_budget", "keep_checkpoints"):
+        for name in ("steps", "prompts_per_step", "passes", "minibatches", "token_budget", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("warmup_steps", "probe_prompts", "save_steps", "log_completions"):
+        for name in (
+            "warmup_steps", "probe_prompts", "save_steps", "log_completions", "max_refills", "reference_sync_steps"
+        ):  # fmt: skip
             _require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}: must not be negative")
         _require(self.learning_rate > 0, f"learning_rate = {self.learning_rate}: must be above 0")
+        for name in ("top_entropy_quantile", "reference_mixup"):
+            _require(0 < getattr(self, name) <= 1, f"{name} = {getattr(self, name)}: must lie in (0, 1]")
         _require(self.max_grad_norm > 0, f"max_grad_norm = {self.max_grad_norm}: must be above 0 (.inf: no clipping)")
+        _require(
+            self.minibatches <= self.prompts_per_step,
+            f"minibatches = {self.minibatches}: a step has only prompts_per_step = {self.prompts_per_step} groups",
+        )
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of step `step`, from 1."""
+        left = 1 - (step - 1 - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)  # of the decay
+        decay = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[self.schedule]
+        return self.learning_rate * (step / self.warmup_steps if step <= self.warmup_steps else decay)
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps of one rollout."""
+        return self.passes * self.minibatches
 
 
 @dataclass(frozen=True)
@@ -131,12 +223,24 @@ class TrainConfig:
             f"rollout.temperature = {self.rollout.temperature}: must be above 0, or all of a group are equal",
         )
         _require(len(self.rewards) > 0, "rewards is empty: name at least one reward function")
+        names = [reward.label for reward in self.rewards]
         _require(
-            not self.loss.exact_kl,
-            f"loss.kl = {self.loss.kl!r}: the trainer scores the reference on the sampled tokens alone; take k3",
+            len(set(names)) == len(names), f"rewards: a name stands twice in {names}; add up the weights or set `name`"
         )
-        names = [reward.function for reward in self.rewards]
-        _require(len(set(names)) == len(names), f"rewards: a function is named twice in {names}; add up its weights")
+        _require(
+            self.train.reference_sync_steps == 0 or self.loss.beta != 0,
+            "train.reference_sync_steps is set and loss.beta is 0: there is no reference; set loss.beta above 0",
+        )
+        _require(
+            self.train.off_policy_threshold is None or not self.loss.exact_kl,
+            f"train.off_policy_threshold needs logprobs that loss.kl = {self.loss.kl!r} does without: take kl: k3",
+        )
+        _require(
+            (self.train.updates == 1 and self.train.top_entropy_quantile == 1 and not self.loss.exact_kl)
+            or self.loss.detach,
+            "loss.detach = false is about a rollout without old logprobs: set train.passes and train.minibatches to 1, "
+            "train.top_entropy_quantile to 1 and loss.kl to k3",
+        )
         _require(
             self.lora is not None or self.model.dtype == "float32",
             f"model.dtype = {self.model.dtype} without lora: AdamW on weights below float32 loses its small updates; "

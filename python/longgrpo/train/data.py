@@ -1,35 +1,47 @@
-"""Problems: where they come from, which are held out, and how one becomes the tokens of a prompt."""
+"""Problems: where they come from, in which order, which are held out, and how one becomes the tokens of a prompt."""
 
 from __future__ import annotations
 
+import copy
 import difflib
-import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
 
 from longgrpo.rollout.engine import Completion
 from longgrpo.train.config import TaskConfig
 from longgrpo.train.errors import DataError
+from longgrpo.train.user_code import load_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt = str | list[dict[str, str]]
+Messages = list[dict[str, Any]]
+Prompt = str | Messages
 """Plain text, or the messages of a conversation."""
-Reply = str | list[dict[str, str]]
+Reply = str | Messages
 """What TRL hands to rewards: text for a plain prompt, [{"role": "assistant", "content": text}] for a conversation."""
+Row = Mapping[str, Any]
 
-DEFAULT_SIZE = 100_000
+DEFAULT_SIZE = 100_000  # problems of a reasoning_gym task, which makes each when it is asked for
+NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # of a row: the trainer hands rewards its own
+RESERVED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """columns are handed to the reward functions by name."""
+    """columns are handed to the reward functions by name; question is the text that tells it from others."""
 
     question: str
     prompt: Prompt
     columns: dict[str, Any]
+    index: int = 0
+    """Its place in the source."""
 
     def fields(self) -> dict[str, Any]:
         """What a template may name: the columns, and the entries of a column that is a mapping (metadata)."""
@@ -37,67 +49,240 @@ class Problem:
         return {key: value for mapping in (*nested, self.columns) for key, value in mapping.items()}
 
 
+# ---- rows: what a source on disk, a task or a function gives
+
+
+class Rows(Protocol):
+    """A sequence of mappings; row i is always the same. A list, a datasets.Dataset, a reasoning_gym task."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def load_rows(task: TaskConfig, held_out: bool = False) -> Rows:
+    """The rows that task.name names (task.eval_name and task.eval_split for those held out).
+
+    Raises DataError where there is no such source, or nothing in it.
+    """
+    name = (held_out and task.eval_name) or task.name
+    split = (held_out and task.eval_split) or task.split
+    try:
+        rows = _load_rows(name, split, task, task.eval_seed if held_out else task.seed)
+    except (
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AssertionError,
+    ) as error:  # what the libraries raise for wrong parameters
+        raise DataError(f"task {name!r} with task.parameters = {task.parameters}: {error}") from error
+    if len(rows) == 0:
+        raise DataError(f"task {name!r} with {task.parameters} has no prompts; set task.parameters.size above 0")
+    return rows
+
+
+def _load_rows(name: str, split: str, task: TaskConfig, seed: int) -> Rows:
+    path = Path(name).expanduser()
+    if ":" in name:
+        return load_function(name, "task.name")(split=split, **task.parameters)
+    if path.suffix in (".jsonl", ".json"):
+        return _json_lines(path)
+    if not is_reasoning_gym(name):
+        return _data_set(path, split, task.parameters)
+    return _reasoning_gym(name, task.parameters, seed)
+
+
+def is_reasoning_gym(name: str) -> bool:
+    """Whether a name is one of reasoning_gym's tasks: neither a path, nor a hub id, nor a function."""
+    return not any(sign in name for sign in "/:.") and not Path(name).is_dir()
+
+
+def _json_lines(path: Path) -> list[Row]:
+    """Read here and not by datasets, which gives a column one type: it fills the keys that other rows have with None,
+    and refuses a column of mixed types."""
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: is not JSON: {error}") from error
+        if row is not None and not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: must be an object with a prompt, not {type(row).__name__}")
+        rows += [row] if row is not None else []
+    return rows
+
+
+def _data_set(path: Path, split: str, parameters: dict[str, Any]) -> Rows:
+    """A parquet file, a directory that datasets wrote, or a data set of the hub (memory-mapped, all of them)."""
+    import datasets
+
+    if path.suffix == ".parquet":
+        return datasets.load_dataset("parquet", data_files=str(path), split="train", **parameters)
+    if (path / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(str(path), **parameters)[split]
+    if (path / "dataset_info.json").is_file():
+        return datasets.load_from_disk(str(path), **parameters)
+    return datasets.load_dataset(str(path), split=split, **parameters)
+
+
+def _reasoning_gym(name: str, parameters: dict[str, Any], seed: int) -> Rows:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=3)
+        remedy = f"did you mean {' or '.join(near)}?" if near else "see reasoning_gym's gallery for the names"
+        raise DataError(f"task.name = {name!r}: reasoning_gym has no such task; {remedy}")
+    if "seed" in parameters:
+        raise DataError("task.parameters.seed: set task.seed (training) and task.eval_seed (held out) instead")
+    return reasoning_gym.create_dataset(name, **{"size": DEFAULT_SIZE, **parameters, "seed": seed})
+
+
+# ---- problems
+
+
 class Source(Protocol):
     """A sequence of problems: item i is always the same."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Problem: ...
+    def __getitem__(self, index: int, /) -> Problem: ...
 
 
-class ReasoningGymSource:
-    """A task of reasoning_gym. The columns of a problem are question, answer and metadata."""
+class Problems:
+    """The problems of rows. With `chat` a prompt of plain text becomes a user's message."""
 
-    def __init__(self, task: TaskConfig, seed: int, chat: bool) -> None:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-
-        if task.name not in DATASETS:
-            near = difflib.get_close_matches(task.name, DATASETS, n=3)
-            remedy = f"did you mean {' or '.join(near)}?" if near else "see reasoning_gym's gallery for the names"
-            raise DataError(f"task.name = {task.name!r}: reasoning_gym has no such task; {remedy}")
-        if "seed" in task.parameters:
-            raise DataError("task.parameters.seed: set task.seed (training) and task.eval_seed (held out) instead")
-        parameters = {"size": DEFAULT_SIZE, **task.parameters, "seed": seed}
-        try:
-            self._items = reasoning_gym.create_dataset(task.name, **parameters)
-        except (TypeError, ValueError, AssertionError) as error:
-            raise DataError(f"task.parameters = {task.parameters}: {task.name} refuses them: {error}") from error
-        if len(self._items) == 0:
-            raise DataError(f"task {task.name} with {task.parameters} has no prompts; set task.parameters.size above 0")
-        self._system_prompt, self._chat = task.system_prompt, chat
+    def __init__(self, rows: Rows, task: TaskConfig, chat: bool) -> None:
+        self._rows, self._task = rows, task
+        self._chat = chat if task.chat is None else task.chat
+        self._column = task.prompt_column or ("question" if is_reasoning_gym(task.name) else "prompt")
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Problem:
-        item = self._items[index]
-        question = item["question"]
-        if not question.strip():
-            raise DataError(f"problem {index} of the task has an empty question")
-        columns = {"question": question, "answer": item["answer"], "metadata": item["metadata"]}
-        return Problem(question, self._prompt(question), columns)
+        row: Row = self._rows[index]
+        if self._column not in row:
+            raise DataError(
+                f"row {index} of the task has no {self._column!r}; its columns are {', '.join(row)}: "
+                "name the prompt's in task.prompt_column"
+            )
+        content = row[self._column]
+        columns = {name: value for name, value in row.items() if name not in NOT_COLUMNS}
+        if taken := [name for name in columns if name in RESERVED]:
+            raise DataError(f"row {index} of the task: a column must not be called {taken[0]!r}, for rewards get ours")
+        return Problem(_text(content, index), self._prompt(content), columns, index)
 
-    def _prompt(self, question: str) -> Prompt:
-        if self._chat:
-            system = [{"role": "system", "content": self._system_prompt}] if self._system_prompt else []
-            return [*system, {"role": "user", "content": question}]
-        return f"{self._system_prompt}\n\n{question}" if self._system_prompt else question
+    def _prompt(self, content: str | Messages) -> Prompt:
+        system = self._task.system_prompt
+        if isinstance(content, str) and not self._chat:
+            return f"{system}\n\n{content}" if system else content
+        messages = [{"role": "user", "content": content}] if isinstance(content, str) else _messages(content)
+        if system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        return messages
+
+
+def _text(content: Any, index: int) -> str:
+    """The prompt as one text; raises DataError where it is neither text nor messages, or empty."""
+    if isinstance(content, list) and content and all(isinstance(m, dict) and "role" in m for m in content):
+        return "\n".join(str(message.get("content") or "") for message in content)
+    if not isinstance(content, str):
+        raise DataError(f"row {index} of the task: a prompt is text or a list of messages with roles, not {content!r}")
+    if not content.strip():
+        raise DataError(f"row {index} of the task has an empty prompt")
+    return content
+
+
+def _messages(content: Messages) -> Messages:
+    """Without the keys that a parquet file gives every message because one of them has them."""
+    return [{key: value for key, value in message.items() if value is not None} for message in content]
+
+
+# ---- their order
+
+
+class Sampler:
+    """Which problem stands at a position of the run: in order, over and over.
+
+    task.sampler names a subclass: made with the source and task.seed, it can look at the problems and at what they
+    earned, and choose the next ones by it. What `index` depends on besides the position goes into `state`.
+    """
+
+    def __init__(self, source: Source, seed: int) -> None:
+        self.source, self.seed = source, seed
+
+    def index(self, position: int) -> int:
+        """The index in the source of the problem at a position, from 0."""
+        return position % len(self.source)
+
+    def observe(self, problems: Sequence[Problem], rewards: Tensor) -> None:
+        """Called after every step with its problems and their rewards [problems, num_generations]."""
+
+    def state(self) -> Any:
+        """What a resumed run needs, as JSON can hold it."""
+        return None
+
+    def restore(self, state: Any) -> None:
+        """Goes on from what `state` gave."""
+
+
+class Shuffled(Sampler):
+    """Every problem once an epoch, each epoch in an order of its own."""
+
+    _epoch, _order = -1, torch.empty(0)
+
+    def index(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.source))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(len(self.source), self.seed + epoch)
+        return int(self._order[place])
+
+
+def permutation(count: int, seed: int) -> Tensor:
+    """[count] int64, the same on every machine."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def make_sampler(task: TaskConfig, source: Source) -> Sampler:
+    if task.sampler:
+        return load_function(task.sampler, "task.sampler")(source, task.seed)
+    shuffles = task.shuffle and not is_reasoning_gym(task.name)  # whose problems are drawn at random already
+    return (Shuffled if shuffles else Sampler)(source, task.seed)
 
 
 class PromptStream:
-    """The training problems in order, without the held-out ones, over and over. `position` says all about where it is:
-    a stream made anew and set to it goes on with the same problems."""
+    """The training problems, without the held-out ones, over and over. `state` says all about where it is: a stream
+    made anew and given it goes on with the same problems."""
 
-    def __init__(self, source: Source, held_out: set[str], position: int = 0) -> None:
-        self._source, self._held_out, self.position = source, held_out, position
+    def __init__(self, source: Source, held_out: set[str], sampler: Sampler | None = None) -> None:
+        self._source, self._held_out = source, held_out
+        self._sampler, self.position = sampler or Sampler(source, 0), 0
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position, "sampler": copy.deepcopy(self._sampler.state())}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+        self._sampler.restore(state["sampler"])
+
+    @property
+    def epoch(self) -> float:
+        """How often the source has been gone through."""
+        return self.position / len(self._source)
+
+    def observe(self, problems: Sequence[Problem], rewards: Tensor) -> None:
+        self._sampler.observe(problems, rewards)
 
     def take(self, count: int) -> list[Problem]:
         """The next `count` problems. Raises DataError where every problem of the task is held out."""
         problems: list[Problem] = []
         skipped = 0
         while len(problems) < count:
-            problem = self._source[self.position % len(self._source)]
+            problem = self._source[self._sampler.index(self.position)]
             self.position += 1
             if problem.question not in self._held_out:
                 problems.append(problem)
@@ -112,31 +297,39 @@ class PromptStream:
         return problems
 
 
-def held_out_problems(source: Source, count: int) -> list[Problem]:
-    """`count` problems of different question text, the first that `source` gives."""
+def held_out_problems(source: Source, task: TaskConfig) -> list[Problem]:
+    """task.eval_n problems of different question text; those of a data set are drawn by task.eval_seed."""
+    count = min(len(source), 20 * task.eval_n)
+    order = range(count) if is_reasoning_gym(task.name) else permutation(len(source), task.eval_seed).tolist()
     problems: dict[str, Problem] = {}
-    for problem in _first(source, 20 * count):
-        problems.setdefault(problem.question, problem)
-        if len(problems) == count:
+    for index in order[:count]:
+        if len(problems) == task.eval_n:
             break
-    if len(problems) < count:
+        problem = source[index]
+        problems.setdefault(problem.question, problem)
+    if len(problems) < task.eval_n:
         raise DataError(
-            f"the task gives only {len(problems)} different problems in {min(len(source), 20 * count)}, "
-            f"task.eval_n = {count}: lower it or widen task.parameters"
+            f"the task gives only {len(problems)} different problems in {count}, "
+            f"task.eval_n = {task.eval_n}: lower it or widen task.parameters"
         )
     return list(problems.values())
 
 
-def _first(source: Source, count: int) -> Iterator[Problem]:
-    return (source[i] for i in itertools.islice(range(len(source)), count))
+# ---- tokens
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, reply_prefix: str = "") -> list[int]:
-    """The token ids of a prompt, up to where the reply begins (after `reply_prefix`)."""
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, Any] | None = None, prefix: str = ""
+) -> list[int]:
+    """The token ids of a prompt, up to where the reply begins (after `prefix`). `template`: arguments of the chat
+    template. A conversation that ends with the assistant is gone on with."""
     if isinstance(prompt, str):
-        return list(tokenizer(prompt + reply_prefix)["input_ids"])
-    text = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-    return list(tokenizer(text + reply_prefix, add_special_tokens=False)["input_ids"])  # the template wrote them
+        return list(tokenizer(prompt + prefix)["input_ids"])
+    begun = prompt[-1]["role"] == "assistant"
+    text = tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun, **(template or {})
+    )
+    return list(tokenizer(str(text) + prefix, add_special_tokens=False)["input_ids"])  # the template wrote them
 
 
 def as_reply(prompt: Prompt, text: str) -> Reply:
@@ -145,8 +338,9 @@ def as_reply(prompt: Prompt, text: str) -> Reply:
 
 
 def columns_of(problems: Sequence[Problem]) -> dict[str, list[Any]]:
-    """The columns of the problems, each a list with one entry a problem."""
-    return {name: [problem.columns[name] for problem in problems] for name in problems[0].columns} if problems else {}
+    """The columns of the problems, each a list with one entry a problem (None where it has no such column)."""
+    names = dict.fromkeys(name for problem in problems for name in problem.columns)
+    return {name: [problem.columns.get(name) for problem in problems] for name in names}
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, completions: Sequence[Completion]) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,24 +42,28 @@ def evaluate(
     reward: Reward,
     max_tokens: int,
     prefill: str | None = None,
+    template: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Greedy replies. With `prefill`, each begins with that template; the reward sees what follows.
+    """Greedy replies. With `prefill`, each begins with that template; the reward sees what follows. `template`:
+    arguments of the chat template.
 
     Raises DataError for a template that names what a problem does not have.
     """
     prefixes = [_filled(prefill, problem) if prefill else "" for problem in problems]
-    prompts = [encode(tokenizer, problem.prompt, prefix) for problem, prefix in zip(problems, prefixes, strict=True)]
+    prompts = [
+        encode(tokenizer, problem.prompt, template, prefix) for problem, prefix in zip(problems, prefixes, strict=True)
+    ]
     for ids, problem in zip(prompts, problems, strict=True):
         check_length(ids, problem, engine.max_length())
     completions = engine.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0.0), [0] * len(prompts))
     replies = decode(tokenizer, completions)
-    values = reward(
+    scores = reward(
         [problem.prompt for problem in problems],
         [as_reply(problem.prompt, text) for problem, text in zip(problems, replies, strict=True)],
         [completion.token_ids for completion in completions],
         columns_of(problems),
     )
-    return Evaluation([p.question for p in problems], replies, values.nan_to_num(nan=0.0).tolist())
+    return Evaluation([p.question for p in problems], replies, scores.values.nan_to_num(nan=0.0).tolist())
 
 
 def _filled(template: str, problem: Problem) -> str:

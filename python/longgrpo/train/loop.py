@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from longgrpo import LogProb, grpo_loss, linear_logprob
+from longgrpo import LogProb, grpo_loss, linear_grpo_loss, linear_logprob
 from longgrpo.loss.config import GRPOLossConfig
+from longgrpo.loss.grpo import GRPOLoss
 from longgrpo.model.load import lm_head
 from longgrpo.model.packed_attention import packed_hidden
 from longgrpo.offload import OffloadEngine
-from longgrpo.rollout.engine import RolloutEngine
+from longgrpo.rollout.engine import Completion, RolloutEngine
 from longgrpo.rollout.sampling import Sampling, seed_for
-from longgrpo.train.advantages import group_advantages
+from longgrpo.train.advantages import advantages, groups_with_spread, weighted_sum
 from longgrpo.train.config import TrainConfig
-from longgrpo.train.data import Problem, PromptStream, as_reply, check_length, columns_of, decode, encode
+from longgrpo.train.data import Problem, PromptStream, check_length, decode, encode
 from longgrpo.train.errors import TrainingError
 from longgrpo.train.metrics import (
     Agreement,
@@ -29,15 +30,18 @@ from longgrpo.train.metrics import (
     length_metrics,
     offload_counts,
     offload_metrics,
+    over_updates,
     peak_memory,
     reward_metrics,
     speed_metrics,
 )
 from longgrpo.train.packing import MicroBatch, Sample, micro_batches
-from longgrpo.train.rewards import Reward, weighted_sum
+from longgrpo.train.reference import Reference
+from longgrpo.train.rewards import Rewarding
+from longgrpo.train.token_weights import entropy_threshold, policy_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerState
 
 
 @dataclass
@@ -47,12 +51,12 @@ class Policy:
     config: TrainConfig
     engine: RolloutEngine
     model: Any  # transformers' model, wrapped by PEFT under LoRA; its base lies on the engine's weights
-    reference: Any  # a frozen copy, for a KL term without LoRA; under LoRA the base without its adapter serves
+    reference: Reference | None  # where the loss has a KL term
     offload: OffloadEngine | None  # holds the layers' inputs between forward and backward
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     parameters: dict[str, Tensor]
-    rewards: list[Reward]
+    rewarding: Rewarding
     stream: PromptStream
 
 
@@ -68,27 +72,28 @@ def step(policy: Policy, number: int) -> StepResult:
     clock = Clock()
     offloaded = offload_counts(policy.offload)
     with clock("step"):
-        with clock("sample_prompts"):
-            problems = sample_prompts(policy, policy.config.train.prompts_per_step)
-        with clock("roll_out"):
-            samples = roll_out(policy, problems, number)
-        with clock("reward"):
-            totals = reward(policy, problems, samples)
+        problems, samples, refills = collect(policy, number, clock)
         with clock("advantage"):
-            active = advantage(policy, samples, totals)
+            active = advantage(policy, samples)
         with clock("score"):
             score(policy, active)
-        with clock("loss_and_backward"):
-            losses = loss_and_backward(policy, samples, active)
-        with clock("optimiser_step"):
-            updates = optimiser_step(policy, number) if active else {"grad_norm": 0.0}
+        losses = []
+        for part, trained in _updates(policy, samples, active):
+            with clock("loss_and_backward"):
+                losses.append(loss_and_backward(policy, part, trained))
+            with clock("optimiser_step"):
+                losses[-1] |= optimiser_step(policy, number) if trained else {"grad_norm": 0.0}
         with clock("publish"):
-            publish(policy)
+            publish(policy, number)
+    values = reward_values(policy, samples)
+    policy.stream.observe(problems, _totals(policy, values))
     metrics = {
         "step": number,
-        **reward_metrics(policy.rewards, samples, totals),
-        **losses,
-        **updates,
+        "epoch": policy.stream.epoch,
+        **reward_metrics(policy.rewarding.rewards, values, _totals(policy, values)),
+        **policy.rewarding.metrics(),
+        **refills,
+        **over_updates(losses),
         **length_metrics(samples),
         **speed_metrics(samples, active, clock.seconds),
         **{f"seconds/{name}": value for name, value in clock.seconds.items()},
@@ -98,93 +103,131 @@ def step(policy: Policy, number: int) -> StepResult:
     return StepResult(metrics, problems, samples)
 
 
+def collect(policy: Policy, number: int, clock: Clock) -> tuple[list[Problem], list[Sample], dict[str, float]]:
+    """Phases 1 to 3; again for the groups without spread, at most train.max_refills times: what then has none stays.
+
+    Returns problems, their samples, group after group, and the share of all groups that had spread."""
+    config = policy.config.train
+    good: list[tuple[Problem, list[Sample]]] = []
+    dull: list[tuple[Problem, list[Sample]]] = []
+    for _ in range(1 + config.max_refills):
+        missing = config.prompts_per_step - len(good)
+        if not missing:
+            break
+        with clock("sample_prompts"):
+            problems = sample_prompts(policy, missing)
+        with clock("roll_out"):
+            samples = roll_out(policy, problems, number, first_group=len(good) + len(dull))
+        with clock("reward"):
+            reward(policy, problems, samples, number)
+        spread = spread_of(policy, samples)
+        for problem, group, differs in zip(problems, _by_group(samples), spread.tolist(), strict=True):
+            (good if differs else dull).append((problem, group))
+    share = len(good) / (len(good) + len(dull))
+    replaced = max(len(good) + len(dull) - config.prompts_per_step, 0)
+    chosen = sorted(good + dull[: config.prompts_per_step - len(good)], key=lambda group: group[1][0].group)
+    for i, (_, group) in enumerate(chosen):
+        for sample in group:
+            sample.group = i
+    problems, groups = [problem for problem, _ in chosen], [group for _, group in chosen]
+    return problems, list(chain(*groups)), {"groups_with_spread": share, "groups_replaced": replaced}
+
+
 # ---- 1
 def sample_prompts(policy: Policy, count: int) -> list[Problem]:
     return policy.stream.take(count)
 
 
 # ---- 2
-def roll_out(policy: Policy, problems: Sequence[Problem], number: int) -> list[Sample]:
-    """num_generations completions of each problem, each with a seed of its own, group after group."""
-    config = policy.config.rollout
-    prompts = [encode(policy.tokenizer, problem.prompt) for problem in problems]
+def roll_out(policy: Policy, problems: Sequence[Problem], number: int, first_group: int = 0) -> list[Sample]:
+    """num_generations completions of each problem, each with a seed of its own, group after group. A group that is
+    complete goes to the async reward functions at once."""
+    config, template = policy.config.rollout, policy.config.task.chat_template_kwargs
+    prompts = [encode(policy.tokenizer, problem.prompt, template) for problem in problems]
     for ids, problem in zip(prompts, problems, strict=True):
         check_length(ids, problem, policy.engine.max_length())
-    members = [(group, member) for group in range(len(problems)) for member in range(config.num_generations)]
-    completions = policy.engine.generate(
+    state, size = trainer_state(policy, number), config.num_generations
+    members = [(group, member) for group in range(len(problems)) for member in range(size)]
+    samples: list[Sample | None] = [None] * len(members)
+
+    def finished(i: int, completion: Completion) -> None:
+        group = members[i][0]
+        text = decode(policy.tokenizer, [completion])[0]
+        samples[i] = Sample(first_group + group, prompts[group], completion, text)
+        mates = [sample for sample in samples[group * size : (group + 1) * size] if sample]
+        if len(mates) == size:
+            policy.rewarding.begin(problems[group], mates, state)
+
+    policy.engine.generate(
         [prompts[group] for group, _ in members],
         Sampling(max_tokens=config.max_completion_length, temperature=config.temperature),
-        [seed_for(policy.config.train.seed, number, group, member) for group, member in members],
+        [seed_for(policy.config.train.seed, number, first_group + group, member) for group, member in members],
+        finished,
     )
-    texts = decode(policy.tokenizer, completions)
-    return [
-        Sample(group, prompts[group], completion, text)
-        for (group, _), completion, text in zip(members, completions, texts, strict=True)
-    ]
+    return [sample for sample in samples if sample]
 
 
 # ---- 3
-def reward(policy: Policy, problems: Sequence[Problem], samples: Sequence[Sample]) -> Tensor:
-    """Every function's values go into the samples; returns their weighted sums, f64 [problems, num_generations]."""
-    asked = [problems[sample.group] for sample in samples]
-    prompts = [problem.prompt for problem in asked]
-    replies = [as_reply(problem.prompt, sample.text) for problem, sample in zip(asked, samples, strict=True)]
-    ids = [sample.completion.token_ids for sample in samples]
-    values = {function.name: function(prompts, replies, ids, columns_of(asked)) for function in policy.rewards}
-    for i, sample in enumerate(samples):
-        sample.rewards = {name: value[i].item() for name, value in values.items()}
-    return weighted_sum(policy.rewards, values).view(len(problems), -1)
+def reward(policy: Policy, problems: Sequence[Problem], samples: Sequence[Sample], number: int) -> None:
+    """Every function's values, and the columns that it logs, go into the samples."""
+    asked = [problem for problem in problems for _ in range(len(samples) // len(problems))]
+    policy.rewarding.finish(asked, samples, trainer_state(policy, number))
 
 
 # ---- 4
-def advantage(policy: Policy, samples: Sequence[Sample], totals: Tensor) -> list[Sample]:
+def advantage(policy: Policy, samples: Sequence[Sample]) -> list[Sample]:
     """Sets each sample's advantage; returns the samples that have a gradient."""
-    advantages = group_advantages(totals, policy.config.train.scale_rewards).flatten().tolist()
-    for sample, value in zip(samples, advantages, strict=True):
+    config, loss = policy.config.train, policy.config.loss
+    values = reward_values(policy, samples)
+    every = advantages(values, policy.rewarding.weights, config.scale_rewards, config.aggregation)  # [P, G]
+    for sample, value in zip(samples, every.flatten().tolist(), strict=True):
         sample.advantage = value
-    loss = policy.config.loss
     everything = loss.beta != 0 or loss.entropy_coef != 0  # these terms reach samples of advantage 0 as well
-    return [sample for sample in samples if everything or sample.advantage != 0]
+    return [sample for sample in _in_loss(policy, samples) if everything or sample.advantage != 0]
 
 
 # ---- 5
 @torch.no_grad()
 def score(policy: Policy, active: Sequence[Sample]) -> None:
-    """Sets the reference's logprobs, where the loss has a KL term.
-
-    Old logprobs are not needed: a rollout serves one update, so that the policy is its own old one and the ratio is 1.
-    """
-    if policy.config.loss.beta == 0:
+    """Sets the reference's logprobs, where the loss has a KL term, and the old policy's, where they are needed: a
+    rollout that serves one update needs none, for the policy is its own old one and the ratio is 1."""
+    config = policy.config
+    if policy.reference and not config.loss.exact_kl:
+        with policy.reference() as model:
+            for sample, logp, _ in _scored(policy, model, active):
+                sample.ref_logp = logp
+    high_entropy_only = config.train.top_entropy_quantile < 1
+    if not active or not (config.train.updates > 1 or high_entropy_only or config.loss.exact_kl):
         return
-    for batch in _micro_batches(policy, active):
-        with _reference(policy) as model:
-            logp = _logprob(policy, model, batch).logp  # [M]
-        for sample, part in zip(batch.samples, logp.split([len(s) for s in batch.samples]), strict=True):
-            sample.ref_logp = part
+    entropies = []
+    for sample, logp, entropy in _scored(policy, policy.model, active):
+        sample.old_logp = logp
+        entropies.append(entropy)
+    if high_entropy_only:
+        lowest = entropy_threshold(torch.cat(entropies), config.train.top_entropy_quantile)
+        for sample, entropy in zip(active, entropies, strict=True):
+            sample.policy_weight = (entropy >= lowest).float()
 
 
 # ---- 6
 def loss_and_backward(policy: Policy, samples: Sequence[Sample], active: Sequence[Sample]) -> dict[str, float]:
-    """Accumulates the gradient of the step's loss, micro-batch by micro-batch, under one normaliser for the whole step.
+    """Accumulates the gradient of an update's loss, micro-batch by micro-batch, under one normaliser for the whole
+    update. samples: all of the update; active: those with a gradient.
 
     Where no sample has one, a micro-batch is still looked at without: every step compares engine and trainer.
     """
     config = policy.config
-    normaliser = step_normaliser(config.loss, samples, config.rollout.max_completion_length)
+    normaliser = step_normaliser(
+        config.loss, len(samples), _in_loss(policy, samples), config.rollout.max_completion_length
+    )
     meter, agreement = Meter(), Agreement()
     for batch in _micro_batches(policy, active) or _micro_batches(policy, samples)[:1]:
         with torch.set_grad_enabled(bool(active)):
-            logp, entropy = _logprob(policy, policy.model, batch)  # [M], [M]
-        reference = [sample.ref_logp for sample in batch.samples if sample.ref_logp is not None]
-        result = grpo_loss(
-            logp,
-            torch.tensor([sample.advantage for sample in batch.samples], device=logp.device),
-            cu_seqlens=batch.cu_seqlens,
-            ref_logp=torch.cat(reference) if reference else None,
-            entropy=entropy,
-            normaliser=normaliser,
-            config=config.loss,
-        )
+            logp, result = (
+                _exact_kl_loss(policy, batch, normaliser)
+                if config.loss.exact_kl and active
+                else _loss(policy, batch, normaliser)
+            )
         if active:
             result.loss.backward()
         agreement.add(batch, logp)
@@ -192,14 +235,58 @@ def loss_and_backward(policy: Policy, samples: Sequence[Sample], active: Sequenc
     return meter.metrics() | agreement.metrics()
 
 
-def step_normaliser(config: GRPOLossConfig, samples: Sequence[Sample], max_completion_length: int) -> float:
-    """What the whole step divides by, so that the split into micro-batches changes nothing: sequences, their longest
-    allowed length together, or tokens (see GRPOLossConfig.loss_type)."""
+def _loss(policy: Policy, batch: MicroBatch, normaliser: float) -> tuple[Tensor, GRPOLoss]:
+    """The logprobs [M] of the policy that sampled, and the loss."""
+    logp, entropy = _logprob(policy, policy.model, batch)  # [M], [M]
+    old_logp = batch.per_token("old_logp")
+    result = grpo_loss(
+        logp,
+        batch.advantages,
+        cu_seqlens=batch.cu_seqlens,
+        old_logp=old_logp,
+        ref_logp=batch.per_token("ref_logp"),
+        importance=policy_weights(policy.config.train, batch, logp.detach()),
+        entropy=entropy,
+        normaliser=normaliser,
+        config=policy.config.loss,
+    )
+    return logp if old_logp is None else old_logp, result
+
+
+def _exact_kl_loss(policy: Policy, batch: MicroBatch, normaliser: float) -> tuple[Tensor, GRPOLoss]:
+    """As _loss; the KL term, a sum over the vocabulary, needs the reference's hidden states and head."""
+    assert policy.reference
+    with torch.no_grad(), policy.reference() as model:
+        ref_hidden, ref_weight = _hidden(model, batch), _head(model).data
+    old_logp = batch.per_token("old_logp")
+    assert old_logp is not None
+    result = linear_grpo_loss(
+        _hidden(policy.model, batch),
+        _head(policy.model),
+        batch.target,
+        batch.advantages,
+        cu_seqlens=batch.cu_seqlens,
+        old_logp=old_logp,
+        importance=policy_weights(policy.config.train, batch, old_logp),
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        normaliser=normaliser,
+        config=policy.config.loss,
+        temperature=policy.config.rollout.temperature,
+    )
+    return old_logp, result
+
+
+def step_normaliser(
+    config: GRPOLossConfig, sequences: int, in_loss: Sequence[Sample], max_completion_length: int
+) -> float:
+    """What the whole update divides by, so that the split into micro-batches changes nothing: sequences, their longest
+    allowed length together, or the tokens of the loss (see GRPOLossConfig.loss_type)."""
     if config.loss_type in ("grpo", "sapo", "luspo", "gmpo"):
-        return float(len(samples))
+        return float(sequences)
     if config.loss_type == "dr_grpo":
-        return float(len(samples) * (config.max_completion_length or max_completion_length))
-    return float(sum(map(len, samples)))
+        return float(sequences * (config.max_completion_length or max_completion_length))
+    return float(max(sum(map(len, in_loss)), 1))
 
 
 # ---- 7
@@ -209,10 +296,10 @@ def optimiser_step(policy: Policy, number: int) -> dict[str, float]:
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), config.max_grad_norm).item()
     if not math.isfinite(norm):
         raise TrainingError(
-            f"step {number}: the gradient's norm is {norm}; the weights are as they were before this step. "
+            f"step {number}: the gradient's norm is {norm}; the weights are as they were before this update. "
             "Lower train.learning_rate or set model.dtype: float32"
         )
-    rate = config.learning_rate * min(1.0, number / max(config.warmup_steps, 1))
+    rate = config.learning_rate_at(number)
     for group in policy.optimizer.param_groups:
         group["lr"] = rate
     policy.optimizer.step()
@@ -221,45 +308,88 @@ def optimiser_step(policy: Policy, number: int) -> dict[str, float]:
 
 
 # ---- 8
-def publish(policy: Policy) -> None:
-    """Nothing is copied where the engine shares the weights; what it has cached of the old ones is dropped."""
+def publish(policy: Policy, number: int) -> None:
+    """Nothing is copied where the engine shares the weights; what it has cached of the old ones is dropped. The
+    reference follows, where it is to."""
     policy.engine.weights_changed()
+    every = policy.config.train.reference_sync_steps
+    if policy.reference and every and number % every == 0:
+        policy.reference.sync(policy.config.train.reference_mixup)
 
 
-# ---- used by 5 and 6
+# ---- used by several
+def reward_values(policy: Policy, samples: Sequence[Sample]) -> Tensor:
+    """f64 [F, P, G]: what each of F functions gave; NaN where it did not apply."""
+    values = [[sample.rewards[reward.name] for sample in samples] for reward in policy.rewarding.rewards]
+    return torch.tensor(values, dtype=torch.float64).unflatten(1, (-1, policy.config.rollout.num_generations))
+
+
+def spread_of(policy: Policy, samples: Sequence[Sample]) -> Tensor:
+    """[P] bool: the groups that teach something."""
+    return groups_with_spread(
+        reward_values(policy, samples), policy.rewarding.weights, policy.config.train.aggregation
+    )  # fmt: skip
+
+
+def trainer_state(policy: Policy, number: int) -> TrainerState:
+    """What reward functions know of the run, in TRL's form: global_step counts the steps done."""
+    from transformers import TrainerState
+
+    return TrainerState(
+        epoch=policy.stream.epoch, global_step=max(number - 1, 0), max_steps=policy.config.train.steps
+    )  # fmt: skip
+
+
+def _totals(policy: Policy, values: Tensor) -> Tensor:
+    return weighted_sum(values, policy.rewarding.weights)
+
+
+def _in_loss(policy: Policy, samples: Sequence[Sample]) -> list[Sample]:
+    masked = policy.config.train.mask_truncated
+    return [sample for sample in samples if not (masked and sample.completion.finish_reason == "length")]
+
+
+def _by_group(samples: Sequence[Sample]) -> list[list[Sample]]:
+    return [list(group) for _, group in groupby(samples, key=lambda sample: sample.group)]
+
+
+def _updates(
+    policy: Policy, samples: Sequence[Sample], active: Sequence[Sample]
+) -> Iterator[tuple[list[Sample], list[Sample]]]:
+    """The samples of each optimiser step, and those of them with a gradient."""
+    config = policy.config.train
+    for _ in range(config.passes):
+        for part in range(config.minibatches):
+            of_part = [[s for s in some if s.group % config.minibatches == part] for some in (samples, active)]
+            yield of_part[0], of_part[1]
+
+
 def _micro_batches(policy: Policy, samples: Sequence[Sample]) -> list[MicroBatch]:
     return micro_batches(samples, policy.config.train.token_budget, policy.engine.model.device)
 
 
+def _scored(policy: Policy, model: Any, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Tensor, Tensor]]:
+    """Each sample with its logprobs and entropies, f32 [T]."""
+    for batch in _micro_batches(policy, samples):
+        logp, entropy = _logprob(policy, model, batch)
+        lengths = [len(sample) for sample in batch.samples]
+        assert entropy is not None
+        yield from zip(batch.samples, logp.split(lengths), entropy.split(lengths), strict=True)
+
+
 def _logprob(policy: Policy, model: Any, batch: MicroBatch) -> LogProb:
     """logp and entropy [M] f32 of the completion tokens: only the rows that predict one reach the head."""
-    hidden = packed_hidden(model, batch.packed)  # [N, H]
-    weight = lm_head(model).weight  # [V, H]
+    temperature = policy.config.rollout.temperature
+    return linear_logprob(_hidden(model, batch), _head(model), batch.target, temperature=temperature, entropy=True)
+
+
+def _hidden(model: Any, batch: MicroBatch) -> Tensor:
+    """[M, H]. The backward of hidden[rows] would add in no fixed order."""
+    return packed_hidden(model, batch.packed).index_select(0, batch.rows)
+
+
+def _head(model: Any) -> Tensor:
+    """[V, H]"""
+    weight = lm_head(model).weight
     assert isinstance(weight, Tensor)
-    return linear_logprob(
-        hidden.index_select(0, batch.rows),  # [M, H]; the backward of hidden[rows] adds in no fixed order
-        weight,
-        batch.target,
-        temperature=policy.config.rollout.temperature,
-        entropy=True,
-    )
-
-
-@contextmanager
-def _checkpointed(policy: Policy) -> Iterator[None]:
-    """transformers checkpoints its layers in training mode alone; without dropout the modes differ in nothing else."""
-    policy.model.train(policy.offload is not None)
-    try:
-        yield
-    finally:
-        policy.model.eval()
-
-
-@contextmanager
-def _reference(policy: Policy) -> Iterator[Any]:
-    """The reference model: the frozen copy, or the trained model with its adapter off."""
-    if policy.reference is not None:
-        yield policy.reference
-        return
-    with policy.model.disable_adapter():
-        yield policy.model
+    return weight

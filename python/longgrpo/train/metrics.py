@@ -6,15 +6,15 @@ import difflib
 import math
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longgrpo.offload import OffloadEngine
-from longgrpo.train.advantages import has_spread
 from longgrpo.train.errors import ConfigError
 from longgrpo.train.packing import MicroBatch, Sample
 from longgrpo.train.rewards import Reward
@@ -41,8 +41,7 @@ class Agreement:
 
     def add(self, batch: MicroBatch, logp: Tensor) -> None:
         """logp [M]: the trainer's."""
-        engine = torch.tensor([x for sample in batch.samples for x in sample.completion.logprobs], device=logp.device)
-        difference = (engine - logp.detach()).abs()
+        difference = (batch.engine_logp - logp.detach()).abs()
         self._total += difference.sum().item()
         self._count += difference.numel()
         self.max = max(self.max, difference.max().item())
@@ -83,20 +82,27 @@ class Meter:
         return {"loss": self._loss, **self._values}
 
 
-def reward_metrics(functions: Sequence[Reward], samples: Sequence[Sample], totals: Tensor) -> dict[str, float | None]:
+def over_updates(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of a step's updates as one: the *_min and *_max, and means."""
+    names = dict.fromkeys(name for update in metrics for name in update)
+    found = {name: [update[name] for update in metrics if name in update] for name in names}
+    return {name: _summary(name)(values) for name, values in found.items()}
+
+
+def _summary(name: str) -> Callable[[Sequence[float]], float]:
+    return min if name.endswith("_min") else max if name.endswith("_max") else fmean
+
+
+def reward_metrics(functions: Sequence[Reward], values: Tensor, totals: Tensor) -> dict[str, float | None]:
     """Mean and deviation of the weighted sum and of each function over the completions to which it applies (None: to
-    none), and the share of groups with spread. totals [problems, num_generations] f64."""
-    named = {"reward": totals.flatten()}
-    for function in functions:
-        named[f"reward/{function.name}"] = torch.tensor(
-            [s.rewards[function.name] for s in samples], dtype=torch.float64
-        )
+    none). values [F, P, G] f64, totals [P, G] f64."""
+    named = {"reward": totals} | {f"reward/{f.name}": value for f, value in zip(functions, values, strict=True)}
     metrics: dict[str, float | None] = {}
-    for name, values in named.items():
-        known = values[~values.isnan()]
+    for name, tensor in named.items():
+        known = tensor[~tensor.isnan()]
         metrics[f"{name}/mean"] = known.mean().item() if len(known) else None
         metrics[f"{name}/std"] = known.std(correction=0).item() if len(known) else None
-    return metrics | {"groups_with_spread": has_spread(totals).float().mean().item()}
+    return metrics
 
 
 def length_metrics(samples: Sequence[Sample]) -> dict[str, float]:

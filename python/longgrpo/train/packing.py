@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,11 @@ class Sample:
     text: str
     advantage: float = 0.0
     rewards: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Columns that reward functions log."""
+    old_logp: Tensor | None = None  # [T] f32: of the policy that sampled, where it is trained on more than once
     ref_logp: Tensor | None = None  # [T] f32
+    policy_weight: Tensor | None = None  # [T] f32: 0 where a token has no policy gradient
 
     def __len__(self) -> int:
         """Tokens of the completion."""
@@ -40,6 +45,22 @@ class MicroBatch:
     rows: Tensor  # [M] int64: packed.input_ids[rows[i]] is the token before target[i]
     target: Tensor  # [M] int64: the completion tokens
     cu_seqlens: Tensor  # [S+1] int32: sample s has target[cu_seqlens[s]:cu_seqlens[s+1]]
+
+    @property
+    def advantages(self) -> Tensor:
+        """[S] f32"""
+        return torch.tensor([sample.advantage for sample in self.samples], device=self.target.device)
+
+    @property
+    def engine_logp(self) -> Tensor:
+        """[M] f32: the engine's."""
+        logprobs = [logprob for sample in self.samples for logprob in sample.completion.logprobs]
+        return torch.tensor(logprobs, device=self.target.device)
+
+    def per_token(self, name: str) -> Tensor | None:
+        """[M]: what the samples hold for each token, old_logp, say; None where they hold none."""
+        parts = [getattr(sample, name) for sample in self.samples]
+        return None if parts[0] is None else torch.cat(parts)
 
 
 def micro_batches(samples: Sequence[Sample], token_budget: int, device: torch.device | str = "cpu") -> list[MicroBatch]:

@@ -1,121 +1,144 @@
-"""Reward functions: TRL's signature, the built-ins, and how several become one number a completion."""
+"""Reward functions as the trainer calls them: found by name, checked, timed, counted where they fail.
+
+A plain function gets all completions of the rollout in one call, as in TRL; an `async def` gets one group a call, as
+soon as the group is complete and while others are still sampled.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import difflib
-import importlib
-import importlib.util
 import inspect
+import logging
 import math
-import re
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longgrpo.rewards import BUILT_IN
 from longgrpo.train.config import RewardConfig
-from longgrpo.train.data import Prompt, Reply
+from longgrpo.train.data import Problem, Prompt, Reply, as_reply, columns_of
 from longgrpo.train.errors import ConfigError, RewardError
+from longgrpo.train.isolated import Notes, Worker
+from longgrpo.train.packing import Sample
+from longgrpo.train.user_code import load_function
 
-Function = Callable[..., Sequence[float | None]]
-"""f(prompts, completions, completion_ids, **columns) -> one number, or None for "not applicable", a completion."""
+log = logging.getLogger(__name__)
 
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+Function = Callable[..., Any]
+"""f(prompts, completions, completion_ids, **columns, trainer_state, log_extra, log_metric) -> one number, or None for
+"not applicable", a completion."""
 
 
-@dataclass(frozen=True)
+@dataclass
+class Scores:
+    """What a function says of the B completions of one call."""
+
+    values: Tensor  # [B] float64, NaN where the function does not apply
+    notes: Notes = field(default_factory=Notes)
+    failed: bool = False
+
+
+@dataclass
 class Reward:
-    """A named function and its weight in the sum."""
+    """A named function, its weight in the sum, and what happens where it is late or fails.
+
+    Raises RewardError, naming the function, unless on_error is "none": then it does not apply to that call.
+    """
 
     name: str
-    function: Function
+    function: Function | None
     weight: float = 1.0
+    parameters: dict[str, Any] = field(default_factory=dict)
+    timeout: float | None = None
+    on_error: str = "raise"
+    worker: Worker | None = None  # calls its own copy of the function
+
+    @property
+    def is_async(self) -> bool:
+        return self.worker is None and inspect.iscoroutinefunction(self.function)
 
     def __call__(
-        self, prompts: list[Prompt], completions: list[Reply], completion_ids: list[list[int]], columns: dict[str, list]
-    ) -> Tensor:
-        """[B] float64, NaN where the function answered None. Raises RewardError, naming the function."""
-        arguments = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        try:
-            values = self.function(**arguments)
-        except Exception as error:
-            raise RewardError(
-                f"reward function {self.name} raised {type(error).__name__}: {error} ({_where(error)})"
-            ) from error
-        return self._checked(values, len(completions))
+        self,
+        prompts: list[Prompt],
+        completions: list[Reply],
+        completion_ids: list[list[int]],
+        columns: dict[str, list[Any]],
+        state: Any = None,
+    ) -> Scores:
+        """The scores of B completions, whatever kind of function it is."""
+        own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, "trainer_state": state}
+        arguments, count = {**columns, **own, **self.parameters}, len(completions)
+        if self.is_async:
+            return asyncio.run(self.score_async(arguments, count))
+        return self.score(arguments, count)
 
-    def _checked(self, values: Any, count: int) -> Tensor:
+    def score(self, arguments: dict[str, Any], count: int) -> Scores:
+        try:
+            if self.worker:
+                values, notes = self.worker.call(arguments, self.timeout)
+            else:
+                assert self.function
+                notes = Notes()
+                values = self.function(**arguments, **notes.arguments())
+            return self._scores(values, notes, count)
+        except Exception as error:
+            return self._failed(error, count)
+
+    async def score_async(self, arguments: dict[str, Any], count: int) -> Scores:
+        assert self.function
+        notes = Notes()
+        try:
+            values = await asyncio.wait_for(self.function(**arguments, **notes.arguments()), self.timeout)
+            return self._scores(values, notes, count)
+        except Exception as error:
+            return self._failed(error, count)
+
+    def _scores(self, values: Any, notes: Notes, count: int) -> Scores:
         if not isinstance(values, (Sequence, Tensor)) or isinstance(values, str):
             raise RewardError(
                 f"reward function {self.name} returned {type(values).__name__}: "
                 "must be a list of one number or None a completion"
             )
-        if len(values) != count:
-            raise RewardError(f"reward function {self.name} returned {len(values)} values for {count} completions")
+        for what, entries in {"returned": values, **{f"logged as {k!r}": v for k, v in notes.extra.items()}}.items():
+            if len(entries) != count:
+                raise RewardError(f"reward function {self.name} {what} {len(entries)} values for {count} completions")
         for i, value in enumerate(values):
-            try:
-                usable = value is None or math.isfinite(value)
-            except TypeError:
-                usable = False
-            if not usable:
+            if not _usable(value):
                 raise RewardError(
                     f"reward function {self.name} returned {value!r} for completion {i}: must be a finite number, "
                     "or None where it does not apply"
                 )
-        return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float64)
+        numbers = [math.nan if value is None else float(value) for value in values]
+        return Scores(torch.tensor(numbers, dtype=torch.float64), notes)
+
+    def _failed(self, error: Exception, count: int) -> Scores:
+        if isinstance(error, (TimeoutError, asyncio.TimeoutError)) and self.timeout:
+            error = RewardError(f"reward function {self.name} took longer than its timeout of {self.timeout} s")
+        elif not isinstance(error, RewardError):
+            raised = str(error) if self.worker else f"{type(error).__name__}: {error} ({_where(error)})"
+            error = RewardError(f"reward function {self.name} raised {raised}")
+        if self.on_error == "raise":
+            raise error
+        log.warning("%s; it does not apply to these %d completions (on_error: none)", error, count)
+        return Scores(torch.full((count,), math.nan, dtype=torch.float64), failed=True)
+
+    def close(self) -> None:
+        if self.worker:
+            self.worker.close()
 
 
-def weighted_sum(rewards: Sequence[Reward], values: dict[str, Tensor]) -> Tensor:
-    """[B] float64: for each completion the weighted sum of the functions that apply; NaN where none does."""
-    stacked = torch.stack([values[reward.name] for reward in rewards])  # [functions, B]
-    weights = torch.tensor([reward.weight for reward in rewards], dtype=stacked.dtype)
-    total = torch.nan_to_num(stacked * weights[:, None], nan=0.0).sum(0)
-    return total.masked_fill(stacked.isnan().all(0), math.nan)
-
-
-def load_reward(config: RewardConfig) -> Reward:
-    """Finds a built-in, package.module:function or path/to/file.py:function."""
-    spec = config.function
-    if spec in BUILT_IN:
-        return Reward(spec, BUILT_IN[spec], config.weight)
-    where, colon, name = spec.rpartition(":")
-    if not colon:
-        near = difflib.get_close_matches(spec, BUILT_IN, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"reward function {spec!r}: {hint}built-ins are {', '.join(BUILT_IN)}; "
-            "a function of your own is package.module:function or path/to/file.py:function"
-        )
-    function = getattr(_module(where, spec), name, None)
-    if not callable(function):
-        raise ConfigError(f"reward function {spec!r}: {where} has no function {name!r}")
-    return Reward(name, function, config.weight)
-
-
-def _module(where: str, spec: str) -> Any:
+def _usable(value: Any) -> bool:
     try:
-        if not where.endswith(".py"):
-            return importlib.import_module(where)
-        if not Path(where).is_file():
-            raise ConfigError(f"reward function {spec!r}: there is no file {where}")
-        description = importlib.util.spec_from_file_location(Path(where).stem, where)
-        assert description is not None  # it ends in .py
-        assert description.loader is not None
-        module = importlib.util.module_from_spec(description)
-        sys.modules.setdefault(description.name, module)  # dataclasses and pickle look a class's module up here
-        description.loader.exec_module(module)
-        return module
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever the user's module does on import
-        raise ConfigError(
-            f"reward function {spec!r}: importing {where} failed: {type(error).__name__}: {error}"
-        ) from error
+        return value is None or math.isfinite(value)
+    except TypeError:
+        return False
 
 
 def _where(error: BaseException) -> str:
@@ -123,55 +146,120 @@ def _where(error: BaseException) -> str:
     return f"{frame.filename}:{frame.lineno}" if frame else "unknown place"
 
 
-def text_of(completion: Reply) -> str:
-    """The reply as text: conversational completions are [{"role": "assistant", "content": text}]."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+class Rewarding:
+    """The reward functions of a run, at work: those that are async beside the rollout."""
+
+    def __init__(self, rewards: Sequence[Reward]) -> None:
+        self.rewards = rewards
+        self.weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)  # [F]
+        self._logged: dict[str, list[float]] = {}
+        self._failed: Counter[str] = Counter()
+        self._begun: dict[int, dict[str, Future[Scores]]] = {}  # by group
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def begin(self, problem: Problem, group: Sequence[Sample], state: Any) -> None:
+        """The completions of one prompt are all there: the async functions set to work on them."""
+        arguments = _arguments([problem] * len(group), group, state)
+        self._begun[group[0].group] = {
+            reward.name: self._start(reward.score_async({**arguments, **reward.parameters}, len(group)))
+            for reward in self.rewards
+            if reward.is_async
+        }
+
+    def finish(self, problems: Sequence[Problem], samples: Sequence[Sample], state: Any) -> None:
+        """Sets the rewards and extra columns of every sample, group after group. problems: one a sample."""
+        arguments = _arguments(problems, samples, state)
+        for reward in self.rewards:
+            if reward.is_async:
+                parts = [self._result(group, reward) for group in dict.fromkeys(sample.group for sample in samples)]
+            else:
+                parts = [reward.score({**arguments, **reward.parameters}, len(samples))]
+            _into_samples(reward.name, parts, samples)
+            for part in parts:
+                for name, values in part.notes.metrics.items():
+                    self._logged.setdefault(name, []).extend(values)
+            self._failed[reward.name] += sum(part.failed for part in parts)
+        self._begun.clear()
+
+    def metrics(self) -> dict[str, float]:
+        """Since the last call: the means of what the functions logged, and how many calls failed of those that may."""
+        metrics = {name: sum(values) / len(values) for name, values in self._logged.items()}
+        metrics |= {f"reward/{r.name}/failed_calls": self._failed[r.name] for r in self.rewards if r.on_error == "none"}
+        self._logged.clear()
+        self._failed.clear()
+        return metrics
+
+    def close(self) -> None:
+        """Stops the processes and the thread of the functions; what is still at work is cancelled."""
+        self._cancel()
+        for reward in self.rewards:
+            reward.close()
+        if self._loop:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            self._loop = None
+
+    def _start(self, work: Coroutine[Any, Any, Scores]) -> Future[Scores]:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
+            self._thread.start()
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _result(self, group: int, reward: Reward) -> Scores:
+        try:
+            return self._begun[group][reward.name].result()
+        except RewardError:
+            self._cancel()
+            raise
+
+    def _cancel(self) -> None:
+        for futures in self._begun.values():
+            for future in futures.values():
+                future.cancel()
+        self._begun.clear()
 
 
-def last_number(text: str) -> str | None:
-    """The last number of a text without thousands separators: "so 1,024." -> "1024"."""
-    numbers = NUMBER.findall(text)
-    return numbers[-1].replace(",", "") if numbers else None
+def _arguments(problems: Sequence[Problem], samples: Sequence[Sample], state: Any) -> dict[str, Any]:
+    """What every function gets; problems: one a sample."""
+    return {
+        **columns_of(problems),
+        "prompts": [problem.prompt for problem in problems],
+        "completions": [as_reply(p.prompt, sample.text) for p, sample in zip(problems, samples, strict=True)],
+        "completion_ids": [sample.completion.token_ids for sample in samples],
+        "trainer_state": state,
+    }
 
 
-def score_answer(completions: list[Reply], answer: list[str], metadata: list[dict[str, Any]], **_: Any) -> list[float]:
-    """The score that the reasoning_gym task gives the reply. A numeric answer is compared with the reply's last number,
-    and is right (1) or wrong (0)."""
-    return [
-        _score(text_of(completion), {"answer": right, "metadata": data})
-        for completion, right, data in zip(completions, answer, metadata, strict=True)
-    ]
+def _into_samples(name: str, parts: Sequence[Scores], samples: Sequence[Sample]) -> None:
+    remaining = iter(samples)
+    for part in parts:
+        for i, value in enumerate(part.values.tolist()):
+            sample = next(remaining)
+            sample.rewards[name] = value
+            sample.extra |= {column: values[i] for column, values in part.notes.extra.items()}
 
 
-def _score(reply: str, entry: dict[str, Any]) -> float:
-    scorer = _task_scorer(entry["metadata"]["source_dataset"])
-    if not NUMBER.fullmatch(str(entry["answer"])):
-        return float(scorer(reply.strip(), entry))
-    number = last_number(reply)  # "17" contains "7": the task would give it half a point
-    return float(number is not None and scorer(number, entry) == 1.0)
+def load_reward(config: RewardConfig) -> Reward:
+    """Finds a built-in, package.module:function or path/to/file.py:function."""
+    function = None if config.isolate else find_reward(config.function)
+    # Nothing but the end of its process stops a function that does not wait.
+    apart = function is None or (config.timeout is not None and not inspect.iscoroutinefunction(function))
+    worker = Worker(config.function, find_reward) if apart else None
+    return Reward(
+        config.label, function, config.weight, config.parameters, config.timeout, config.on_error, worker
+    )  # fmt: skip
 
 
-@lru_cache
-def _task_scorer(name: str) -> Callable[[str, dict[str, Any]], float]:
-    from reasoning_gym import get_score_answer_fn
-
-    return get_score_answer_fn(name)
-
-
-def exact_answer(completions: list[Reply], answer: list[str], **_: Any) -> list[float]:
-    """1 where the reply is the answer and nothing else, surrounding space aside."""
-    return [float(text_of(c).strip() == str(right)) for c, right in zip(completions, answer, strict=True)]
-
-
-def graded_error(completions: list[Reply], answer: list[str], **_: Any) -> list[float | None]:
-    """0.5 / (1 + |error|) of the reply's last number, 0 without a number, None where the answer is not numeric."""
-    return [_graded(last_number(text_of(c)), str(right)) for c, right in zip(completions, answer, strict=True)]
-
-
-def _graded(number: str | None, right: str) -> float | None:
-    if not NUMBER.fullmatch(right):
-        return None
-    return 0.0 if number is None else 0.5 / (1.0 + abs(float(number) - float(right.replace(",", ""))))
-
-
-BUILT_IN: dict[str, Function] = {function.__name__: function for function in (score_answer, exact_answer, graded_error)}
+def find_reward(spec: str) -> Function:
+    if spec in BUILT_IN:
+        return BUILT_IN[spec]
+    if ":" not in spec:
+        near = difflib.get_close_matches(spec, BUILT_IN, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"reward function {spec!r}: {hint}built-ins are {', '.join(BUILT_IN)}; "
+            "a function of your own is package.module:function or path/to/file.py:function"
+        )
+    return load_function(spec, "reward function")

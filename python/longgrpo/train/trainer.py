@@ -11,21 +11,30 @@ from typing import Any
 
 import torch
 
-from longgrpo.model.load import load_model, load_tokenizer, resolve_model
+from longgrpo.model.load import load_tokenizer, resolve_model
 from longgrpo.model.lora import add_lora, save_adapter
 from longgrpo.model.packed_attention import use_packed_attention
 from longgrpo.model.tiled_mlp import tile_mlp
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.engine import RolloutEngine, make_engine
 from longgrpo.train import checkpoint
-from longgrpo.train.advantages import has_spread
-from longgrpo.train.config import RewardConfig, TrainConfig, dump_config, load_config
-from longgrpo.train.data import Problem, PromptStream, ReasoningGymSource, check_length, encode, held_out_problems
+from longgrpo.train.config import RewardConfig, TaskConfig, TrainConfig, dump_config, load_config
+from longgrpo.train.data import (
+    Problem,
+    Problems,
+    PromptStream,
+    check_length,
+    encode,
+    held_out_problems,
+    load_rows,
+    make_sampler,
+)
 from longgrpo.train.errors import ConfigError, UserError
 from longgrpo.train.evaluation import Evaluation, evaluate, paired_interval
-from longgrpo.train.loop import Policy, reward, roll_out, sample_prompts, step
+from longgrpo.train.loop import Policy, reward, roll_out, sample_prompts, spread_of, step
 from longgrpo.train.metrics import best_metric, peak_memory
-from longgrpo.train.rewards import load_reward
+from longgrpo.train.reference import Reference
+from longgrpo.train.rewards import Rewarding, load_reward
 from longgrpo.train.signals import StopRequest
 from longgrpo.train.tracking import Tracker
 
@@ -88,7 +97,7 @@ class Trainer:
     def run(self) -> dict[str, Any] | None:
         """Trains up to train.steps and closes the engine. Returns the summary; None where a signal stopped the run:
         it is saved, and `stop.signal` says which signal."""
-        names = [reward.name for reward in self.policy.rewards]
+        names = [reward.name for reward in self.policy.rewarding.rewards]
         train = self.config.train
         done = self.progress.step if checkpoint.checkpoints(self.directory) else -1  # step 0 is what is measured before
         tracker = Tracker(self.directory, names, train.steps, done, train.log_completions)
@@ -97,6 +106,8 @@ class Trainer:
             try:
                 return self._run(tracker)
             finally:
+                self.policy.rewarding.close()
+                self._eval_reward.close()
                 self.policy.engine.close()
                 if self.policy.offload:
                     self.policy.offload.close()
@@ -119,12 +130,12 @@ class Trainer:
     def _step(self, tracker: Tracker) -> None:
         """One step. Where it fails, the state before it is saved: what failed can be put right and the run resumed."""
         stream, number = self.policy.stream, self.progress.step + 1
-        position, generators = stream.position, checkpoint.generator_states()
+        state, generators = stream.state, checkpoint.generator_states()
         self.policy.engine.weights_changed()  # as after a resume, nothing is cached of what was sampled before
         try:
             result = step(self.policy, number)
         except UserError as error:
-            stream.position = position
+            stream.state = state
             checkpoint.set_generator_states(generators)
             self.save()
             raise type(error)(
@@ -150,18 +161,15 @@ class Trainer:
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from error
         tokenizer = load_tokenizer(model_directory)
-        chat = tokenizer.chat_template is not None
-        self.held_out = held_out_problems(
-            ReasoningGymSource(config.task, config.task.eval_seed, chat), config.task.eval_n
-        )
-        stream = PromptStream(
-            ReasoningGymSource(config.task, config.task.seed, chat), {problem.question for problem in self.held_out}
-        )
+        self.held_out, stream = _problems(config.task, tokenizer)
+        start = stream.state
         first = stream.take(config.train.prompts_per_step)
-        stream.position = 0
+        stream.state = start
         engine = make_engine(config.rollout, config.model)
         for problem in [*first, *self.held_out]:
-            check_length(encode(tokenizer, problem.prompt), problem, engine.max_length())
+            check_length(
+                encode(tokenizer, problem.prompt, config.task.chat_template_kwargs), problem, engine.max_length()
+            )
         offload = OffloadEngine() if config.memory.offload else None
         model = _trained_model(engine, config, offload)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -170,36 +178,42 @@ class Trainer:
             config=config,
             engine=engine,
             model=model,
-            reference=_reference_model(model_directory, config),
+            reference=_reference(model, parameters, config),
             offload=offload,
             tokenizer=tokenizer,
             optimizer=torch.optim.AdamW(
                 parameters.values(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
             ),
             parameters=parameters,
-            rewards=rewards,
+            rewarding=Rewarding(rewards),
             stream=stream,
         )
 
     def _restore(self, saved: Path) -> None:
-        state = checkpoint.load(saved, self.policy.parameters, self.policy.optimizer)
+        state = checkpoint.load(saved, self._weights(), self.policy.optimizer)
         self.progress = Progress(**state["progress"])
-        self.policy.stream.position = state["position"]
+        self.policy.stream.state = state["stream"]
         checkpoint.set_generator_states(state["generators"])
         self.policy.engine.weights_changed()
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """What training changes, by name."""
+        reference, moves = self.policy.reference, self.config.train.reference_sync_steps > 0
+        moved = reference.tensors if reference and moves else {}
+        return self.policy.parameters | {f"reference.{name}": tensor for name, tensor in moved.items()}
 
     def save(self) -> Path:
         """Writes a checkpoint of the last whole step."""
         self._look_at_clock()
         state = {
             "progress": asdict(self.progress),
-            "position": self.policy.stream.position,
+            "stream": self.policy.stream.state,
             "generators": checkpoint.generator_states(),
         }
         return checkpoint.save(
             self.directory,
             self.progress.step,
-            self.policy.parameters,
+            self._weights(),
             self.policy.optimizer,
             state,
             (lambda directory: save_adapter(self.policy.model, directory)) if self.config.lora else None,
@@ -227,11 +241,13 @@ class Trainer:
                 )
 
     def _spread(self, count: int) -> float:
-        position = self.policy.stream.position
+        state = self.policy.stream.state
         problems = sample_prompts(self.policy, count)
-        self.policy.stream.position = position
-        totals = reward(self.policy, problems, roll_out(self.policy, problems, number=0))
-        return has_spread(totals).float().mean().item()
+        self.policy.stream.state = state
+        samples = roll_out(self.policy, problems, number=0)
+        reward(self.policy, problems, samples, number=0)
+        self.policy.rewarding.metrics()  # of no step
+        return spread_of(self.policy, samples).float().mean().item()
 
     def _evaluation(self, name: str, tracker: Tracker, prefill: str | None = None) -> Evaluation:
         """Evaluates and keeps every reply in eval_NAME.json; what an earlier process evaluated is read from there."""
@@ -239,7 +255,8 @@ class Trainer:
         if path.exists():
             return Evaluation(**json.loads(path.read_text()))
         policy, length = self.policy, self.config.rollout.max_completion_length
-        result = evaluate(policy.engine, policy.tokenizer, self.held_out, self._eval_reward, length, prefill)
+        template = self.config.task.chat_template_kwargs
+        result = evaluate(policy.engine, policy.tokenizer, self.held_out, self._eval_reward, length, prefill, template)
         checkpoint.write_file(path, json.dumps(asdict(result), indent=1))
         tracker.say(f"accuracy {name}: {result.accuracy:.3f} on {len(self.held_out)} held-out problems")
         return result
@@ -294,6 +311,23 @@ class Trainer:
         self.progress.peak_rss_bytes = max(self.progress.peak_rss_bytes, peak_memory()["peak_rss_bytes"])
 
 
+def _problems(task: TaskConfig, tokenizer: Any) -> tuple[list[Problem], PromptStream]:
+    """The held-out problems, and the training ones without them."""
+    if task.chat_template:
+        try:
+            tokenizer.chat_template = Path(task.chat_template).read_text()
+        except OSError as error:
+            raise ConfigError(f"task.chat_template = {task.chat_template!r}: {error.strerror}") from error
+    chat = tokenizer.chat_template is not None
+    held_out = held_out_problems(Problems(load_rows(task, held_out=True), task, chat), task) if task.eval_n else []
+    source = Problems(load_rows(task), task, chat)
+    if not chat and not isinstance(source[0].prompt, str):
+        raise ConfigError(
+            "the task's prompts are conversations and the model has no chat template: set task.chat_template"
+        )
+    return held_out, PromptStream(source, {problem.question for problem in held_out}, make_sampler(task, source))
+
+
 def _trained_model(engine: RolloutEngine, config: TrainConfig, offload: OffloadEngine | None) -> Any:
     if config.lora:
         model: Any = add_lora(engine.model, config.lora, config.train.seed)
@@ -308,13 +342,10 @@ def _trained_model(engine: RolloutEngine, config: TrainConfig, offload: OffloadE
     return model
 
 
-def _reference_model(directory: Path, config: TrainConfig) -> Any:
-    """A frozen copy of the untrained model, where the loss has a KL term and there is no adapter to switch off."""
-    if config.loss.beta == 0 or config.lora:
+def _reference(model: Any, parameters: dict[str, torch.Tensor], config: TrainConfig) -> Reference | None:
+    if config.loss.beta == 0:
         return None
-    model = load_model(directory, config.model.dtype).requires_grad_(False)
-    use_packed_attention(model)
-    return model
+    return Reference(model, parameters, copy=config.lora is None or config.train.reference_sync_steps > 0)
 
 
 def _versions() -> dict[str, str]:
