@@ -1,9 +1,12 @@
 """Reward functions of a user, as they would stand in a file beside a config."""
 
+import asyncio
 import math
 import os
 import random
 import signal
+import threading
+import time
 
 import torch
 
@@ -17,6 +20,11 @@ def noisy_digits(completions, **columns):
     """Draws from the global generators, which a resumed run must find where they were."""
     noise = torch.rand(len(completions)).tolist()
     return [value + random.random() / 10 + x / 10 for value, x in zip(digits(completions), noise, strict=True)]
+
+
+def digits_of_odd_sums(completions, answer, **columns):
+    """All completions of a sum that is even earn the same."""
+    return [value if int(right) % 2 else 0.0 for value, right in zip(digits(completions), answer, strict=True)]
 
 
 def text_of(completion):
@@ -78,3 +86,58 @@ def stops_at_once(completions, **columns):
 
 
 stops_at_once.calls = 0
+
+
+def logs(prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric):
+    """TRL's signature, name by name: anything more or less would be an error."""
+    log_extra("seen", [f"{trainer_state.global_step}/{trainer_state.max_steps} {text}" for text in completions])
+    log_metric("calls_of", len(prompts))
+    return [int(text) for text in completions]
+
+
+async def logs_async(prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric, factor):
+    await asyncio.sleep(0)
+    log_extra("seen_async", answer)
+    log_metric("calls_of_async", len(prompts))
+    return [factor * int(text) for text in completions]
+
+
+def logs_too_little(completions, log_extra, **columns):
+    log_extra("seen", [1])
+    return [0.0] * len(completions)
+
+
+digits_done = threading.Event()
+
+
+async def digits_async(completions, **columns):
+    digits_done.set()
+    return digits(completions)
+
+
+async def forever(completions, **columns):
+    await asyncio.Event().wait()
+
+
+async def late_for_one(completions, answer, **columns):
+    if answer[0] == 1:
+        await asyncio.Event().wait()
+    return [1.0] * len(completions)
+
+
+def in_a_process(prompts, completions, trainer_state, log_extra, log_metric, **columns):
+    if prompts[0] == "hang":
+        time.sleep(600)
+    if prompts[0] == "die":
+        os._exit(3)
+    log_extra("process", [os.getpid()] * len(completions))
+    log_metric("in_a_process", 1)
+    return [trainer_state.global_step] * len(completions)
+
+
+def logs_mixed(completions, log_extra, log_metric, **columns):
+    """Never applies: it is there for what it logs."""
+    log_extra("mixed", [1 if i % 2 else "one" for i in range(len(completions))])
+    log_metric("share_of_long", 0.25)
+    log_metric("share_of_long", 0.75)
+    return [None] * len(completions)

@@ -1,12 +1,29 @@
+import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from own_rewards import digits
+from transformers import TrainerState
 
-from longgrpo.rewards import exact_answer, graded_error, last_number, score_answer
+from longgrpo.rewards import (
+    exact_answer,
+    graded_error,
+    last_number,
+    matches_format,
+    math_answer,
+    numeric_answer,
+    score_answer,
+    soft_overlong,
+    target_length,
+)
+from longgrpo.rollout.engine import Completion
 from longgrpo.train.config import RewardConfig
+from longgrpo.train.data import Problem
 from longgrpo.train.errors import ConfigError, RewardError
-from longgrpo.train.rewards import Reward, load_reward
+from longgrpo.train.packing import Sample
+from longgrpo.train.rewards import Reward, Rewarding, load_reward
 
 OWN = Path(__file__).parent / "own_rewards.py"
 
@@ -48,6 +65,39 @@ def test_exact_answer():
 def test_graded_error():
     got = graded_error(replies("7", "9", "none", "7"), answer=["7", "7", "7", "cba"])
     assert got == [0.5, 0.5 / 3, 0.0, None]
+
+
+def test_numeric_answer():
+    texts = replies("so 1,024.", "1024.4", "none", "1 then 7")
+    assert numeric_answer(texts, answer=["1024"] * 3 + ["seven"]) == [1, 0, 0, None]
+    assert numeric_answer(texts, answer=["1024"] * 4, tolerance=0.5) == [1, 1, 0, 0]
+    assert numeric_answer(texts, column="solution", solution=[1024] * 4) == [1, 0, 0, 0]
+
+
+def test_math_answer_compares_expressions():
+    seen = {}
+    texts = (r"so \boxed{\frac{1}{2}}", "The answer is 0.5", "$x = 1/2$", r"\boxed{2}", "I do not know", "0.5")
+    values = math_answer(
+        replies(*texts),
+        answer=[r"$\frac{1}{2}$"] * 5 + ["no number"],
+        log_extra=lambda name, read: seen.update({name: read}),
+    )
+    assert values == [1, 1, 1, 0, 0, None]
+    assert len(seen["math_answer"]) == len(texts)
+
+
+def test_matches_format():
+    texts = ("<think>a\nb</think>\n7", "<think>a</think>", "7", "<think>a", "x <think>a</think>",
+             "<think>a<think>b</think>")  # fmt: skip
+    assert matches_format(replies(*texts)) == [1, 1, 0, 0, 0, 0]
+    assert matches_format(replies("7", "7."), pattern=r"\d+") == [1, 0]
+
+
+def test_lengths():
+    ids = [[0] * n for n in (70, 80, 90, 100, 120)]
+    assert soft_overlong(ids, max_length=100, buffer=20) == [0, 0, -0.5, -1, -1]
+    assert target_length(ids, target=80) == [-0.125, 0, -0.125, -0.25, -0.5]
+    assert target_length([[0] * 200], target=80) == [-1]
 
 
 def test_functions_get_trls_arguments():
@@ -112,3 +162,130 @@ def test_functions_are_found_by_module(monkeypatch):
 def test_functions_that_cannot_be_found(spec, message):
     with pytest.raises(ConfigError, match=message):
         load_reward(RewardConfig(spec))
+
+
+# ---- at work
+
+
+@pytest.fixture
+def at_work():
+    made = []
+
+    def rewarding(*configs):
+        made.append(Rewarding([load_reward(RewardConfig(f"{OWN}:{name}", **options)) for name, options in configs]))
+        return made[-1]
+
+    yield rewarding
+    for one in made:
+        one.close()
+
+
+def groups(count, size=2):
+    """Problems, one a sample, and samples whose text is their number."""
+    samples = [
+        Sample(g, [1], Completion([1] * (g + 1), [0.0] * (g + 1), "stop"), str(size * g + i))
+        for g in range(count)
+        for i in range(size)
+    ]
+    problems = [Problem(str(g), f"prompt {g}", {"answer": g}) for g in range(count) for _ in range(size)]
+    return problems, samples
+
+
+def run(rewarding, count=3, state=None):
+    state = state or TrainerState()
+    problems, samples = groups(count)
+    for g in range(count):
+        rewarding.begin(problems[2 * g], samples[2 * g : 2 * g + 2], state)
+    rewarding.finish(problems, samples, state)
+    return samples
+
+
+def rewards_of(samples, name):
+    return [None if math.isnan(sample.rewards[name]) else sample.rewards[name] for sample in samples]
+
+
+def test_sync_and_async_functions_log_columns_and_metrics(at_work):
+    rewarding = at_work(("logs", {}), ("logs_async", {"parameters": {"factor": 10}}))
+    samples = run(rewarding, state=TrainerState(global_step=7, max_steps=9))
+    assert rewards_of(samples, "logs") == [0, 1, 2, 3, 4, 5]
+    assert rewards_of(samples, "logs_async") == [0, 10, 20, 30, 40, 50]
+    assert [sample.extra for sample in samples] == [{"seen": f"7/9 {i}", "seen_async": i // 2} for i in range(6)]
+    metrics = rewarding.metrics()
+    assert metrics == {"calls_of": 6.0, "calls_of_async": 2.0}  # one call of all, one call a group
+    assert rewarding.metrics() == {}
+
+
+def test_an_async_function_works_while_others_are_sampled(tree, tmp_path, monkeypatch):
+    """The second batch of the rollout waits for the reward of the first."""
+    from longgrpo.rollout import transformers as engine_module
+    from longgrpo.train.config import build_config
+    from longgrpo.train.loop import step
+    from longgrpo.train.trainer import Trainer
+
+    tree["rewards"] = [{"function": f"{OWN}:digits_async"}]
+    tree["task"]["eval_n"] = 0
+    policy = Trainer(build_config(tree), tmp_path / "run").policy
+    monkeypatch.setattr(engine_module, "BATCH", 4)  # one group
+    batch, waits = policy.engine._batch, []
+    done = policy.rewarding.rewards[0].function.__globals__["digits_done"]
+
+    def waiting(*arguments):
+        waits.append(not waits or done.wait(30))
+        return batch(*arguments)
+
+    monkeypatch.setattr(policy.engine, "_batch", waiting)
+    result = step(policy, 1)
+    assert waits == [True, True, True]
+    assert result.metrics["grad_norm"] > 0
+    assert [s.rewards["digits_async"] for s in result.samples] == digits(
+        [[{"content": s.text}] for s in result.samples]
+    )
+    policy.rewarding.close()
+
+
+def test_an_async_function_that_is_late_or_fails(at_work):
+    late = at_work(("forever", {"timeout": 0.05}))
+    with pytest.raises(RewardError, match=r"forever took longer than its timeout of 0\.05 s"):
+        run(late)
+    rewarding = at_work(("late_for_one", {"timeout": 0.2, "on_error": "none"}), ("logs", {}))
+    samples = run(rewarding)
+    assert rewards_of(samples, "late_for_one") == [1, 1, None, None, 1, 1]
+    assert rewarding.metrics()["reward/late_for_one/failed_calls"] == 1
+
+
+def test_errors_may_count_as_not_applicable(at_work, caplog):
+    rewarding = at_work(("raises", {"on_error": "none"}), ("too_few", {"on_error": "none"}), ("logs", {}))
+    samples = run(rewarding)
+    assert rewards_of(samples, "raises") == rewards_of(samples, "too_few") == [None] * 6
+    assert rewards_of(samples, "logs") == [0, 1, 2, 3, 4, 5]
+    metrics = rewarding.metrics()
+    assert metrics["reward/raises/failed_calls"] == metrics["reward/too_few/failed_calls"] == 1
+    assert "raises raised KeyError" in caplog.text
+
+
+def test_a_function_in_a_process_of_its_own(at_work):
+    rewarding = at_work(("in_a_process", {"timeout": 60.0, "on_error": "none"}))
+    here = os.getpid()
+    for text in ("fine", "hang", "die"):
+        rewarding.rewards[0].timeout = 0.5 if text == "hang" else 60.0
+        problems, samples = groups(1)
+        problems = [Problem(text, text, {}) for _ in problems]
+        rewarding.finish(problems, samples, TrainerState(global_step=3))
+        metrics = rewarding.metrics()
+        if text == "fine":
+            assert rewards_of(samples, "in_a_process") == [3, 3]
+            assert samples[0].extra["process"] != here
+            assert metrics["in_a_process"] == 1
+        else:
+            assert rewards_of(samples, "in_a_process") == [None, None]
+            assert metrics["reward/in_a_process/failed_calls"] == 1
+
+
+def test_a_function_that_cannot_be_loaded_in_its_process():
+    with pytest.raises(ConfigError, match="has no function 'absent'"):
+        load_reward(RewardConfig(f"{OWN}:absent", isolate=True))
+
+
+def test_extra_columns_have_one_entry_a_completion(at_work):
+    with pytest.raises(RewardError, match="logs_too_little logged as 'seen' 1 values for 6 completions"):
+        run(at_work(("logs_too_little", {})))

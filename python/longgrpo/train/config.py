@@ -152,14 +152,12 @@ class LoopConfig:
     best_metric: str | None = None
     """The checkpoint of the step with the highest value of this metric is kept as well, for example reward/mean;
     with a minus before its name, the lowest."""
-    log_completions: int = 4
-    """Completions of each step written to completions.jsonl."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "passes", "minibatches", "token_budget", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: must be at least 1")
         for name in (
-            "warmup_steps", "probe_prompts", "save_steps", "log_completions", "max_refills", "reference_sync_steps"
+            "warmup_steps", "probe_prompts", "save_steps", "max_refills", "reference_sync_steps"
         ):  # fmt: skip
             _require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}: must not be negative")
         _require(self.learning_rate > 0, f"learning_rate = {self.learning_rate}: must be above 0")
@@ -193,6 +191,18 @@ class MemoryConfig:
     """Run the MLPs a tile of the sequence at a time (longgrpo.model.tiled_mlp)."""
 
 
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run tells besides metrics.jsonl."""
+
+    to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers. wandb and trackio are to be installed; their own settings (WANDB_MODE, say) are read by them."""
+    project: str = "longgrpo"
+    """The project of wandb and trackio."""
+    completions: int | None = None
+    """Completions of each step in completions/, with every reward and the advantage; default: all."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that makes a run. Without `lora` all weights are trained."""
@@ -205,6 +215,7 @@ class TrainConfig:
     loss: GRPOLossConfig = field(default_factory=GRPOLossConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     output_dir: str | None = None
     """Where the run lives; default runs/<name of the config file>, numbered if that exists."""
 
@@ -278,7 +289,12 @@ def build_config(tree: dict[str, Any], source: str = "config") -> TrainConfig:
 
 def dump_config(config: TrainConfig) -> str:
     """The whole config as YAML, defaults included; load_config reads it back."""
-    return yaml.safe_dump(TypeAdapter(TrainConfig).dump_python(config, mode="json"), sort_keys=False)
+    return yaml.safe_dump(config_tree(config), sort_keys=False)
+
+
+def config_tree(config: TrainConfig) -> dict[str, Any]:
+    """The whole config as plain values."""
+    return TypeAdapter(TrainConfig).dump_python(config, mode="json")
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:

@@ -82,6 +82,8 @@ class Worker:
 def _serve(connection: Connection, spec: str, find: Callable[[str], Callable[..., Any]]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the trainer's decides
     try:
+        import transformers.trainer_callback  # noqa: F401 - the first call's trainer_state would wait for it
+
         function = find(spec)
     except Exception as error:
         connection.send(str(error))

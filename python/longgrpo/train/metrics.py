@@ -110,6 +110,7 @@ def length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     lengths = [len(sample) for sample in samples]
     truncated = [sample.completion.finish_reason == "length" for sample in samples]
     return {
+        "completion_length/sum": sum(lengths),
         "completion_length/mean": sum(lengths) / len(lengths),
         "completion_length/min": min(lengths),
         "completion_length/max": max(lengths),

