@@ -84,7 +84,9 @@ def content(path):
 
 
 def contents(run):
-    return {str(path.relative_to(run)): content(path) for path in run.rglob("*") if path.is_file()}
+    """All files but TensorBoard's, which are stamped with the time."""
+    paths = [path for path in run.rglob("*") if path.is_file() and path.parent.name != "tensorboard"]
+    return {str(path.relative_to(run)): content(path) for path in paths}
 
 
 def assert_same_run(whole, other):

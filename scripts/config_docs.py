@@ -1,0 +1,123 @@
+"""Renders docs/config.md from the dataclasses of the config: python scripts/config_docs.py > docs/config.md"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+import typing
+from typing import Any
+
+from longgrpo.train.config import TrainConfig
+
+HEAD = """# The config of a run
+
+One YAML file; `longgrpo train CONFIG.yaml --group.key VALUE` overrides any key (the value is YAML, a number indexes a list:
+`--rewards.0.weight 0.5`), `--print-config` shows the whole config with its defaults, and a typo is answered with the nearest
+key. This page is rendered from the dataclasses by `python scripts/config_docs.py > docs/config.md`.
+
+Defaults are those of TRL 1.16's `GRPOConfig` unless the table says what TRL has. The differences:
+
+| key | here | TRL 1.16 | why |
+|---|---|---|---|
+"""
+
+DIFFERENCES = [
+    ("train.learning_rate", "1e-6", "TRL's is for full fine-tuning; an adapter wants about ten times as much"),
+    ("train.betas", "[0.9, 0.999]", "the second moment would remember a thousand steps, longer than most runs"),
+    ("train.schedule", "linear", "with a constant rate a run can be prolonged, and its steps are comparable"),
+    ("rollout.max_completion_length", "512", "the examples are short; set what the task needs"),
+    ("loss.kl_correction", "true (`use_bias_correction_kl`)", "only read where beta is not 0; plain k3 is the paper's"),
+    ("task.chat", "only where the data has messages", "a chat model answers a bare question through its template"),
+    ("memory.offload", "checkpointing on (`gradient_checkpointing`)", "packed micro-batches bound the activations"),
+]
+
+
+def render() -> str:
+    lines = [HEAD.rstrip("\n")]
+    for key, theirs, why in DIFFERENCES:
+        lines.append(f"| `{key}` | {_code(_default_at(key))} | {theirs} | {why} |")
+    for name, hint in _hints(TrainConfig).items():
+        for group in _dataclasses(hint):
+            lines += ["", f"## {name}", "", _cell(_about(group)), *_table(group)]
+    own = [f for f in dataclasses.fields(TrainConfig) if not _dataclasses(_hints(TrainConfig)[f.name])]
+    lines += ["", "## Keys of the run itself", "", *_rows(TrainConfig, own)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(group: type) -> list[str]:
+    return ["", *_rows(group, dataclasses.fields(group))]
+
+
+def _rows(group: type, fields: Any) -> list[str]:
+    docs, hints = field_docs(group), inspect.get_annotations(group)
+    lines = ["| key | type | default | |", "|---|---|---|---|"]
+    for field in fields:
+        kind = str(hints[field.name]).replace("|", "\\|")
+        lines.append(f"| `{field.name}` | `{kind}` | {_code(_default(field))} | {_cell(docs.get(field.name, ''))} |")
+    return lines
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string below each field, and for a class that lists its fields under "Attributes:", what stands there."""
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
+    docs = {}
+    for field, text in zip(body, body[1:], strict=False):
+        is_text = (
+            isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+        )
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
+            docs[field.target.id] = inspect.cleandoc(text.value.value)
+    _, _, attributes = inspect.getdoc(cls).partition("Attributes:\n")
+    for entry in re.split(r"\n(?=    \w)", attributes):
+        names, _, text = entry.strip().partition(": ")
+        docs |= {name.strip(): text for name in names.split(",") if text}
+    return docs
+
+
+def _about(cls: type) -> str:
+    return inspect.getdoc(cls).partition("\n\nAttributes:")[0]
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return {name: hint for name, hint in typing.get_type_hints(cls).items() if not name.startswith("_")}
+
+
+def _dataclasses(hint: Any) -> list[type]:
+    """The dataclasses in X, X | None, list[X]."""
+    if dataclasses.is_dataclass(hint):
+        return [typing.cast(type, hint)]
+    return [found for argument in typing.get_args(hint) for found in _dataclasses(argument)]
+
+
+def _default(field: Any) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else "required"
+
+
+def _default_at(key: str) -> Any:
+    group, _, name = key.partition(".")
+    (cls,) = _dataclasses(_hints(TrainConfig)[group])
+    return _default(next(field for field in dataclasses.fields(cls) if field.name == name))
+
+
+def _code(value: Any) -> str:
+    if value == "required":
+        return "required"
+    shown = (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or value is True or value is False
+        else value
+    )
+    return f"`{list(shown) if isinstance(shown, tuple) else shown}`"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(render(), end="")
