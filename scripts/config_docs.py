@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import re
 import textwrap
 import typing
@@ -14,9 +15,9 @@ from longgrpo.train.config import TrainConfig
 
 HEAD = """# The config of a run
 
-One YAML file; `longgrpo train CONFIG.yaml --group.key VALUE` overrides any key (the value is YAML, a number indexes a list:
-`--rewards.0.weight 0.5`), `--print-config` shows the whole config with its defaults, and a typo is answered with the nearest
-key. This page is rendered from the dataclasses by `python scripts/config_docs.py > docs/config.md`.
+One YAML file; `longgrpo train CONFIG.yaml --group.key VALUE` overrides any key (the value is YAML, a number indexes a
+list: `--rewards.0.weight 0.5`), `--print-config` shows the whole config with its defaults, and a typo is answered with
+the nearest key. This page is rendered from the dataclasses by `python scripts/config_docs.py > docs/config.md`.
 
 Defaults are those of TRL 1.16's `GRPOConfig` unless the table says what TRL has. The differences:
 
@@ -64,7 +65,7 @@ def field_docs(cls: type) -> dict[str, str]:
     """The string below each field, and for a class that lists its fields under "Attributes:", what stands there."""
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
     docs = {}
-    for field, text in zip(body, body[1:], strict=False):
+    for field, text in itertools.pairwise(body):
         is_text = (
             isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
         )
