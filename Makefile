@@ -10,12 +10,12 @@ SOURCES := $(shell find csrc python third_party -type f \( -name '*.cpp' -o -nam
 CONFIG ?= examples/smollm2-arithmetic.yaml
 
 # Waiting OpenMP threads sleep: beside other load on few cores spinning ones slow a rollout several times.
-train test: export OMP_WAIT_POLICY ?= passive
+train test bench-trainer: export OMP_WAIT_POLICY ?= passive
 
 # The environment's cmake and ninja serve the tests that compile: a distribution's may be too old.
 train test lint bench: export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test setup wheel lint bench gpu clean
+.PHONY: train test setup wheel lint bench bench-trainer gpu clean
 
 train: setup  ## set up, then run the main job
 	$(BIN)/longgrpo train $(CONFIG)
@@ -35,6 +35,9 @@ lint: $(STAMPS)/test  ## ruff, clang-format, mypy on the public API
 
 bench: $(STAMPS)/wheel $(STAMPS)/peers  ## the loss against its peers on the same inputs
 	$(BIN)/python bench/peers.py
+
+bench-trainer: setup $(STAMPS)/peers  ## a whole training step beside TRL's, by phase (25 minutes on two cores)
+	$(BIN)/python bench/trainer.py
 
 gpu:  ## build for the GPU that is here, test, benchmark; PYTHON's own torch (CUDA), nothing is downloaded
 	bench/gpu.sh $(PYTHON)

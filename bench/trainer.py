@@ -45,11 +45,13 @@ def config_of(options: argparse.Namespace, directory: Path) -> Any:
             "lora": {"rank": 16, "alpha": 16},
             "task": {"name": "chain_sum", "parameters": TASK, "system_prompt": SYSTEM_PROMPT, "eval_n": 0},
             "rewards": [{"function": name, "weight": weight} for name, weight in REWARDS.items()],
-            "rollout": {"num_generations": options.generations, "max_completion_length": options.tokens}
-            | ({"engine": options.engine} if options.engine else {}),
+            "rollout": {
+                "engine": options.engine, "num_generations": options.generations, "max_model_len": 512,
+                "max_completion_length": options.tokens, "kv_cache_gib": 0.5,
+            },
             "train": {
                 "steps": options.steps, "seed": options.seed, "prompts_per_step": options.prompts, "probe_prompts": 0,
-                "learning_rate": LEARNING_RATE, "warmup_steps": WARMUP, "betas": BETAS, "token_budget": 1024,
+                "learning_rate": LEARNING_RATE, "warmup_steps": WARMUP, "betas": BETAS, "token_budget": 512,
                 "save_steps": 0,
             },
             "output_dir": str(directory),
@@ -186,7 +188,7 @@ def measure(options: argparse.Namespace, program: str, tokens: int, steps: int, 
     path = folder / f"{program}-{tokens}.json"
     command = [sys.executable, __file__, "--program", program, "--tokens", tokens, "--steps", steps, "--json", path]
     for name in ("model", "seed", "prompts", "generations", "engine"):
-        command += [f"--{name}", getattr(options, name)] if getattr(options, name) is not None else []
+        command += [f"--{name}", getattr(options, name)]
     command += ["--trl-checkpointing"] if options.trl_checkpointing else []
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -258,7 +260,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--generations", type=int, default=8)
-    parser.add_argument("--engine", help="rollout.engine of longgrpo")
+    parser.add_argument("--engine", default="auto", help="rollout.engine of longgrpo")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 3], help="one for each of --tokens")
     parser.add_argument("--trl-checkpointing", action="store_true", help="TRL's default: slower, less memory")

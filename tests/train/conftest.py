@@ -61,6 +61,7 @@ def tree(tiny_model: Path) -> dict[str, Any]:
             "name": "chain_sum",
             "parameters": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
             "eval_n": 8,
+            "eval_reward": "score_answer",
         },
         "rewards": [{"function": f"{Path(__file__).parent / 'own_rewards.py'}:digits"}],
         "rollout": {"engine": "transformers", "num_generations": 4, "max_completion_length": 6},

@@ -201,6 +201,14 @@ def test_a_second_signal_stops_at_once_and_leaves_what_was_saved(tree, tmp_path)
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_the_first_reward_says_by_default_what_is_solved(tree, tmp_path):
+    del tree["task"]["eval_reward"]
+    tree["train"]["steps"] = 1
+    trainer(tree, tmp_path / "run").run()
+    after = json.loads((tmp_path / "run/eval_after.json").read_text())
+    assert after["scores"] == [sum(c.isdigit() for c in text) / 10 + len(text) / 100 for text in after["replies"]]
+
+
 def test_rewards_that_never_apply(tree, tmp_path):
     tree["rewards"] += [{"function": f"{OWN}:never"}]
     tree["train"]["steps"] = 1

@@ -58,8 +58,8 @@ class TaskConfig:
     """Their split of a data set; default: the training problems' own, whose held-out ones training then skips."""
     eval_seed: int = 1_000_000_007
     """Seed of the held-out problems."""
-    eval_reward: str = "score_answer"
-    """The reward function that says whether a held-out problem is solved (>= 1)."""
+    eval_reward: str | None = None
+    """The reward function that says whether a held-out problem is solved (>= 1); default: the first of `rewards`."""
     eval_prefill: str | None = None
     """A control: the untrained model is also evaluated with its reply begun by this template, filled from the columns
     and metadata of a problem, for example "{expression} ="."""

@@ -57,11 +57,14 @@ def evaluate(
         check_length(ids, problem, engine.max_length())
     completions = engine.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0.0), [0] * len(prompts))
     replies = decode(tokenizer, completions)
+    from transformers import TrainerState
+
     scores = reward(
         [problem.prompt for problem in problems],
         [as_reply(problem.prompt, text) for problem, text in zip(problems, replies, strict=True)],
         [completion.token_ids for completion in completions],
         columns_of(problems),
+        TrainerState(),
     )
     return Evaluation([p.question for p in problems], replies, scores.values.nan_to_num(nan=0.0).tolist())
 

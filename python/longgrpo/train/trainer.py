@@ -154,7 +154,8 @@ class Trainer:
         self._start = time.monotonic()
         check_installed(config.log.to)
         rewards = [load_reward(reward) for reward in config.rewards]
-        self._eval_reward = load_reward(RewardConfig(config.task.eval_reward))
+        own = config.task.eval_reward
+        self._eval_reward = load_reward(RewardConfig(own)) if own else rewards[0]
         try:
             model_directory = resolve_model(config.model.path)
         except (OSError, ValueError) as error:
