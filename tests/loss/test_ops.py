@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from cases import make_batch, make_head
+from torch.utils.checkpoint import checkpoint
 
 from longgrpo import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_logprob
 from longgrpo._ops import loss as loss_ops
@@ -106,3 +107,47 @@ def test_gradient_carries_no_graph():
     h = make_head(4, 12, 16, 40).cast(torch.float32, train_head=False)
     (gradient,) = torch.autograd.grad(linear_logprob(h.hidden, h.weight, h.target).logp.sum(), h.hidden)
     assert not gradient.requires_grad
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_activation_checkpointing(fused, train_head, use_reentrant):
+    batch = make_batch(5, [5, 7], masked=0.0)
+    h = make_head(5, 12, 16, 40).cast(torch.float32, train_head=train_head)
+    rest = (h.target, batch.advantages, batch.old_logp, batch.cu_seqlens, fused)
+    plain = torch.autograd.grad(loss_of(h.hidden, h.weight, *rest), h.leaves)
+    loss = checkpoint(loss_of, h.hidden, h.weight, *rest, use_reentrant=use_reentrant)
+    loss.backward()
+    for leaf, wanted in zip(h.leaves, plain, strict=True):
+        assert torch.equal(leaf.grad, wanted)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_autocast_casts_what_it_casts_for_linear(fused):
+    """The numbers of operands cast by hand, gradients in the dtypes of the leaves."""
+    batch = make_batch(6, [5, 7], masked=0.0)
+    h = make_head(6, 12, 16, 40).cast(torch.float32, train_head=True)
+    rest = (h.target, batch.advantages, batch.old_logp, batch.cu_seqlens, fused)
+    by_hand = loss_of(h.hidden.bfloat16(), h.weight.bfloat16(), *rest)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = loss_of(h.hidden, h.weight, *rest)
+        nested = torch.nn.functional.linear(h.hidden, h.weight)
+    assert nested.dtype == torch.bfloat16
+    assert torch.equal(cast, by_hand)
+    for a, b in zip(torch.autograd.grad(cast, h.leaves), torch.autograd.grad(by_hand, h.leaves), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+    assert not torch.equal(cast, loss_of(h.hidden, h.weight, *rest))
+
+
+def test_autocast_serves_the_exact_kl_too():
+    h, reference = (make_head(seed, 12, 16, 40).cast(torch.float32, train_head=False) for seed in (7, 8))
+    config = GRPOLossConfig(loss_type="dapo", beta=0.1, kl="exact_reverse")
+    arguments = {"ref_weight": reference.weight, "config": config, "cu_seqlens": torch.tensor([0, 12])}
+    half = [x.bfloat16() for x in (h.hidden, h.weight, reference.hidden)]
+    wanted = linear_grpo_loss(*half[:2], h.target, torch.ones(1), ref_hidden=half[2],
+                              **{**arguments, "ref_weight": reference.weight.bfloat16()}).loss  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = linear_grpo_loss(h.hidden, h.weight, h.target, torch.ones(1), ref_hidden=reference.hidden, **arguments)
+    assert torch.equal(cast.loss, wanted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from longgrpo._ops.library import ops
 from longgrpo._ops.loss import METRICS
 from longgrpo.loss.config import GRPOLossConfig
-from longgrpo.loss.linear import DEFAULT_WORKSPACE, head_arguments
+from longgrpo.loss.linear import DEFAULT_WORKSPACE, cast_by_autocast, head_arguments, linear_logprob
+from longgrpo.loss.parallel import whole
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _PER_SEQUENCE_MEAN = ("grpo", "sapo", "gmpo")
 _PER_SEQUENCE_COUNT = (*_PER_SEQUENCE_MEAN, "luspo", "dr_grpo")
@@ -277,6 +281,7 @@ def linear_grpo_loss(
     logit_scale: float = 1.0,
     metrics: bool = True,
     workspace: int = DEFAULT_WORKSPACE,
+    group: ProcessGroup | None = None,
 ) -> GRPOLoss:
     """grpo_loss(linear_logprob(...)) in one pass of the head, differentiable in hidden, weight and bias.
 
@@ -294,21 +299,32 @@ def linear_grpo_loss(
             "exact_forward" (one more GEMM).
         ref_weight: the reference's head; None: `weight`, which must then be frozen.
         metrics: whether tokens without a gradient are to be counted in the metrics.
+        group: as linear_logprob's; the head's passes are then those of linear_logprob, 2 GEMMs or 4.
 
     Raises:
         ValueError, TypeError: as linear_logprob's and grpo_loss's.
         RuntimeError: double backward.
     """
-    head = head_arguments(
-        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
-    )
-    flat_ref_hidden, flat_ref_weight = _reference_head(hidden, weight, ref_hidden, ref_weight, config)
+    options: dict[str, Any] = {
+        "bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale
+    }  # fmt: skip
     device, rows = hidden.device, None
     if _plans_on_host(device):
         rows = _rows_known_on_host(target.shape, advantages, mask, cu_seqlens, config, metrics)
         moved = (_on(device, t) for t in (advantages, mask, cu_seqlens, importance))
         advantages, mask, cu_seqlens, importance = moved  # type: ignore[assignment]
     used = target >= 0 if mask is None else mask.bool() & (target >= 0)
+    if group is not None and group.size() > 1:
+        asked = target.masked_fill(~used, -100)
+        logp, entropy = linear_logprob(
+            hidden, weight, asked, **options, entropy=True, workspace=workspace, group=group
+        )  # fmt: skip
+        return grpo_loss(
+            logp, advantages, mask=used, cu_seqlens=cu_seqlens, old_logp=old_logp, ref_logp=ref_logp,
+            importance=importance, entropy=entropy, normaliser=normaliser, config=config,
+        )  # fmt: skip
+    head = head_arguments(hidden, weight, target, **options)
+    flat_ref_hidden, flat_ref_weight = _reference_head(hidden, weight, ref_hidden, ref_weight, config)
     tokens = _prepare(
         target.shape, advantages, used, cu_seqlens, old_logp, ref_logp, importance, normaliser, config
     )  # fmt: skip
@@ -341,8 +357,8 @@ def _reference_head(
         raise ValueError(f"kl={config.kl!r} with a trainable head needs ref_weight: the head itself moves")
     if ref_weight is not None and (ref_weight.shape != weight.shape or ref_weight.dtype != weight.dtype):
         raise ValueError("ref_weight must have weight's shape and dtype")
-    flat = ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]).contiguous()
-    return flat, None if ref_weight is None else ref_weight.detach().contiguous()
+    flat = cast_by_autocast(ref_hidden.detach()).reshape(-1, ref_hidden.shape[-1]).contiguous()
+    return flat, None if ref_weight is None else cast_by_autocast(whole(ref_weight.detach())).contiguous()
 
 
 def _named(metrics: Tensor) -> dict[str, Tensor]:

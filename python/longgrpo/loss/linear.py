@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import longgrpo._ops.loss  # noqa: F401 - registers fake kernels and autograd
 from longgrpo._ops.library import ops
+from longgrpo.loss.parallel import VocabularyShard, whole
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_WORKSPACE = 256 << 20  # bytes
@@ -62,6 +66,8 @@ def head_arguments(
     logit_scale: float,
 ) -> Head:
     """Checks the arguments that every head op shares and flattens the tokens."""
+    weight, bias = whole(weight), None if bias is None else whole(bias)
+    hidden, weight = cast_by_autocast(hidden), cast_by_autocast(weight)
     _check_shapes(hidden, weight, target, bias)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0, or None for no cap, got {softcap}")
@@ -112,6 +118,12 @@ def _check_shapes(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor |
                          "one device")  # fmt: skip
 
 
+def cast_by_autocast(operand: Tensor) -> Tensor:
+    """`operand` as autocast gives it to F.linear."""
+    device = operand.device.type
+    return operand.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else operand
+
+
 def _can_look(tensor: Tensor) -> bool:
     """Whether a value may be read here: looking at a CUDA tensor would wait for the device, a traced one has none."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -135,6 +147,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     entropy: bool = False,
     workspace: int = DEFAULT_WORKSPACE,
+    group: ProcessGroup | None = None,
 ) -> LogProb:
     """log p(target) under the head `weight`, differentiable in hidden, weight and bias.
 
@@ -146,7 +159,7 @@ def linear_logprob(
 
     Args:
         hidden: [N, H] or [B, T, H], float32, bfloat16 or float16: hidden[i] predicts target[i].
-        weight: [V, H], the lm_head.
+        weight: [V, H], the lm_head. A DTensor (FSDP2) is gathered, and its gradient is the mean over the ranks.
         target: [N] or [B, T] int64; a negative target is ignored: logp 0, entropy 0, no gradient, no cost.
         bias: [V].
         temperature: a float, or a tensor of target's shape.
@@ -154,12 +167,25 @@ def linear_logprob(
         logit_scale: factor of the logits (Cohere, Granite).
         entropy: whether to return the entropy of each row too, in nats.
         workspace: bytes that the logits may use.
+        group: the ranks that hold the vocabulary between them (tensor parallelism): `weight` and `bias` are this
+            rank's rows, a plain tensor, in the group's order; hidden and target are the same on every rank, and so are
+            the results and hidden's gradient.
+
+    Under autocast, hidden and weight are cast as F.linear's operands are.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or constants that do not fit, a target outside the vocabulary, a
             workspace too small for a tile.
         RuntimeError: double backward.
     """
+    if group is not None and group.size() > 1:
+        shard = VocabularyShard(len(weight), target, group)
+        hidden = shard.replicated(hidden)
+        options: dict[str, Any] = {
+            "bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale
+        }  # fmt: skip
+        logp, entropies = linear_logprob(hidden, weight, shard.target, entropy=entropy, workspace=workspace, **options)
+        return LogProb(*shard.combine(target_logit(hidden, weight, shard.target, **options), logp, entropies))
     head = head_arguments(
         hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
     )
@@ -168,3 +194,24 @@ def linear_logprob(
     direction = need_hidden and not (need_weight or need_bias)
     logp, entropies, _ = ops.linear_logprob(*head, entropy, direction, workspace)
     return LogProb(logp.view(target.shape), entropies.view(target.shape) if entropy else None)
+
+
+def target_logit(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    """z[target] of linear_logprob, f32, of target's shape, without the other logits."""
+    rows = target.clamp(min=0)
+    logit = (cast_by_autocast(hidden).float() * cast_by_autocast(weight)[rows].float()).sum(-1)
+    if bias is not None:
+        logit = logit + bias[rows].float()
+    logit = logit * logit_scale
+    if softcap is not None:
+        logit = softcap * torch.tanh(logit / softcap)
+    return logit / temperature
