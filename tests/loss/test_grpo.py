@@ -208,7 +208,7 @@ def test_rows_that_the_host_leaves_out_change_nothing(loss_type, metrics, train_
     for x, y in zip(gradients, planned_gradients, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
     visited = int(batch.mask.sum())
-    assert len(rows[0].index) == visited if metrics or config.needs_sequences else rows[0].active
+    assert len(rows[0].order) == visited if metrics or config.needs_sequences else rows[0].active
     assert rows[0].active == (
         visited if config.needs_sequences else int(batch.mask[:20].sum() + batch.mask[35:45].sum())
     )

@@ -35,7 +35,7 @@ class GRPOLoss(NamedTuple):
 class _Rows(NamedTuple):
     """The tokens that a pass has to visit, where the host knows them."""
 
-    index: Tensor  # [M] int64 into the N flat tokens, on the host: first those that may have a gradient
+    order: Tensor  # [M] int64 into the N flat tokens, on the host: first those that may have a gradient
     active: int  # how many those are
     cu_seqlens: Tensor | None  # [S + 1] int32 bounds among the M, where the loss asks for sequences
 
@@ -78,9 +78,9 @@ class _Tokens(NamedTuple):
     cu_seqlens: Tensor | None  # [S + 1] int32
 
     def at(self, rows: _Rows, index: Tensor) -> _Tokens:
-        """The tokens of `rows`; index: that of `rows`, on the tokens' device."""
+        """The tokens of `rows`; index: their order, on the tokens' device."""
         per_token = (None if t is None else t.index_select(0, index) for t in self[:-1])
-        return _Tokens(*per_token, _on(index.device, rows.cu_seqlens))
+        return self._make((*per_token, _on(index.device, rows.cu_seqlens)))
 
 
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
@@ -330,7 +330,7 @@ def linear_grpo_loss(
     )  # fmt: skip
     active = target.numel()
     if rows is not None:
-        index, active = _on(device, rows.index), rows.active
+        index, active = _on(device, rows.order), rows.active
         assert index is not None
         head, tokens = head.at(index), tokens.at(rows, index)
         flat_ref_hidden = None if flat_ref_hidden is None else flat_ref_hidden.index_select(0, index)
