@@ -80,7 +80,7 @@ class _Tokens(NamedTuple):
     def at(self, rows: _Rows, index: Tensor) -> _Tokens:
         """The tokens of `rows`; index: their order, on the tokens' device."""
         per_token = (None if t is None else t.index_select(0, index) for t in self[:-1])
-        return self._make((*per_token, _on(index.device, rows.cu_seqlens)))
+        return _Tokens._make((*per_token, _on(index.device, rows.cu_seqlens)))
 
 
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
