@@ -243,6 +243,12 @@ def test_an_async_function_works_while_others_are_sampled(tree, tmp_path, monkey
     policy.rewarding.close()
 
 
+def test_an_object_with_an_async_call(at_work):
+    rewarding = at_work(("judge", {}))
+    assert rewarding.rewards[0].is_async
+    assert rewards_of(run(rewarding), "judge") == [1] * 6
+
+
 def test_an_async_function_that_is_late_or_fails(at_work):
     late = at_work(("forever", {"timeout": 0.05}))
     with pytest.raises(RewardError, match=r"forever took longer than its timeout of 0\.05 s"):

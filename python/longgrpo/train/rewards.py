@@ -62,7 +62,7 @@ class Reward:
 
     @property
     def is_async(self) -> bool:
-        return self.worker is None and inspect.iscoroutinefunction(self.function)
+        return self.worker is None and _is_async(self.function)
 
     def __call__(
         self,
@@ -134,6 +134,13 @@ class Reward:
             self.worker.close()
 
 
+def _is_async(function: Function | None) -> bool:
+    """An `async def`, or an object whose __call__ is one."""
+    return inspect.iscoroutinefunction(function) or (
+        callable(function) and inspect.iscoroutinefunction(type(function).__call__)
+    )
+
+
 def _usable(value: Any) -> bool:
     try:
         return value is None or math.isfinite(value)
@@ -159,11 +166,11 @@ class Rewarding:
 
     def begin(self, problem: Problem, group: Sequence[Sample], state: Any) -> None:
         """The completions of one prompt are all there: the async functions set to work on them."""
-        arguments = _arguments([problem] * len(group), group, state)
+        waiting = [reward for reward in self.rewards if reward.is_async]
+        arguments = _arguments([problem] * len(group), group, state) if waiting else {}
         self._begun[group[0].group] = {
             reward.name: self._start(reward.score_async({**arguments, **reward.parameters}, len(group)))
-            for reward in self.rewards
-            if reward.is_async
+            for reward in waiting
         }
 
     def finish(self, problems: Sequence[Problem], samples: Sequence[Sample], state: Any) -> None:
@@ -245,7 +252,7 @@ def load_reward(config: RewardConfig) -> Reward:
     """Finds a built-in, package.module:function or path/to/file.py:function."""
     function = None if config.isolate else find_reward(config.function)
     # Nothing but the end of its process stops a function that does not wait.
-    apart = function is None or (config.timeout is not None and not inspect.iscoroutinefunction(function))
+    apart = function is None or (config.timeout is not None and not _is_async(function))
     worker = Worker(config.function, find_reward) if apart else None
     return Reward(
         config.label, function, config.weight, config.parameters, config.timeout, config.on_error, worker
