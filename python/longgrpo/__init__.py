@@ -9,6 +9,7 @@ from longgrpo.loss import (
     linear_grpo_loss,
     linear_logprob,
 )
+from longgrpo.offload import OffloadEngine
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "GRPOLossConfig",
     "LinearGRPOLoss",
     "LogProb",
+    "OffloadEngine",
     "grpo_loss",
     "linear_grpo_loss",
     "linear_logprob",
