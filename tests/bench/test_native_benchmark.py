@@ -1,4 +1,4 @@
-"""The C++ benchmark builds without torch, checks its own numbers and reports them. No timing is asserted."""
+"""The C++ benchmarks build without torch, check their own numbers and report them. No timing is asserted."""
 
 import json
 import math
@@ -22,11 +22,22 @@ def call(*command) -> str:
 
 
 @pytest.fixture(scope="module")
-def binary(tmp_path_factory) -> Path:
+def binaries(tmp_path_factory) -> Path:
     build = tmp_path_factory.mktemp("build")
     call("cmake", "--preset", "bench", "-B", build)
     call("cmake", "--build", build)
-    return build / "bench" / "bench_loss"
+    return build / "bench"
+
+
+@pytest.fixture(scope="module")
+def binary(binaries) -> Path:
+    return binaries / "bench_loss"
+
+
+def check_figures(case: dict) -> None:
+    assert case["ms_low"] <= case["ms"] <= case["ms_high"]
+    for key in ("ms", "floor_ms", "share", "ceiling_gflops", "ceiling_gbytes"):
+        assert 0 < case[key] < math.inf, (case["case"], key)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -41,9 +52,18 @@ def test_quick_run_reports_every_case(binary, dtype, tmp_path):
     ]  # fmt: skip
     for case in cases:
         assert case["dtype"] == dtype
-        assert case["ms_low"] <= case["ms"] <= case["ms_high"]
-        for key in ("ms", "floor_ms", "share", "ceiling_gflops", "ceiling_gbytes"):
-            assert 0 < case[key] < math.inf, (case["case"], key)
+        check_figures(case)
+
+
+def test_offload_moves_every_byte_and_says_what_was_hidden(binaries, tmp_path):
+    path = tmp_path / "cases.jsonl"
+    assert "hidden; hits" in call(binaries / "bench_offload", "--quick", "--json", path)
+    cases = {case["case"]: case for case in map(json.loads, path.read_text().splitlines())}
+    assert list(cases) == [
+        "memcpy", "arena grow", "arena 1000 x find + free", "out", "in", "step", "step, offloaded"
+    ]  # fmt: skip
+    for name in ("memcpy", "arena grow", "out", "in"):
+        check_figures(cases[name])
 
 
 def test_shape_that_fills_no_block_of_the_gemm(binary):
