@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from longgrpo.model.tiled_mlp import tile_mlp, untile_mlp
+from longgrpo.model.tiled_mlp import tile_mlp, tile_norms, untile_mlp
 from longgrpo.offload import OffloadEngine
 
 transformers = pytest.importorskip("transformers")
@@ -136,6 +136,23 @@ def test_in_a_checkpointed_model_the_mlp_runs_twice_and_not_three_times():
     for ours, theirs in zip(step(model), want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     assert len(runs) == 3 * 5 * 2  # layers, tiles, forward and recompute
+
+
+def test_tiled_norms_are_those_of_the_whole():
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    model = transformers.Qwen3ForCausalLM(config).train()
+    want = step(model)
+    tile_norms(model, 10)
+    norm = model.model.layers[0].self_attn.q_norm
+    assert norm.forward.rows == 40  # of 8 elements: as many as 10 of 32
+    for ours, theirs in zip(step(model), want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    untile_mlp(model)
+    assert all(torch.equal(a, b) for a, b in zip(step(model), want, strict=True))
 
 
 def test_with_offload_bit_for_bit():

@@ -33,6 +33,23 @@ def test_a_group_shares_its_prompt():
     assert packed.prefix == [-1, 0, -1, 2, 2]
 
 
+def test_a_completion_alone_goes_on_in_its_prompts_sequence():
+    batch = pack([SAMPLES[0], SAMPLES[2]])
+    assert batch.packed.input_ids.tolist() == [1, 2, 3, 4, 7, 8, 9]
+    assert batch.packed.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert batch.packed.cu_seqlens.tolist() == [0, 4, 7]
+    assert batch.packed.prefix is None
+    assert batch.packed.input_ids[batch.rows].tolist() == [3, 4, 7, 8, 9]
+
+
+def test_prompts_need_not_be_shared():
+    batches = micro_batches(SAMPLES, 100, share_prompts=False)
+    assert [batch.packed.input_ids.tolist() for batch in batches] == [[1, 2, 3, 4, 1, 2, 3, 7, 8, 9, 7, 11]]
+    assert batches[0].packed.prefix is None
+    assert batches[0].packed.input_ids[batches[0].rows].tolist() == [3, 4, 3, 7, 8, 9, 7, 11]
+    assert all(len(batch.packed.input_ids) <= 6 for batch in micro_batches(SAMPLES, 6, share_prompts=False))
+
+
 def test_a_row_has_no_padding_and_no_token_that_predicts_nothing():
     packed = pack(SAMPLES).packed
     assert packed.cu_seqlens.tolist()[-1] == len(packed.input_ids)

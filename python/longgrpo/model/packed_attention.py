@@ -28,9 +28,9 @@ class PackedBatch:
     layer but attention. Its positions go on from the prefix's. A prefix has none itself.
     """
 
-    input_ids: Tensor  # [N] int64
+    input_ids: Tensor  # [N] int64, as the rest best on the CPU: packed_hidden reads the bounds before it moves them
     position_ids: Tensor  # [N] int64, from 0 in each sequence without a prefix
-    cu_seqlens: Tensor  # [B+1] int32, on input_ids' device: sequence b is [cu_seqlens[b], cu_seqlens[b+1])
+    cu_seqlens: Tensor  # [B+1] int32: sequence b is [cu_seqlens[b], cu_seqlens[b+1])
     prefix: Sequence[int] | None = None  # B indices of sequences, -1 for none; None: no sequence has a prefix
 
     def unshared(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,21 +44,16 @@ class PackedBatch:
             rows += [*(spans[before] if before >= 0 else ()), *span]
             bounds.append(len(rows))
             own += range(len(rows) - len(span), len(rows))
-        device = self.input_ids.device
-        return (
-            torch.tensor(rows, device=device),
-            torch.tensor(bounds, dtype=torch.int32, device=device),
-            torch.tensor(own, device=device),
-        )
+        return torch.tensor(rows), torch.tensor(bounds, dtype=torch.int32), torch.tensor(own)
 
 
 def use_packed_attention(model: PreTrainedModel | PeftModel) -> None:
     """Makes packed_hidden possible on `model`, PEFT or not. Until another implementation is set
     (model.set_attn_implementation), the model takes packed batches alone."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
+    # Without a mask function of this name transformers makes no mask, and does not look for packed sequences itself.
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     base_model(model).set_attn_implementation(NAME)
 
 
@@ -72,16 +67,18 @@ def packed_hidden(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> Ten
         raise ValueError("packed_hidden needs use_packed_attention(model) first")
     rows, bounds, own = (None, batch.cu_seqlens, None) if batch.prefix is None else batch.unshared()
     longest = int(bounds.diff().max())
+    device = base_model(model).device
+    bounds = bounds.to(device)
     output = backbone(model)(
-        input_ids=batch.input_ids[None],  # [1, N]
-        position_ids=batch.position_ids[None],
+        input_ids=batch.input_ids[None].to(device),  # [1, N]
+        position_ids=batch.position_ids[None].to(device),
         use_cache=False,
         cu_seq_lens_q=bounds,
         cu_seq_lens_k=bounds,
         max_length_q=longest,
         max_length_k=longest,
-        shared_rows=rows,
-        own_rows=own,
+        shared_rows=None if rows is None else rows.to(device),
+        own_rows=None if own is None else own.to(device),
     )
     return output.last_hidden_state[0]
 
@@ -111,8 +108,8 @@ def _attention(
         raise NotImplementedError(f"{type(module).__name__}: attention with dropout, a softcap or sinks")
     if shared_rows is not None:  # a prefix is laid before each of its sequences: plain causal attention needs no mask
         query, key, value = (x.index_select(2, shared_rows) for x in (query, key, value))
-    # The flash kernel behind varlen_attn takes the half types alone.
-    if query.is_cuda and query.dtype != torch.float32:
+    # The flash kernel behind varlen_attn takes the half types alone. On meta a dry run counts what a GPU would hold.
+    if query.is_meta or (query.is_cuda and query.dtype != torch.float32):
         out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None]
     else:
         out = _one_by_one(query, key, value, cu_seq_lens_q, scaling)

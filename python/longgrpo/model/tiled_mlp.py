@@ -52,8 +52,19 @@ def tile_mlp(model: Model, rows: int | None = None) -> Model:
     return model
 
 
+def tile_norms(model: Model, rows: int | None = None) -> Model:
+    """The same for the RMS norms, in place: they keep their input in its own dtype, and what they compute in fp32 is of
+    one tile. A norm over less than H, such as that of a head, takes more rows: the tile has as many elements."""
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    hidden = max((norm.weight.numel() for norm in norms), default=0)
+    for norm in norms:
+        untile_mlp(norm)
+        norm.forward = _Tiled(norm, (rows or hidden) * hidden // norm.weight.numel())  # type: ignore[assignment]
+    return model
+
+
 def untile_mlp(model: nn.Module) -> None:
-    """Undoes `tile_mlp`."""
+    """Undoes `tile_mlp` and `tile_norms`."""
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), _Tiled):
             del module.forward

@@ -185,10 +185,18 @@ class LoopConfig:
 class MemoryConfig:
     """What is traded for memory in the backward. The gradients stay the same."""
 
+    share_prompts: bool = True
+    """Completions of one prompt in a micro-batch share one copy of it (longgrpo.train.packing)."""
+    checkpoint: bool = False
+    """Keep of each layer its input alone and run it again in the backward."""
     offload: bool = False
     """Checkpoint every layer and keep its input in host memory until the backward wants it (longgrpo.offload)."""
     tiled_mlp: bool = False
-    """Run the MLPs a tile of the sequence at a time (longgrpo.model.tiled_mlp)."""
+    """Run the MLPs and the norms a tile of the sequence at a time (longgrpo.model.tiled_mlp)."""
+
+    @property
+    def checkpointed(self) -> bool:
+        return self.checkpoint or self.offload
 
 
 @dataclass(frozen=True)

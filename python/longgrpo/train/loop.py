@@ -365,7 +365,8 @@ def _updates(
 
 
 def _micro_batches(policy: Policy, samples: Sequence[Sample]) -> list[MicroBatch]:
-    return micro_batches(samples, policy.config.train.token_budget, policy.engine.model.device)
+    config, device = policy.config, policy.engine.model.device
+    return micro_batches(samples, config.train.token_budget, device, share_prompts=config.memory.share_prompts)
 
 
 def _scored(policy: Policy, model: Any, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Tensor, Tensor]]:

@@ -63,16 +63,18 @@ class MicroBatch:
         return None if parts[0] is None else torch.cat(parts)
 
 
-def micro_batches(samples: Sequence[Sample], token_budget: int, device: torch.device | str = "cpu") -> list[MicroBatch]:
+def micro_batches(
+    samples: Sequence[Sample], token_budget: int, device: torch.device | str = "cpu", *, share_prompts: bool = True
+) -> list[MicroBatch]:
     """Packs `samples` in their order. A micro-batch exceeds the budget only where one sample alone does."""
-    return [pack(part, device) for part in _split(samples, token_budget)]
+    return [pack(part, device, share_prompts=share_prompts) for part in _split(samples, token_budget, share_prompts)]
 
 
-def _split(samples: Sequence[Sample], token_budget: int) -> Iterator[list[Sample]]:
+def _split(samples: Sequence[Sample], token_budget: int, share_prompts: bool) -> Iterator[list[Sample]]:
     part: list[Sample] = []
     used = 0
     for sample in samples:
-        shares_prompt = bool(part) and part[-1].group == sample.group
+        shares_prompt = share_prompts and bool(part) and part[-1].group == sample.group
         alone = len(sample.prompt_ids) + len(sample)
         cost = len(sample) if shares_prompt else alone
         if part and used + cost > token_budget:
@@ -84,8 +86,11 @@ def _split(samples: Sequence[Sample], token_budget: int) -> Iterator[list[Sample
         yield part
 
 
-def pack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> MicroBatch:
-    """One row: for each group its prompt once, then the completions that go on from it.
+def pack(
+    samples: Sequence[Sample], device: torch.device | str = "cpu", *, share_prompts: bool = True
+) -> MicroBatch:
+    """One row: for each group its prompt once, then the completions that go on from it; a completion that has its
+    prompt for itself goes on in the same sequence.
 
     A completion's last token predicts nothing and stays out; its first is predicted by the prompt's last row.
     """
@@ -94,24 +99,25 @@ def pack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Micro
     starts: list[int] = [0]
     prefix: list[int] = []
     rows: list[int] = []
-    for _, group in groupby(samples, key=lambda sample: sample.group):
-        members = list(group)
+    for members in _groups(samples, share_prompts):
         prompt = members[0].prompt_ids
-        prompt_segment = len(prefix)
-        _append(ids, positions, starts, prompt, first_position=0)
+        prompt_segment, prompt_end = len(prefix), len(ids) + len(prompt) - 1
+        inputs = [member.completion.token_ids[:-1] for member in members]
+        first = prompt if len(members) > 1 else prompt + inputs.pop()
+        _append(ids, positions, starts, first, first_position=0)
         prefix.append(-1)
-        prompt_end = len(ids) - 1
-        for member in members:
-            inputs = member.completion.token_ids[:-1]
-            rows += [prompt_end, *range(len(ids), len(ids) + len(inputs))]
-            if inputs:
-                _append(ids, positions, starts, inputs, first_position=len(prompt))
+        if not inputs:
+            rows += range(prompt_end, len(ids))
+        for tokens in inputs:
+            rows += [prompt_end, *range(len(ids), len(ids) + len(tokens))]
+            if tokens:
+                _append(ids, positions, starts, tokens, first_position=len(prompt))
                 prefix.append(prompt_segment)
     packed = PackedBatch(
-        input_ids=torch.tensor(ids, device=device),
-        position_ids=torch.tensor(positions, device=device),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
-        prefix=prefix,
+        input_ids=torch.tensor(ids),
+        position_ids=torch.tensor(positions),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        prefix=prefix if max(prefix) >= 0 else None,
     )
     return MicroBatch(
         samples=list(samples),
@@ -120,6 +126,12 @@ def pack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Micro
         target=torch.tensor([t for sample in samples for t in sample.completion.token_ids], device=device),
         cu_seqlens=torch.tensor([0, *accumulate(map(len, samples))], dtype=torch.int32, device=device),
     )
+
+
+def _groups(samples: Sequence[Sample], share_prompts: bool) -> Iterator[list[Sample]]:
+    if not share_prompts:
+        return ([sample] for sample in samples)
+    return (list(members) for _, members in groupby(samples, key=lambda sample: sample.group))
 
 
 def _append(ids: list[int], positions: list[int], starts: list[int], tokens: list[int], first_position: int) -> None:

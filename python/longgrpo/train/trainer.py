@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from longgrpo.model.lean_lora import use_lean_lora
 from longgrpo.model.load import load_tokenizer, resolve_model
 from longgrpo.model.lora import add_lora, save_adapter
 from longgrpo.model.packed_attention import use_packed_attention
-from longgrpo.model.tiled_mlp import tile_mlp
+from longgrpo.model.tiled_mlp import tile_mlp, tile_norms
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.engine import RolloutEngine, make_engine
 from longgrpo.train import checkpoint
@@ -334,10 +335,15 @@ def _trained_model(engine: RolloutEngine, config: TrainConfig, offload: OffloadE
     else:
         model = engine.model.requires_grad_(True)
     use_packed_attention(model)
+    if config.lora:
+        use_lean_lora(model)
     if config.memory.tiled_mlp:
-        tile_mlp(model)
+        tile_norms(tile_mlp(model))
     if offload:
         offload.install(model)
+    elif config.memory.checkpoint:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train(config.memory.checkpointed)  # transformers checkpoints in training mode alone; there is no dropout
     engine.attach(model)
     return model
 

@@ -1,0 +1,66 @@
+"""LoRA without its large intermediates: y = W x + s B (A x), added where y lies.
+
+PEFT's own forward casts x to the adapter's dtype (kept for the backward, once for each linear that reads x) and makes
+three more tensors of y's size. Here x is kept as it is, shared by the linears that read it, and [T, r] numbers beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def use_lean_lora(model: Model) -> Model:
+    """Switches PEFT's LoRA linears to this forward, in place. The adapter's matmuls run in x's dtype.
+
+    A layer whose adapter is off or merged, or that has dropout or another variant, runs PEFT's own forward.
+    """
+    from peft.tuners.lora import Linear
+
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.forward = _Lean(module)  # type: ignore[method-assign]
+    return model
+
+
+class _Lean:
+    """The forward of a LoRA linear."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.peft = layer, type(layer).forward
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self.layer
+        names = layer.active_adapters
+        off = layer.disable_adapters or layer.merged or layer.lora_variant or len(names) != 1
+        if off or args or kwargs or not isinstance(layer.lora_dropout[names[0]], nn.Identity):
+            return self.peft(layer, x, *args, **kwargs)
+        (name,) = names
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # [r, in], [out, r]
+        return _AddLora.apply(layer.base_layer(x), x, a, b, layer.scaling[name])
+
+
+class _AddLora(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        down = x.flatten(0, -2) @ a.to(x.dtype).t()  # [T, r]
+        y.view(-1, y.shape[-1]).addmm_(down, b.to(y.dtype).t(), alpha=scale)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, down, a, b)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, down, a, b = ctx.saved_tensors
+        dy = grad.flatten(0, -2)  # [T, out]
+        d_down = (dy @ b.to(dy.dtype)).mul_(ctx.scale)  # [T, r]
+        dx = (d_down @ a.to(dy.dtype)).view(x.shape) if ctx.needs_input_grad[1] else None
+        da = (d_down.t() @ x.flatten(0, -2)).to(a.dtype)
+        db = (dy.t() @ down).mul_(ctx.scale).to(b.dtype)
+        return grad, dx, da, db, None
