@@ -22,8 +22,8 @@ const T* pointer(const OptionalTensor& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
-inline Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline Dtype dtype_of(ScalarType type) {
+  switch (type) {
     case ScalarType::Float:
       return Dtype::f32;
     case ScalarType::BFloat16:
@@ -34,6 +34,8 @@ inline Dtype dtype_of(const Tensor& tensor) {
       STD_TORCH_CHECK(false, "longgrpo takes float32, bfloat16 and float16 tensors");
   }
 }
+
+inline Dtype dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
 
 inline LossConfig loss_config(const std::vector<int64_t>& options, const std::vector<double>& constants) {
   STD_TORCH_CHECK(options.size() == 5 && constants.size() == 11, "longgrpo: a loss has 5 options and 11 constants");
