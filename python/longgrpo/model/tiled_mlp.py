@@ -55,11 +55,11 @@ def tile_mlp(model: Model, rows: int | None = None) -> Model:
 def tile_norms(model: Model, rows: int | None = None) -> Model:
     """The same for the RMS norms, in place: they keep their input in its own dtype, and what they compute in fp32 is of
     one tile. A norm over less than H, such as that of a head, takes more rows: the tile has as many elements."""
-    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    norms: list[Any] = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     hidden = max((norm.weight.numel() for norm in norms), default=0)
     for norm in norms:
         untile_mlp(norm)
-        norm.forward = _Tiled(norm, (rows or hidden) * hidden // norm.weight.numel())  # type: ignore[assignment]
+        norm.forward = _Tiled(norm, (rows or hidden) * hidden // norm.weight.numel())
     return model
 
 

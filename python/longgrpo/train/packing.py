@@ -86,9 +86,7 @@ def _split(samples: Sequence[Sample], token_budget: int, share_prompts: bool) ->
         yield part
 
 
-def pack(
-    samples: Sequence[Sample], device: torch.device | str = "cpu", *, share_prompts: bool = True
-) -> MicroBatch:
+def pack(samples: Sequence[Sample], device: torch.device | str = "cpu", *, share_prompts: bool = True) -> MicroBatch:
     """One row: for each group its prompt once, then the completions that go on from it; a completion that has its
     prompt for itself goes on in the same sequence.
 
