@@ -9,8 +9,8 @@ SMOLLM2 = ModelConfig("smollm2-135m-instruct")
 CONTEXT = 512
 
 
-def trainer_logprobs(model, prompts, completions, temperature=1.0):
-    """What the trainer computes for the sampled tokens, packed, one flat tensor in order."""
+def packed(model, prompts, completions):
+    """The trainer's hidden states [M, H] that predict the sampled tokens, packed, and those tokens [M]."""
     use_packed_attention(model)
     rows = [list(p) + c.token_ids for p, c in zip(prompts, completions, strict=True)]
     batch = PackedBatch(
@@ -21,9 +21,16 @@ def trainer_logprobs(model, prompts, completions, temperature=1.0):
     spans = zip(batch.cu_seqlens.tolist(), prompts, completions, strict=False)
     at = torch.cat([s + len(p) - 1 + torch.arange(len(c.token_ids)) for s, p, c in spans])  # row i predicts token i + 1
     with torch.no_grad():
-        logits = lm_head(model)(packed_hidden(model, batch)[at]) / temperature
+        return packed_hidden(model, batch)[at], batch.input_ids[at + 1]
+
+
+def trainer_logprobs(model, prompts, completions, temperature=1.0):
+    """What the trainer computes for the sampled tokens, one flat tensor in order."""
+    hidden, target = packed(model, prompts, completions)
+    with torch.no_grad():
+        logits = lm_head(model)(hidden) / temperature
     # float64: in float32 log_softmax itself is 1e-5 too high at this vocabulary.
-    return logits.double().log_softmax(-1).gather(1, batch.input_ids[at + 1, None])[:, 0]
+    return logits.double().log_softmax(-1).gather(1, target[:, None])[:, 0]
 
 
 def sampled_logprobs(completions):

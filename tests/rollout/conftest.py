@@ -1,4 +1,4 @@
-"""One engine of each kind for the whole session: each costs seconds, and a process holds one vLLM."""
+"""One engine of each kind a test file: each costs seconds, and a process holds one vLLM at a time."""
 
 import pytest
 from agreement import CONTEXT, SMOLLM2
@@ -7,7 +7,7 @@ from longgrpo.model.load import load_tokenizer, resolve_model
 from longgrpo.rollout import RolloutConfig, make_engine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def vllm_engine():
     pytest.importorskip("vllm")
     engine = make_engine(RolloutConfig(engine="vllm", max_model_len=CONTEXT), SMOLLM2)

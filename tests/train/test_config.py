@@ -76,14 +76,6 @@ def test_what_is_wrong_is_named_with_the_remedy(path, override, expected):
         assert part in str(error.value)
 
 
-def test_bf16_without_lora_is_refused(tree):
-    tree["model"]["dtype"] = "bfloat16"
-    build_config(tree)
-    del tree["lora"]
-    with pytest.raises(ConfigError, match=r"model.dtype = bfloat16 without lora.*float32"):
-        build_config(tree)
-
-
 def test_a_missing_group_is_named(tree):
     del tree["task"]
     with pytest.raises(ConfigError, match="'task' is missing"):

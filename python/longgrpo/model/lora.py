@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @dataclass
 class LoraConfig:
     """rank and alpha as in PEFT (scale = alpha / rank). targets: "all-linear" (each linear layer but the head), or
-    module names.
+    module names. mode: how the adapter reaches vLLM (longgrpo.rollout.adapters); auto takes the fastest safe way.
 
     There is no dropout: the rollout samples from the model without it, and the ratio compares the two.
     """
@@ -24,6 +24,7 @@ class LoraConfig:
     rank: int = 16
     alpha: int = 16
     targets: str | list[str] = "all-linear"
+    mode: Literal["auto", "merge", "views", "copy"] = "auto"
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -43,6 +44,17 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return peft.get_peft_model(model, lora)
+
+
+def linear_names(directory: Path) -> list[str]:
+    """The last names ("q_proj", ...) of the linear layers of the model in `directory`, the head left out."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
+    head = model.get_output_embeddings()
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    return sorted({name.rpartition(".")[2] for name in linears})
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from longgrpo.model.load import ModelConfig, context_length
-from longgrpo.rollout.sampling import Sampling
+from longgrpo.model.lora import LoraConfig
+from longgrpo.rollout.sampling import ENGINES_OWN, Sampling, sampling_fields, sampling_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -21,17 +22,64 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RolloutConfig:
-    """How completions are sampled. kv_cache_gib is the engine's key-value cache in GiB; max_model_len (tokens of prompt
-    and completion together) defaults to the model's own context."""
+    """How completions are sampled, and what the engine may take for it."""
 
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     num_generations: int = 8
     max_completion_length: int = 256
     temperature: float = 1.0
+    sampling: Any = field(default_factory=dict)
+    """Any field of vLLM's SamplingParams, as a mapping or (in Python) a SamplingParams. `seed` is what the seeds of the
+    requests are made from, train.seed where it is not set."""
+    importance: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
+    """What the ratio of trainer's to engine's probability does to a token's loss: it multiplies it, a token's own or
+    its sequence's (the exponential of the mean over tokens), cut at importance_cap or, outside of [1 / cap, cap],
+    taken for 0."""
+    importance_cap: float = 2.0
     kv_cache_gib: float = 1.0
+    """The engine's key-value cache in GiB."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    release_kv_cache: bool = False
+    """Give the cache's memory back whenever no rollout runs."""
+    sleep_level: int = 0
+    """vLLM's. Above 0 it moves or drops the weights, which the trainer works on: refused."""
+    repack_weights: bool = False
+    """Let vLLM keep its linears in a layout of its own: a second copy of them, for a faster rollout on a CPU."""
     max_model_len: int | None = None
+    """Tokens of prompt and completion together; defaults to the model's own context."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        self.sampling = sampling_fields(self.sampling)
+        temperature = self.sampling.get("temperature", self.temperature)
+        if self.temperature not in (1.0, temperature):
+            raise ValueError(
+                f"temperature = {self.temperature} and sampling.temperature = {temperature}: leave one of them out"
+            )
+        self.temperature = temperature
+        self.request()
+        if not self.importance_cap > 1:
+            raise ValueError(f"importance_cap = {self.importance_cap}: bounds a ratio around 1 and must be above it")
+        if self.sleep_level != 0:
+            raise ValueError(
+                f"sleep_level = {self.sleep_level}: moves or drops the weights, which the trainer shares; "
+                "release_kv_cache: true gives back the rest"
+            )
+
+    def request(self) -> Sampling:
+        """How a training completion is sampled."""
+        return sampling_of(self.sampling, self.max_completion_length, self.temperature)
+
+    def seed(self, default: int) -> int:
+        """What the seeds of the requests are made from."""
+        given = self.sampling.get("seed")
+        return default if given is None else given
+
+    @property
+    def not_recomputed(self) -> list[str]:
+        """The sampling fields that change the engine's distribution by what the trainer does not know."""
+        return [name for name in self.sampling if name in ENGINES_OWN]
 
 
 @dataclass(frozen=True)
@@ -67,8 +115,9 @@ class RolloutEngine(Protocol):
         for a token within max_length() raises ValueError; a completion ends with "length" where the context ends.
         finished(i, completion) is called as soon as entry i is complete, once for each."""
 
-    def weights_changed(self) -> None:
-        """To be called after every optimiser step: what the engine has cached of the old weights is dropped."""
+    def weights_changed(self) -> int:
+        """To be called after every optimiser step: what the engine has cached of the old weights is dropped, and what
+        it does not share is copied. Returns the bytes of that copy."""
 
     def max_length(self) -> int:
         """The context in tokens, prompt and completion together."""
@@ -77,16 +126,23 @@ class RolloutEngine(Protocol):
         """Gives the engine's memory back; the engine cannot be used afterwards."""
 
 
-def make_engine(config: RolloutConfig, model: ModelConfig) -> RolloutEngine:
-    """Builds the engine that `config` names; "auto" takes vLLM where it is installed, else transformers."""
+def make_engine(config: RolloutConfig, model: ModelConfig, lora: LoraConfig | None = None) -> RolloutEngine:
+    """Builds the engine that `config` names; "auto" takes vLLM where it is installed, else transformers. `lora`: of the
+    adapter that will be attached, for the engine that makes room for it."""
     name = config.engine
+    if unknown := config.not_recomputed:
+        log.warning(
+            "rollout.sampling: the trainer does not know what %s does to the distribution; the ratio of trainer's to "
+            "engine's probability shows it, and importance_ratio_mean how far it is from 1",
+            ", ".join(unknown),
+        )
     if name == "auto":
         name = "vllm" if importlib.util.find_spec("vllm") else "transformers"
         log.info("rollout engine: %s%s", name, "" if name == "vllm" else " (vllm is not installed)")
     if name == "vllm":
         from longgrpo.rollout.vllm import VllmEngine
 
-        return VllmEngine(config, model)
+        return VllmEngine(config, model, lora)
     if name == "transformers":
         from longgrpo.rollout.transformers import TransformersEngine
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from longgrpo.model.load import ModelConfig, base_model, end_token_ids, load_model, resolve_model
 from longgrpo.rollout.engine import Completion, Finished, RolloutConfig, check_prompts, max_length
 from longgrpo.rollout.sampling import Sampling
+from longgrpo.rollout.support import processed_logits
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -28,6 +29,8 @@ class TransformersEngine:
 
     def __init__(self, config: RolloutConfig, model: ModelConfig) -> None:
         self.directory = resolve_model(model.path)
+        if others := config.request().others:
+            raise ValueError(f"rollout.sampling: {', '.join(others)} needs rollout.engine: vllm")
         self._max_length = max_length(config, self.directory)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = load_model(self.directory, model.dtype, device)
@@ -62,7 +65,7 @@ class TransformersEngine:
     def _batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         from transformers import GenerationConfig, LogitsProcessorList
 
-        ends = {*self._end_tokens, *sampling.stop_token_ids}
+        ends = {*(() if sampling.ignore_eos else self._end_tokens), *sampling.stop_token_ids}
         limits = [min(sampling.max_tokens, self._max_length - len(prompt)) for prompt in prompts]
         sampler = _Sampler(sampling, seeds)
         input_ids, attention_mask = _pad_left(prompts, self.model.device)
@@ -81,8 +84,9 @@ class TransformersEngine:
             for row, row_logprobs, limit in zip(tokens.tolist(), logprobs.tolist(), limits, strict=True)
         ]
 
-    def weights_changed(self) -> None:
-        """Nothing is cached between two calls of generate()."""
+    def weights_changed(self) -> int:
+        """Nothing is cached between two calls of generate(), and nothing copied."""
+        return 0
 
     def max_length(self) -> int:
         return self._max_length
@@ -96,15 +100,14 @@ class _Sampler:
     greedy choice no other. So a completion depends on its own seed alone, and its logprob is at hand."""
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
-        self.temperature = sampling.temperature
-        self.warpers = _warpers(sampling)
+        self.sampling = sampling
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.logprobs: list[Tensor] = []  # a [B] for each step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = self.warpers(input_ids, scores.float())  # [B, V]
+        scores = processed_logits(scores.float(), self.sampling)  # [B, V]
         logp = scores - scores.logsumexp(-1, keepdim=True)  # log_softmax is 1e-5 too high at 49,152 tokens
-        token = scores.argmax(-1, keepdim=True) if self.temperature == 0 else self._draw(logp)  # [B, 1]
+        token = scores.argmax(-1, keepdim=True) if self.sampling.temperature == 0 else self._draw(logp)  # [B, 1]
         self.logprobs.append(logp.gather(1, token)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0)
 
@@ -113,24 +116,6 @@ class _Sampler:
         uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators]).to(cdf.device)
         # right: the first token whose cdf exceeds the draw, which one of probability 0 never is.
         return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
-
-
-def _warpers(sampling: Sampling) -> Any:
-    """Temperature, then the truncations, in vLLM's order."""
-    from transformers import LogitsProcessorList
-    from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    warpers = LogitsProcessorList()
-    if sampling.temperature == 0:
-        return warpers
-    warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.min_p > 0:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    if sampling.top_k > 0:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    return warpers
 
 
 @contextmanager

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 from longgrpo.model.load import ModelConfig, base_model, end_token_ids, resolve_model
+from longgrpo.model.lora import LoraConfig, linear_names
 from longgrpo.rollout import vllm_private
+from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode
 from longgrpo.rollout.engine import Completion, Finished, RolloutConfig, check_prompts, max_length
-from longgrpo.rollout.sampling import Sampling
-from longgrpo.rollout.shared_weights import LoraMerge, model_on
+from longgrpo.rollout.sampling import NEED_TOKENIZER, Sampling
+from longgrpo.rollout.shared_weights import model_on
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -20,49 +22,72 @@ if TYPE_CHECKING:
 
 
 class VllmEngine:
-    """See RolloutEngine. One a process, and torch's thread count is to be set before it is built.
-
-    An attached PEFT model has its adapter merged into the shared base while generate() runs, and at no other time.
-    """
+    """See RolloutEngine. One a process, and torch's thread count is to be set before it is built."""
 
     name = "vllm"
     shares_weights = True
 
-    def __init__(self, config: RolloutConfig, model: ModelConfig) -> None:
+    def __init__(self, config: RolloutConfig, model: ModelConfig, lora: LoraConfig | None = None) -> None:
+        self.config = config
         self.directory = resolve_model(model.path)
         self._max_length = max_length(config, self.directory)
+        self._end_tokens = end_token_ids(self.directory)
         vllm = vllm_private.import_vllm()
+        self._check_sampling()
+        self.lora_mode: Mode = "merge"
+        options = self._options(config, model)
+        if lora:
+            ranks = vllm_private.lora_ranks()
+            self.lora_mode = choose_mode(lora, mergeable=model.dtype == "float32", ranks=ranks)
+            if self.lora_mode != "merge":
+                options |= self._lora_options(min(rank for rank in ranks if rank >= lora.rank))
         try:
             with vllm_private.no_dynamo(), vllm_private.no_side_effects(), vllm_private.live_linears():
-                self.llm = vllm.LLM(**self._options(config, model))
+                self.llm = vllm.LLM(**options)
         except ValueError as error:
             raise ValueError(
                 f"vLLM does not start with rollout.max_model_len = {self._max_length}, "
                 f"rollout.kv_cache_gib = {config.kv_cache_gib}: {error}"
             ) from error
         vllm_private.accurate_logprobs(self.llm)
-        self._end_tokens = end_token_ids(self.directory)
         hf_config = self.llm.llm_engine.model_config.hf_text_config
         views = vllm_private.weight_views(vllm_private.engine_module(self.llm), hf_config.vocab_size)
         self.model: PreTrainedModel = model_on(views, self.directory)
-        self._merge: LoraMerge | None = None
+        self._repacked = config.repack_weights and vllm_private.is_cpu()
+        self._kv_bytes = vllm_private.kv_cache_bytes(self.llm)
+        self._released = False
+        self._adapter: Adapter | None = None
+        self._adapter_request: Any = None
         # At exit as well, for an engine that is left to the interpreter's own teardown crashes there now and then.
         self._shut_down = weakref.finalize(self, vllm_private.shut_down, self.llm)
+
+    def _check_sampling(self) -> None:
+        """Raises ValueError now for what vLLM would refuse at the first rollout."""
+        from vllm.exceptions import VLLMError
+
+        try:
+            self._params(self.config.request(), seed=0)
+        except (VLLMError, ValueError, TypeError) as error:
+            raise ValueError(f"rollout.sampling is not what vLLM takes: {error}") from error
 
     def _options(self, config: RolloutConfig, model: ModelConfig) -> dict[str, Any]:
         options: dict[str, Any] = dict(
             model=str(self.directory),
             dtype=model.dtype,
             load_format="safetensors",
-            skip_tokenizer_init=True,  # token ids go in and come out
+            # Token ids go in and come out: what looks at text alone needs the tokenizer.
+            skip_tokenizer_init=not any(name in config.sampling for name in NEED_TOKENIZER),
             generation_config="vllm",  # a model's own sampling defaults must not leak into training
             max_model_len=self._max_length,
             kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
+            kv_cache_dtype=config.kv_cache_dtype,
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and truncation included
             enable_prefix_caching=True,
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
+        if config.release_kv_cache and not vllm_private.is_cpu():
+            options |= dict(enable_sleep_mode=True)
         if vllm_private.is_cpu():
             # Short prompts find their prefix in blocks of 32 tokens; the default is 128.
             options |= dict(enforce_eager=True, block_size=32)
@@ -71,13 +96,25 @@ class VllmEngine:
             options |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(2048, self._max_length))
         return options
 
+    def _lora_options(self, rank: int) -> dict[str, Any]:
+        # The embedding and the head keep none: both would cost the rollout more than all linears together.
+        return dict(enable_lora=True, max_loras=1, max_lora_rank=rank, lora_target_modules=linear_names(self.directory))
+
     def attach(self, model: PreTrainedModel | PeftModel) -> None:
         if base_model(model) is not self.model:
             raise ValueError(
                 "attach() takes engine.model, or engine.model wrapped by PEFT: other weights are not the engine's"
             )
-        self._merge = LoraMerge(model, self.directory) if model is not self.model else None
+        self._adapter, self._adapter_request = None, None
+        if model is not self.model:
+            self._adapter = self._enter(model)
         self.weights_changed()
+
+    def _enter(self, model: Any) -> Adapter:
+        if self.lora_mode == "merge":
+            return LoraMerge(model, self.directory)
+        self._adapter_request = vllm_private.activate_adapter(self.llm)
+        return LoraSlots(model, vllm_private.lora_slots(self.llm), views=self.lora_mode == "views")
 
     def generate(
         self,
@@ -89,9 +126,10 @@ class VllmEngine:
         check_prompts(prompts, seeds, self.max_length())
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         params = [self._params(sampling, seed) for seed in seeds]
-        merged: AbstractContextManager[None] = self._merge.merged() if self._merge else nullcontext()
-        with merged, vllm_private.no_dynamo():
-            return self._completions(self.llm.enqueue(requests, params, use_tqdm=False), finished)
+        adapted = nullcontext() if self._repacked else self._adapted()  # the packed copy has it in already
+        with adapted, self._kv_cache(), vllm_private.no_dynamo():
+            queued = self.llm.enqueue(requests, params, use_tqdm=False, lora_request=self._adapter_request)
+            return self._completions(queued, finished)
 
     def _completions(self, requests: Sequence[str], finished: Finished | None) -> list[Completion]:
         """Of the requests in the queue, in their order: LLM.wait_for_completion, which tells of each as it ends."""
@@ -106,36 +144,63 @@ class VllmEngine:
                         finished(i, completion)
         return [completions[i] for i in range(len(requests))]
 
+    def _adapted(self) -> AbstractContextManager[None]:
+        return self._adapter.in_engine() if self._adapter else nullcontext()
+
+    @contextmanager
+    def _kv_cache(self) -> Iterator[None]:
+        """The key-value cache, for as long as a rollout lasts."""
+        if self._released:
+            vllm_private.restore_kv_cache(self.llm, self._kv_bytes)
+            self._released = False
+        yield
+        if self.config.release_kv_cache:
+            vllm_private.release_kv_cache(self.llm)
+            self._released = True
+
     def _params(self, sampling: Sampling, seed: int) -> Any:
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
+        others = dict(sampling.others)
+        if isinstance(others.get("structured_outputs"), dict):
+            others["structured_outputs"] = StructuredOutputsParams(**others["structured_outputs"])
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
+            allowed_token_ids=None if sampling.allowed_token_ids is None else list(sampling.allowed_token_ids),
+            logit_bias=dict(sampling.logit_bias) if sampling.logit_bias else None,
             max_tokens=sampling.max_tokens,
-            stop_token_ids=[*self._end_tokens, *sampling.stop_token_ids],
+            stop_token_ids=[*(() if sampling.ignore_eos else self._end_tokens), *sampling.stop_token_ids],
+            ignore_eos=sampling.ignore_eos,
             seed=seed,
             logprobs=0,  # the sampled token's alone
-            detokenize=False,
+            flat_logprobs=True,  # one list of floats a completion, and no object a token
+            detokenize=any(name in others for name in NEED_TOKENIZER),
+            **others,
         )
 
-    def weights_changed(self) -> None:
+    def weights_changed(self) -> int:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache is in use: weights_changed() must not be called while generate() runs")
+        copied = self._adapter.publish() if self._adapter else 0
+        if self._repacked:
+            with self._adapted():
+                vllm_private.repack(self.llm)
+        return copied
 
     def max_length(self) -> int:
         return self._max_length
 
     def close(self) -> None:
-        self._merge = None
+        self._adapter = None
         del self.llm, self.model
         self._shut_down()
         gc.collect()
 
 
 def _completion(output: Any) -> Completion:
-    token_ids = list(output.token_ids)
-    logprobs = [step[token].logprob for step, token in zip(output.logprobs, token_ids, strict=True)]
-    return Completion(token_ids, logprobs, output.finish_reason)
+    finish: Literal["stop", "length"] = "length" if output.finish_reason == "length" else "stop"
+    return Completion(list(output.token_ids), list(output.logprobs.logprobs), finish)

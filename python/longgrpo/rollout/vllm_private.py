@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
+import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ OVERRIDE = "LONGGRPO_UNTESTED_VLLM"
 def import_vllm() -> Any:
     """The vllm module, imported with its engine core in this process and its telemetry off.
 
-    Raises RuntimeError for a version that is not in TESTED, unless LONGGRPO_UNTESTED_VLLM=1.
+    Raises ImportError for a version that is not in TESTED, unless LONGGRPO_UNTESTED_VLLM=1.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights in another process could not be shared
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
@@ -44,7 +46,7 @@ def import_vllm() -> Any:
 def check_version(version: str) -> None:
     if version.split("+")[0] in TESTED or os.environ.get(OVERRIDE) == "1":
         return
-    raise RuntimeError(
+    raise ImportError(
         f"vLLM {version} is untested: longgrpo shares weights through private names of vLLM, "
         f"tested in {', '.join(TESTED)}. Install that, set rollout.engine to transformers, or set {OVERRIDE}=1 to try."
     )
@@ -130,12 +132,13 @@ def weight_views(module: torch.nn.Module, vocab_size: int) -> dict[str, Tensor]:
     into their parts, embedding and head cut to the true vocabulary (vLLM pads it to a multiple of 64)."""
     packed: Any = module.packed_modules_mapping  # {"qkv_proj": ["q_proj", "k_proj", "v_proj"], ...}
     views: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
+    for engine_name, parameter in module.named_parameters():
+        name = engine_name.replace(".base_layer", "")  # of a layer with LoRA
         owner, _, kind = name.rpartition(".")
         parent, _, leaf = owner.rpartition(".")
         data = parameter.data
         if leaf in packed:
-            sizes: Any = module.get_submodule(owner).output_sizes
+            sizes: Any = module.get_submodule(engine_name.rpartition(".")[0]).output_sizes
             parts = data.split(sizes)
             views |= {f"{parent}.{part}.{kind}": view for part, view in zip(packed[leaf], parts, strict=True)}
         elif leaf in ("embed_tokens", "lm_head"):
@@ -143,6 +146,104 @@ def weight_views(module: torch.nn.Module, vocab_size: int) -> dict[str, Tensor]:
         else:
             views[name] = data
     return views
+
+
+def lora_ranks() -> tuple[int, ...]:
+    """The ranks that the engine's LoRA tensors may have."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return typing.get_args(MaxLoRARanks)
+
+
+def lora_slots(llm: LLM) -> dict[str, tuple[Tensor, Tensor]]:
+    """The engine's tensors of the one adapter, A [R, in] and B [out, R], by the checkpoint's module names."""
+    manager = _lora_manager(llm)._adapter_manager
+    slots: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, layer in manager.modules.items():
+        parent, _, leaf = name.rpartition(".")
+        parts = manager.packed_modules_mapping.get(leaf, [leaf])
+        for part, a, b in zip(parts, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
+            slots[f"{parent}.{part}"] = a[0, 0], b[0, 0]
+    return slots
+
+
+def activate_adapter(llm: LLM) -> Any:
+    """The LoRARequest of an adapter that the engine takes for loaded, with zeros in its tensors."""
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest("train", 1, "/in-memory")  # the path is never read
+    workers = _lora_manager(llm)
+    workers.remove_all_adapters()
+    workers.add_dummy_lora(request, rank=1)
+    manager = workers._adapter_manager
+    manager.activate_adapter(request.lora_int_id)
+    manager.get_adapter(request.lora_int_id).loras.clear()  # the tensors that the zeros were copied from
+    if is_cpu():
+        for wrapper in manager.punica_wrapper_mapping.values():
+            wrapper.add_lora_linear = functools.partial(_add_one_adapter, wrapper)
+    return request
+
+
+def _add_one_adapter(
+    wrapper: Any,
+    y: Tensor,  # [T, sum(sizes)]
+    x: Tensor,  # [T, in]
+    a_stacked: Sequence[Tensor],  # of a slice [1, 1, R, in]
+    b_stacked: Sequence[Tensor],  # of a slice [1, 1, size, R]
+    scale: float,
+    sizes: Sequence[int],
+    **options: Any,
+) -> None:
+    """y += scale x A^T B^T, slice by slice. vLLM's CPU path gathers a copy of A and B for every token."""
+    if wrapper.no_lora:
+        return
+    for part, a, b in zip(y.split(list(sizes), dim=1), a_stacked, b_stacked, strict=True):
+        part.addmm_(x @ a[0, 0].T, b[0, 0].T, alpha=scale)
+
+
+def _lora_manager(llm: LLM) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.model_runner.lora_manager
+
+
+def repack(llm: LLM) -> None:
+    """Packs every linear anew, as vLLM's CPU build has it: a second copy of the weights as they are now."""
+    from vllm.model_executor.layers import utils
+
+    for layer in engine_module(llm).modules():
+        if hasattr(layer, "cpu_linear"):
+            utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+
+
+def release_kv_cache(llm: LLM) -> None:
+    """Gives the memory of the key-value cache back. Nothing may be generated until restore_kv_cache."""
+    if is_cpu():
+        llm.reset_prefix_cache()
+        for storage in _kv_storages(llm):
+            storage.resize_(0)
+    else:  # read in vLLM 0.32.0, not yet run
+        llm.sleep(level=0)
+        llm.release_kv_cache_memory()
+
+
+def restore_kv_cache(llm: LLM, nbytes: Sequence[int]) -> None:
+    """`nbytes`: what kv_cache_bytes said before the release."""
+    if is_cpu():
+        for storage, size in zip(_kv_storages(llm), nbytes, strict=True):
+            storage.resize_(size)
+    else:
+        llm.wake_up(tags=["kv_cache"])
+        llm.wake_up(tags=["scheduling"])
+
+
+def kv_cache_bytes(llm: LLM) -> list[int]:
+    """The bytes of each storage that the key-value cache lies in."""
+    return [storage.nbytes() for storage in _kv_storages(llm)]
+
+
+def _kv_storages(llm: LLM) -> list[torch.UntypedStorage]:
+    caches = llm.llm_engine.model_executor.driver_worker.model_runner.kv_caches
+    storages = [tensor.untyped_storage() for tensor in caches]
+    return list({storage._cdata: storage for storage in storages}.values())
 
 
 def is_cpu() -> bool:

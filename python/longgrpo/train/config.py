@@ -261,9 +261,9 @@ class TrainConfig:
             "train.top_entropy_quantile to 1 and loss.kl to k3",
         )
         _require(
-            self.lora is not None or self.model.dtype == "float32",
-            f"model.dtype = {self.model.dtype} without lora: AdamW on weights below float32 loses its small updates; "
-            "set model.dtype: float32 or add a lora group",
+            not (self.loss.exact_kl and self.rollout.request().reshapes),
+            f"loss.kl = {self.loss.kl!r} is a sum over the whole vocabulary, and rollout.sampling leaves tokens out: "
+            "take kl: k3, or sample without top_p, top_k, min_p, allowed_token_ids and logit_bias",
         )
 
 

@@ -21,3 +21,7 @@ class RewardError(UserError):
 
 class TrainingError(UserError):
     """A run that must not go on: its numbers are no longer finite."""
+
+
+class PublishError(UserError):
+    """An engine that does not run what was trained. The weights have moved, and are not what the last step left."""

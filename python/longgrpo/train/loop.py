@@ -15,14 +15,17 @@ from longgrpo import LogProb, grpo_loss, linear_grpo_loss, linear_logprob
 from longgrpo.loss.config import GRPOLossConfig
 from longgrpo.loss.grpo import GRPOLoss
 from longgrpo.model.load import lm_head
+from longgrpo.model.masters import MasterWeights
 from longgrpo.model.packed_attention import packed_hidden
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.engine import Completion, RolloutEngine
-from longgrpo.rollout.sampling import Sampling, seed_for
+from longgrpo.rollout.probe import EngineMismatch, Probe
+from longgrpo.rollout.sampling import seed_for
+from longgrpo.rollout.support import sampled_logprob
 from longgrpo.train.advantages import advantages, groups_with_spread, weighted_sum
 from longgrpo.train.config import TrainConfig
 from longgrpo.train.data import Problem, PromptStream, check_length, decode, encode
-from longgrpo.train.errors import TrainingError
+from longgrpo.train.errors import PublishError, TrainingError
 from longgrpo.train.metrics import (
     Agreement,
     Clock,
@@ -55,9 +58,15 @@ class Policy:
     offload: OffloadEngine | None  # holds the layers' inputs between forward and backward
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
-    parameters: dict[str, Tensor]
+    masters: MasterWeights
+    probe: Probe
     rewarding: Rewarding
     stream: PromptStream
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """What the optimiser steps, by name, in float32."""
+        return self.masters.parameters
 
 
 @dataclass
@@ -84,7 +93,7 @@ def step(policy: Policy, number: int) -> StepResult:
             with clock("optimiser_step"):
                 losses[-1] |= optimiser_step(policy, number) if trained else {"grad_norm": 0.0}
         with clock("publish"):
-            publish(policy, number)
+            published = publish(policy, number)
     values = reward_values(policy, samples)
     policy.stream.observe(problems, _totals(policy, values))
     metrics = {
@@ -94,6 +103,7 @@ def step(policy: Policy, number: int) -> StepResult:
         **policy.rewarding.metrics(),
         **refills,
         **over_updates(losses),
+        **published,
         **length_metrics(samples),
         **speed_metrics(samples, active, clock.seconds),
         **{f"seconds/{name}": value for name, value in clock.seconds.items()},
@@ -149,6 +159,7 @@ def roll_out(policy: Policy, problems: Sequence[Problem], number: int, first_gro
     state, size = trainer_state(policy, number), config.num_generations
     members = [(group, member) for group in range(len(problems)) for member in range(size)]
     samples: list[Sample | None] = [None] * len(members)
+    seed = config.seed(policy.config.train.seed)
 
     def finished(i: int, completion: Completion) -> None:
         group = members[i][0]
@@ -160,8 +171,8 @@ def roll_out(policy: Policy, problems: Sequence[Problem], number: int, first_gro
 
     policy.engine.generate(
         [prompts[group] for group, _ in members],
-        Sampling(max_tokens=config.max_completion_length, temperature=config.temperature),
-        [seed_for(policy.config.train.seed, number, first_group + group, member) for group, member in members],
+        config.request(),
+        [seed_for(seed, number, first_group + group, member) for group, member in members],
         finished,
     )
     return [sample for sample in samples if sample]
@@ -220,7 +231,7 @@ def loss_and_backward(policy: Policy, samples: Sequence[Sample], active: Sequenc
     normaliser = step_normaliser(
         config.loss, len(samples), _in_loss(policy, samples), config.rollout.max_completion_length
     )
-    meter, agreement = Meter(), Agreement()
+    meter, agreement = Meter(), Agreement(config.rollout)
     for batch in _micro_batches(policy, active) or _micro_batches(policy, samples)[:1]:
         with torch.set_grad_enabled(bool(active)):
             logp, result = (
@@ -245,7 +256,7 @@ def _loss(policy: Policy, batch: MicroBatch, normaliser: float) -> tuple[Tensor,
         cu_seqlens=batch.cu_seqlens,
         old_logp=old_logp,
         ref_logp=batch.per_token("ref_logp"),
-        importance=policy_weights(policy.config.train, batch, logp.detach()),
+        importance=policy_weights(policy.config, batch, logp.detach()),
         entropy=entropy,
         normaliser=normaliser,
         config=policy.config.loss,
@@ -267,7 +278,7 @@ def _exact_kl_loss(policy: Policy, batch: MicroBatch, normaliser: float) -> tupl
         batch.advantages,
         cu_seqlens=batch.cu_seqlens,
         old_logp=old_logp,
-        importance=policy_weights(policy.config.train, batch, old_logp),
+        importance=policy_weights(policy.config, batch, old_logp),
         ref_hidden=ref_hidden,
         ref_weight=ref_weight,
         normaliser=normaliser,
@@ -303,18 +314,25 @@ def optimiser_step(policy: Policy, number: int) -> dict[str, float]:
     for group in policy.optimizer.param_groups:
         group["lr"] = rate
     policy.optimizer.step()
+    policy.masters.publish()
     policy.optimizer.zero_grad(set_to_none=True)
     return {"grad_norm": norm, "learning_rate": rate}
 
 
 # ---- 8
-def publish(policy: Policy, number: int) -> None:
-    """Nothing is copied where the engine shares the weights; what it has cached of the old ones is dropped. The
-    reference follows, where it is to."""
-    policy.engine.weights_changed()
+def publish(policy: Policy, number: int) -> dict[str, float]:
+    """Nothing is copied where the engine shares the weights; what it has cached of the old ones is dropped. Then engine
+    and trainer answer a fixed prompt: PublishError where they do not run the same weights. The reference follows, where
+    it is to."""
+    copied = policy.engine.weights_changed()
+    try:
+        difference = policy.probe(policy.model)
+    except EngineMismatch as error:
+        raise PublishError(f"after step {number}, {error}. Nothing was saved of this step") from error
     every = policy.config.train.reference_sync_steps
     if policy.reference and every and number % every == 0:
         policy.reference.sync(policy.config.train.reference_mixup)
+    return {"published_bytes": copied, "probe_logprob_diff": difference}
 
 
 # ---- used by several
@@ -380,8 +398,10 @@ def _scored(policy: Policy, model: Any, samples: Sequence[Sample]) -> Iterator[t
 
 def _logprob(policy: Policy, model: Any, batch: MicroBatch) -> LogProb:
     """logp and entropy [M] f32 of the completion tokens: only the rows that predict one reach the head."""
-    temperature = policy.config.rollout.temperature
-    return linear_logprob(_hidden(model, batch), _head(model), batch.target, temperature=temperature, entropy=True)
+    hidden, weight, sampling = _hidden(model, batch), _head(model), policy.config.rollout.request()
+    if sampling.reshapes:
+        return sampled_logprob(hidden, weight, batch.target, sampling)
+    return linear_logprob(hidden, weight, batch.target, temperature=sampling.temperature, entropy=True)
 
 
 def _hidden(model: Any, batch: MicroBatch) -> Tensor:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from longgrpo.offload import OffloadEngine
+from longgrpo.rollout.engine import RolloutConfig
 from longgrpo.train.errors import ConfigError
 from longgrpo.train.packing import MicroBatch, Sample
 from longgrpo.train.rewards import Reward
+from longgrpo.train.token_weights import engine_ratio, engine_weight
 
 
 class Clock:
@@ -34,22 +36,29 @@ class Clock:
 
 
 class Agreement:
-    """|logprob of the engine - logprob of the trainer| of the sampled tokens."""
+    """|logprob of the engine - logprob of the trainer| of the sampled tokens, their ratio and what it is cut by."""
 
-    def __init__(self) -> None:
-        self._total, self._count, self.max = 0.0, 0, 0.0
+    def __init__(self, config: RolloutConfig) -> None:
+        self._config = config
+        self._total, self._ratio, self._cut, self._count, self.max = 0.0, 0.0, 0, 0, 0.0
 
     def add(self, batch: MicroBatch, logp: Tensor) -> None:
         """logp [M]: the trainer's."""
         difference = (batch.engine_logp - logp.detach()).abs()
+        ratio = engine_ratio(logp.detach(), batch, self._config)
+        self._ratio += ratio.sum().item()
+        self._cut += int((engine_weight(ratio, self._config) != ratio).sum())
         self._total += difference.sum().item()
         self._count += difference.numel()
         self.max = max(self.max, difference.max().item())
 
     def metrics(self) -> dict[str, float]:
+        count = max(self._count, 1)
         return {
-            "engine_trainer_logprob_diff_mean": self._total / max(self._count, 1),
+            "engine_trainer_logprob_diff_mean": self._total / count,
             "engine_trainer_logprob_diff_max": self.max,
+            "importance_ratio_mean": self._ratio / count,
+            "importance_cut": self._cut / count,
         }
 
 

@@ -9,19 +9,47 @@ import torch
 from torch import Tensor
 
 from longgrpo.loss.grpo import per_token
-from longgrpo.train.config import LoopConfig
+from longgrpo.rollout.engine import RolloutConfig
+from longgrpo.train.config import TrainConfig
 from longgrpo.train.packing import MicroBatch
 
 
-def policy_weights(config: LoopConfig, batch: MicroBatch, logp: Tensor) -> Tensor | None:
+def policy_weights(config: TrainConfig, batch: MicroBatch, logp: Tensor) -> Tensor | None:
     """[M] f32, or None where every token counts alike. logp: the policy's, detached."""
     old_logp = batch.per_token("old_logp")
     old_logp = logp if old_logp is None else old_logp
     weights = [batch.per_token("policy_weight")]
-    if config.off_policy_threshold is not None:
-        weights.append(near_policy(config.off_policy_threshold, logp, old_logp, batch.advantages, batch.cu_seqlens))
+    if config.rollout.importance != "none":
+        weights.append(engine_weight(engine_ratio(old_logp, batch, config.rollout), config.rollout))
+    threshold = config.train.off_policy_threshold
+    if threshold is not None:
+        weights.append(near_policy(threshold, logp, old_logp, batch.advantages, batch.cu_seqlens))
     present = [weight for weight in weights if weight is not None]
     return torch.stack(present).prod(0) if present else None
+
+
+def engine_ratio(logp: Tensor, batch: MicroBatch, config: RolloutConfig) -> Tensor:
+    """pi_trainer / pi_engine [M] of the sampled tokens, both scored on the same support. logp [M]: the trainer's.
+
+    At the level of sequences it is the exponential of their mean over tokens: a product over a long one would leave any
+    bound.
+    """
+    difference = logp - batch.engine_logp
+    if config.importance.startswith("sequence"):
+        lengths = batch.cu_seqlens.diff().clamp(min=1)
+        difference = per_token(_sums(difference, batch.cu_seqlens) / lengths, batch.cu_seqlens, len(logp))
+    return difference.exp()
+
+
+def engine_weight(ratio: Tensor, config: RolloutConfig) -> Tensor:
+    """The ratio [M] cut at the cap (truncated importance sampling) or, outside of [1 / cap, cap], 0 (masked); 1 where
+    the ratio is not to count."""
+    cap = config.importance_cap
+    if config.importance == "none":
+        return torch.ones_like(ratio)
+    if config.importance.endswith("truncate"):
+        return ratio.clamp(max=cap)
+    return ratio.masked_fill((ratio > cap) | (ratio < 1 / cap), 0.0)
 
 
 def near_policy(

@@ -14,10 +14,12 @@ import torch
 from longgrpo.model.lean_lora import use_lean_lora
 from longgrpo.model.load import load_tokenizer, resolve_model
 from longgrpo.model.lora import add_lora, save_adapter
+from longgrpo.model.masters import MasterWeights
 from longgrpo.model.packed_attention import use_packed_attention
 from longgrpo.model.tiled_mlp import tile_mlp, tile_norms
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.engine import RolloutEngine, make_engine
+from longgrpo.rollout.probe import Probe
 from longgrpo.train import checkpoint
 from longgrpo.train.config import RewardConfig, TaskConfig, TrainConfig, dump_config, load_config
 from longgrpo.train.data import (
@@ -30,7 +32,7 @@ from longgrpo.train.data import (
     load_rows,
     make_sampler,
 )
-from longgrpo.train.errors import ConfigError, UserError
+from longgrpo.train.errors import ConfigError, PublishError, UserError
 from longgrpo.train.evaluation import Evaluation, evaluate, paired_interval
 from longgrpo.train.loop import Policy, reward, roll_out, sample_prompts, spread_of, step
 from longgrpo.train.metrics import best_metric, peak_memory
@@ -133,6 +135,8 @@ class Trainer:
         self.policy.engine.weights_changed()  # as after a resume, nothing is cached of what was sampled before
         try:
             result = step(self.policy, number)
+        except PublishError:
+            raise  # the weights have moved on: the last checkpoint stands
         except UserError as error:
             stream.state = state
             checkpoint.set_generator_states(generators)
@@ -166,26 +170,31 @@ class Trainer:
         start = stream.state
         first = stream.take(config.train.prompts_per_step)
         stream.state = start
-        engine = make_engine(config.rollout, config.model)
+        try:
+            engine = make_engine(config.rollout, config.model, config.lora)
+        except (ValueError, NotImplementedError, ImportError) as error:
+            raise ConfigError(str(error)) from error
         for problem in [*first, *self.held_out]:
             check_length(
                 encode(tokenizer, problem.prompt, config.task.chat_template_kwargs), problem, engine.max_length()
             )
         offload = OffloadEngine() if config.memory.offload else None
         model = _trained_model(engine, config, offload)
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        masters = MasterWeights(trained)
         train = config.train
         self.policy = Policy(
             config=config,
             engine=engine,
             model=model,
-            reference=_reference(model, parameters, config),
+            reference=_reference(model, trained, config),
             offload=offload,
             tokenizer=tokenizer,
             optimizer=torch.optim.AdamW(
-                parameters.values(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
+                masters.parameters.values(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
             ),
-            parameters=parameters,
+            masters=masters,
+            probe=Probe(encode(tokenizer, first[0].prompt), engine, config.rollout, config.model.dtype),
             rewarding=Rewarding(rewards),
             stream=stream,
         )
@@ -193,6 +202,7 @@ class Trainer:
     def _restore(self, saved: Path) -> None:
         state = checkpoint.load(saved, self._weights(), self.policy.optimizer)
         self.progress = Progress(**state["progress"])
+        self.policy.masters.publish()
         self.policy.stream.state = state["stream"]
         checkpoint.set_generator_states(state["generators"])
         self.policy.engine.weights_changed()

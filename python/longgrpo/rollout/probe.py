@@ -1,0 +1,59 @@
+"""Does the engine run what is trained? A fixed prompt is asked of both after every update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from longgrpo import linear_logprob
+from longgrpo.model.load import lm_head
+from longgrpo.model.packed_attention import PackedBatch, packed_hidden
+from longgrpo.rollout.engine import RolloutConfig, RolloutEngine
+from longgrpo.rollout.sampling import Sampling
+
+LENGTH = (
+    72  # tokens of the prompt: whole blocks of a prefix cache (32 on the CPU, 16 on CUDA), so that a stale one shows
+)
+SAMPLED = 8  # tokens
+# The mean |difference| that rounding explains, with a margin of ten or so: see docs/rollout.md for what is measured.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}
+FP8_TOLERANCE = 0.3
+
+
+class EngineMismatch(RuntimeError):
+    """The engine does not run the weights that are trained."""
+
+
+class Probe:
+    """`prompt`: any tokens; they are repeated up to LENGTH. `dtype`: the model's."""
+
+    def __init__(self, prompt: Sequence[int], engine: RolloutEngine, config: RolloutConfig, dtype: str) -> None:
+        room = min(LENGTH, engine.max_length() - SAMPLED)
+        self.prompt = (list(prompt) * LENGTH)[:room]
+        self.engine = engine
+        self.tolerance = FP8_TOLERANCE if config.kv_cache_dtype == "fp8" else TOLERANCE[dtype]
+
+    @torch.no_grad()
+    def __call__(self, model: Any) -> float:
+        """The mean |logprob of the engine - logprob of `model`| of a few sampled tokens, in nats.
+
+        Raises EngineMismatch where it is more than rounding explains.
+        """
+        (completion,) = self.engine.generate([self.prompt], Sampling(max_tokens=SAMPLED, ignore_eos=True), [0])
+        tokens = torch.tensor(self.prompt + completion.token_ids, device=self.engine.model.device)
+        ends = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
+        hidden = packed_hidden(model, PackedBatch(tokens, torch.arange(len(tokens), device=tokens.device), ends))
+        start = len(self.prompt)
+        weight: Any = lm_head(model).weight
+        logp, _ = linear_logprob(hidden[start - 1 : -1], weight, tokens[start:])  # row i predicts token i + 1
+        difference = (logp - torch.tensor(completion.logprobs, device=logp.device)).abs().mean().item()
+        if not difference <= self.tolerance:  # not a number is a mismatch too
+            raise EngineMismatch(
+                f"on a fixed prompt the engine's logprobs are off the trainer's by {difference:.2g} nats in the mean, "
+                f"and rounding explains {self.tolerance:.2g}: the engine does not run what is trained (an adapter that "
+                "did not reach it, or twice, or at another scale; a stale prefix cache; weights packed before the "
+                "update)"
+            )
+        return difference
