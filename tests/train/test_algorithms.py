@@ -72,11 +72,14 @@ def weights(policy):
 
 
 def counted(policy, monkeypatch):
-    """The sizes of the calls of the engine."""
+    """The sizes of the engine's rollouts, without the probe of one prompt."""
     sizes, generate = [], policy.engine.generate
-    monkeypatch.setattr(
-        policy.engine, "generate", lambda prompts, *rest: sizes.append(len(prompts)) or generate(prompts, *rest)
-    )
+
+    def counting(prompts, *rest):
+        sizes.extend([len(prompts)] if len(prompts) > 1 else [])
+        return generate(prompts, *rest)
+
+    monkeypatch.setattr(policy.engine, "generate", counting)
     return sizes
 
 

@@ -106,16 +106,20 @@ class LoopConfig:
     seed: int = 0
     """Seeds the adapter's first weights and every sampled completion."""
     prompts_per_step: int = 8
+    """Each with rollout.num_generations completions."""
     learning_rate: float = 1e-5
     """TRL: 1e-6, for full fine-tuning. An adapter wants about ten times as much."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """From the learning rate, after the warm-up, to 0 at the last step (TRL: linear). A constant rate, the usual one in
     reinforcement learning, lets a run be prolonged."""
     warmup_steps: int = 0
+    """The learning rate rises to its value over so many steps."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's. TRL: 0.999 for the second, a memory of a thousand steps, longer than most runs."""
     weight_decay: float = 0.0
+    """AdamW's."""
     max_grad_norm: float = 1.0
+    """A longer gradient is scaled down to this length; .inf: none is."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What a group's centred rewards are divided by: their standard deviation, that of all rewards of the step, or
     nothing (Dr. GRPO, arXiv:2503.20783)."""
@@ -253,6 +257,10 @@ class TrainConfig:
         _require(
             self.train.off_policy_threshold is None or not self.loss.exact_kl,
             f"train.off_policy_threshold needs logprobs that loss.kl = {self.loss.kl!r} does without: take kl: k3",
+        )
+        _require(
+            not (self.loss.exact_kl and self.rollout.request().reshapes),
+            f"loss.kl = {self.loss.kl!r} sums over the whole vocabulary, which rollout.sampling cuts: take kl: k3",
         )
         _require(
             (self.train.updates == 1 and self.train.top_entropy_quantile == 1 and not self.loss.exact_kl)

@@ -6,25 +6,19 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from longgrpo import LogProb, grpo_loss, linear_grpo_loss, linear_logprob
+from longgrpo import grpo_loss, linear_grpo_loss
 from longgrpo.loss.config import GRPOLossConfig
 from longgrpo.loss.grpo import GRPOLoss
-from longgrpo.model.load import lm_head
-from longgrpo.model.masters import MasterWeights
-from longgrpo.model.packed_attention import packed_hidden
-from longgrpo.offload import OffloadEngine
-from longgrpo.rollout.engine import Completion, RolloutEngine
-from longgrpo.rollout.probe import EngineMismatch, Probe
+from longgrpo.rollout.engine import Completion
+from longgrpo.rollout.probe import EngineMismatch
 from longgrpo.rollout.sampling import seed_for
-from longgrpo.rollout.support import sampled_logprob
-from longgrpo.train.advantages import advantages, groups_with_spread, weighted_sum
-from longgrpo.train.config import TrainConfig
-from longgrpo.train.data import Problem, PromptStream, check_length, decode, encode
+from longgrpo.train.advantages import advantages
+from longgrpo.train.data import Problem, check_length, decode, encode
 from longgrpo.train.errors import PublishError, TrainingError
 from longgrpo.train.metrics import (
     Agreement,
@@ -38,35 +32,21 @@ from longgrpo.train.metrics import (
     reward_metrics,
     speed_metrics,
 )
-from longgrpo.train.packing import MicroBatch, Sample, micro_batches
-from longgrpo.train.reference import Reference
-from longgrpo.train.rewards import Rewarding
+from longgrpo.train.packing import MicroBatch, Sample
+from longgrpo.train.policy import (
+    Policy,
+    head_weight,
+    hidden_states,
+    in_loss,
+    logprob,
+    micro_batches_of,
+    reward_totals,
+    reward_values,
+    scored,
+    spread_of,
+    trainer_state,
+)
 from longgrpo.train.token_weights import entropy_threshold, policy_weights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainerState
-
-
-@dataclass
-class Policy:
-    """What a step works with and changes: the model in training, and the stream of problems."""
-
-    config: TrainConfig
-    engine: RolloutEngine
-    model: Any  # transformers' model, wrapped by PEFT under LoRA; its base lies on the engine's weights
-    reference: Reference | None  # where the loss has a KL term
-    offload: OffloadEngine | None  # holds the layers' inputs between forward and backward
-    tokenizer: PreTrainedTokenizerBase
-    optimizer: torch.optim.Optimizer
-    masters: MasterWeights
-    probe: Probe
-    rewarding: Rewarding
-    stream: PromptStream
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """What the optimiser steps, by name, in float32."""
-        return self.masters.parameters
 
 
 @dataclass
@@ -95,11 +75,11 @@ def step(policy: Policy, number: int) -> StepResult:
         with clock("publish"):
             published = publish(policy, number)
     values = reward_values(policy, samples)
-    policy.stream.observe(problems, _totals(policy, values))
+    policy.stream.observe(problems, reward_totals(policy, values))
     metrics = {
         "step": number,
         "epoch": policy.stream.epoch,
-        **reward_metrics(policy.rewarding.rewards, values, _totals(policy, values)),
+        **reward_metrics(policy.rewarding.rewards, values, reward_totals(policy, values)),
         **policy.rewarding.metrics(),
         **refills,
         **over_updates(losses),
@@ -194,7 +174,7 @@ def advantage(policy: Policy, samples: Sequence[Sample]) -> list[Sample]:
     for sample, value in zip(samples, every.flatten().tolist(), strict=True):
         sample.advantage = value
     everything = loss.beta != 0 or loss.entropy_coef != 0  # these terms reach samples of advantage 0 as well
-    return [sample for sample in _in_loss(policy, samples) if everything or sample.advantage != 0]
+    return [sample for sample in in_loss(policy, samples) if everything or sample.advantage != 0]
 
 
 # ---- 5
@@ -205,13 +185,13 @@ def score(policy: Policy, active: Sequence[Sample]) -> None:
     config = policy.config
     if policy.reference and not config.loss.exact_kl:
         with policy.reference() as model:
-            for sample, logp, _ in _scored(policy, model, active):
+            for sample, logp, _ in scored(policy, model, active):
                 sample.ref_logp = logp
     high_entropy_only = config.train.top_entropy_quantile < 1
     if not active or not (config.train.updates > 1 or high_entropy_only or config.loss.exact_kl):
         return
     entropies = []
-    for sample, logp, entropy in _scored(policy, policy.model, active):
+    for sample, logp, entropy in scored(policy, policy.model, active):
         sample.old_logp = logp
         entropies.append(entropy)
     if high_entropy_only:
@@ -229,10 +209,10 @@ def loss_and_backward(policy: Policy, samples: Sequence[Sample], active: Sequenc
     """
     config = policy.config
     normaliser = step_normaliser(
-        config.loss, len(samples), _in_loss(policy, samples), config.rollout.max_completion_length
+        config.loss, len(samples), in_loss(policy, samples), config.rollout.max_completion_length
     )
     meter, agreement = Meter(), Agreement(config.rollout)
-    for batch in _micro_batches(policy, active) or _micro_batches(policy, samples)[:1]:
+    for batch in micro_batches_of(policy, active) or micro_batches_of(policy, samples)[:1]:
         with torch.set_grad_enabled(bool(active)):
             logp, result = (
                 _exact_kl_loss(policy, batch, normaliser)
@@ -248,7 +228,7 @@ def loss_and_backward(policy: Policy, samples: Sequence[Sample], active: Sequenc
 
 def _loss(policy: Policy, batch: MicroBatch, normaliser: float) -> tuple[Tensor, GRPOLoss]:
     """The logprobs [M] of the policy that sampled, and the loss."""
-    logp, entropy = _logprob(policy, policy.model, batch)  # [M], [M]
+    logp, entropy = logprob(policy, policy.model, batch)  # [M], [M]
     old_logp = batch.per_token("old_logp")
     result = grpo_loss(
         logp,
@@ -268,12 +248,12 @@ def _exact_kl_loss(policy: Policy, batch: MicroBatch, normaliser: float) -> tupl
     """As _loss; the KL term, a sum over the vocabulary, needs the reference's hidden states and head."""
     assert policy.reference
     with torch.no_grad(), policy.reference() as model:
-        ref_hidden, ref_weight = _hidden(model, batch), _head(model).data
+        ref_hidden, ref_weight = hidden_states(model, batch), head_weight(model).data
     old_logp = batch.per_token("old_logp")
     assert old_logp is not None
     result = linear_grpo_loss(
-        _hidden(policy.model, batch),
-        _head(policy.model),
+        hidden_states(policy.model, batch),
+        head_weight(policy.model),
         batch.target,
         batch.advantages,
         cu_seqlens=batch.cu_seqlens,
@@ -289,7 +269,7 @@ def _exact_kl_loss(policy: Policy, batch: MicroBatch, normaliser: float) -> tupl
 
 
 def step_normaliser(
-    config: GRPOLossConfig, sequences: int, in_loss: Sequence[Sample], max_completion_length: int
+    config: GRPOLossConfig, sequences: int, counted: Sequence[Sample], max_completion_length: int
 ) -> float:
     """What the whole update divides by, so that the split into micro-batches changes nothing: sequences, their longest
     allowed length together, or the tokens of the loss (see GRPOLossConfig.loss_type)."""
@@ -297,7 +277,7 @@ def step_normaliser(
         return float(sequences)
     if config.loss_type == "dr_grpo":
         return float(sequences * (config.max_completion_length or max_completion_length))
-    return float(max(sum(map(len, in_loss)), 1))
+    return float(max(sum(map(len, counted)), 1))
 
 
 # ---- 7
@@ -335,38 +315,7 @@ def publish(policy: Policy, number: int) -> dict[str, float]:
     return {"published_bytes": copied, "probe_logprob_diff": difference}
 
 
-# ---- used by several
-def reward_values(policy: Policy, samples: Sequence[Sample]) -> Tensor:
-    """f64 [F, P, G]: what each of F functions gave; NaN where it did not apply."""
-    values = [[sample.rewards[reward.name] for sample in samples] for reward in policy.rewarding.rewards]
-    return torch.tensor(values, dtype=torch.float64).unflatten(1, (-1, policy.config.rollout.num_generations))
-
-
-def spread_of(policy: Policy, samples: Sequence[Sample]) -> Tensor:
-    """[P] bool: the groups that teach something."""
-    return groups_with_spread(
-        reward_values(policy, samples), policy.rewarding.weights, policy.config.train.aggregation
-    )  # fmt: skip
-
-
-def trainer_state(policy: Policy, number: int) -> TrainerState:
-    """What reward functions know of the run, in TRL's form: global_step counts the steps done."""
-    from transformers import TrainerState
-
-    return TrainerState(
-        epoch=policy.stream.epoch, global_step=max(number - 1, 0), max_steps=policy.config.train.steps
-    )  # fmt: skip
-
-
-def _totals(policy: Policy, values: Tensor) -> Tensor:
-    return weighted_sum(values, policy.rewarding.weights)
-
-
-def _in_loss(policy: Policy, samples: Sequence[Sample]) -> list[Sample]:
-    masked = policy.config.train.mask_truncated
-    return [sample for sample in samples if not (masked and sample.completion.finish_reason == "length")]
-
-
+# ---- used by step
 def _by_group(samples: Sequence[Sample]) -> list[list[Sample]]:
     return [list(group) for _, group in groupby(samples, key=lambda sample: sample.group)]
 
@@ -380,37 +329,3 @@ def _updates(
         for part in range(config.minibatches):
             of_part = [[s for s in some if s.group % config.minibatches == part] for some in (samples, active)]
             yield of_part[0], of_part[1]
-
-
-def _micro_batches(policy: Policy, samples: Sequence[Sample]) -> list[MicroBatch]:
-    config, device = policy.config, policy.engine.model.device
-    return micro_batches(samples, config.train.token_budget, device, share_prompts=config.memory.share_prompts)
-
-
-def _scored(policy: Policy, model: Any, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Tensor, Tensor]]:
-    """Each sample with its logprobs and entropies, f32 [T]."""
-    for batch in _micro_batches(policy, samples):
-        logp, entropy = _logprob(policy, model, batch)
-        lengths = [len(sample) for sample in batch.samples]
-        assert entropy is not None
-        yield from zip(batch.samples, logp.split(lengths), entropy.split(lengths), strict=True)
-
-
-def _logprob(policy: Policy, model: Any, batch: MicroBatch) -> LogProb:
-    """logp and entropy [M] f32 of the completion tokens: only the rows that predict one reach the head."""
-    hidden, weight, sampling = _hidden(model, batch), _head(model), policy.config.rollout.request()
-    if sampling.reshapes:
-        return sampled_logprob(hidden, weight, batch.target, sampling)
-    return linear_logprob(hidden, weight, batch.target, temperature=sampling.temperature, entropy=True)
-
-
-def _hidden(model: Any, batch: MicroBatch) -> Tensor:
-    """[M, H]. The backward of hidden[rows] would add in no fixed order."""
-    return packed_hidden(model, batch.packed).index_select(0, batch.rows)
-
-
-def _head(model: Any) -> Tensor:
-    """[V, H]"""
-    weight = lm_head(model).weight
-    assert isinstance(weight, Tensor)
-    return weight
