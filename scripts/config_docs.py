@@ -29,10 +29,11 @@ DIFFERENCES = [
     ("train.learning_rate", "1e-6", "TRL's is for full fine-tuning; an adapter wants about ten times as much"),
     ("train.betas", "[0.9, 0.999]", "the second moment would remember a thousand steps, longer than most runs"),
     ("train.schedule", "linear", "with a constant rate a run can be prolonged, and its steps are comparable"),
-    ("rollout.max_completion_length", "512", "the examples are short; set what the task needs"),
-    ("loss.kl_correction", "true (`use_bias_correction_kl`)", "only read where beta is not 0; plain k3 is the paper's"),
+    ("rollout.max_completion_length", "512", "set what the task needs"),
+    ("rollout.importance", "sequence_mask, cap 3", "engine and trainer share their weights: little is to be corrected"),
+    ("loss.kl_correction", "true (`use_bias_correction_kl`)", "read where beta is not 0; plain k3 is the paper's"),
     ("task.chat", "only where the data has messages", "a chat model answers a bare question through its template"),
-    ("memory.offload", "checkpointing on (`gradient_checkpointing`)", "packed micro-batches bound the activations"),
+    ("memory.checkpoint", "checkpointing on (`gradient_checkpointing`)", "packed micro-batches bound the activations"),
 ]
 
 
@@ -40,10 +41,10 @@ def render() -> str:
     lines = [HEAD.rstrip("\n")]
     for key, theirs, why in DIFFERENCES:
         lines.append(f"| `{key}` | {_code(_default_at(key))} | {theirs} | {why} |")
-    for name, hint in _hints(TrainConfig).items():
-        for group in _dataclasses(hint):
+    for name, hint in hints(TrainConfig).items():
+        for group in dataclasses_in(hint):
             lines += ["", f"## {name}", "", _cell(_about(group)), *_table(group)]
-    own = [f for f in dataclasses.fields(TrainConfig) if not _dataclasses(_hints(TrainConfig)[f.name])]
+    own = [f for f in dataclasses.fields(TrainConfig) if not dataclasses_in(hints(TrainConfig)[f.name])]
     lines += ["", "## Keys of the run itself", "", *_rows(TrainConfig, own)]
     return "\n".join(lines) + "\n"
 
@@ -82,15 +83,15 @@ def _about(cls: type) -> str:
     return inspect.getdoc(cls).partition("\n\nAttributes:")[0]
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def hints(cls: type) -> dict[str, Any]:
     return {name: hint for name, hint in typing.get_type_hints(cls).items() if not name.startswith("_")}
 
 
-def _dataclasses(hint: Any) -> list[type]:
+def dataclasses_in(hint: Any) -> list[type]:
     """The dataclasses in X, X | None, list[X]."""
     if dataclasses.is_dataclass(hint):
         return [typing.cast(type, hint)]
-    return [found for argument in typing.get_args(hint) for found in _dataclasses(argument)]
+    return [found for argument in typing.get_args(hint) for found in dataclasses_in(argument)]
 
 
 def _default(field: Any) -> Any:
@@ -101,7 +102,7 @@ def _default(field: Any) -> Any:
 
 def _default_at(key: str) -> Any:
     group, _, name = key.partition(".")
-    (cls,) = _dataclasses(_hints(TrainConfig)[group])
+    (cls,) = dataclasses_in(hints(TrainConfig)[group])
     return _default(next(field for field in dataclasses.fields(cls) if field.name == name))
 
 

@@ -27,10 +27,12 @@ SMOLLM2 = "smollm2-135m-instruct"
 
 @dataclass
 class ModelConfig:
-    """path: a directory in the Hugging Face format, a hub id, or "smollm2-135m-instruct"."""
+    """The model to train."""
 
     path: str
+    """A directory in the Hugging Face format, a hub id, or "smollm2-135m-instruct"."""
     dtype: Dtype = "float32"
+    """Of the weights, as the engine and the trainer share them."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 

@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoraConfig:
-    """rank and alpha as in PEFT (scale = alpha / rank). targets: "all-linear" (each linear layer but the head), or
-    module names. mode: how the adapter reaches vLLM (longgrpo.rollout.adapters); auto takes the fastest safe way.
-
-    There is no dropout: the rollout samples from the model without it, and the ratio compares the two.
-    """
+    """A low-rank adapter, as PEFT's. There is no dropout: the rollout samples from the model without it, and the ratio
+    compares the two."""
 
     rank: int = 16
+    """Columns of each of its two factors."""
     alpha: int = 16
+    """The adapter is scaled by alpha / rank."""
     targets: str | list[str] = "all-linear"
+    """all-linear (each linear layer but the head), or module names."""
     mode: Literal["auto", "merge", "views", "copy"] = "auto"
+    """How the adapter reaches vLLM (longgrpo.rollout.adapters); auto takes the fastest safe way."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 

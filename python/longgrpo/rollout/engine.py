@@ -25,9 +25,13 @@ class RolloutConfig:
     """How completions are sampled, and what the engine may take for it."""
 
     engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """auto takes vLLM where it is installed."""
     num_generations: int = 8
+    """Completions of a prompt: the group that an advantage is taken in."""
     max_completion_length: int = 256
+    """In tokens."""
     temperature: float = 1.0
+    """Logits are divided by it, in the rollout and in the loss alike."""
     sampling: Any = field(default_factory=dict)
     """Any field of vLLM's SamplingParams, as a mapping or (in Python) a SamplingParams. `seed` is what the seeds of the
     requests are made from, train.seed where it is not set."""
@@ -36,9 +40,11 @@ class RolloutConfig:
     its sequence's (the exponential of the mean over tokens), cut at importance_cap or, outside of [1 / cap, cap],
     taken for 0."""
     importance_cap: float = 2.0
+    """Above 1."""
     kv_cache_gib: float = 1.0
     """The engine's key-value cache in GiB."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Of the cache; auto: the model's own."""
     release_kv_cache: bool = False
     """Give the cache's memory back whenever no rollout runs."""
     sleep_level: int = 0

@@ -229,7 +229,7 @@ class TrainConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     log: LogConfig = field(default_factory=LogConfig)
     output_dir: str | None = None
-    """Where the run lives; default runs/<name of the config file>, numbered if that exists."""
+    """Where the run lives; default runs/NAME, as the config file is called, numbered if that exists."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {
         "extra": "forbid"

@@ -1,0 +1,41 @@
+"""docs/config.md is what the dataclasses say."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+from longgrpo.train.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(path):
+    description = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(description)
+    description.loader.exec_module(module)
+    return module
+
+
+docs = load(ROOT / "scripts" / "config_docs.py")
+
+
+def groups():
+    return [group for hint in docs.hints(TrainConfig).values() for group in docs.dataclasses_in(hint)]
+
+
+def test_the_page_is_up_to_date():
+    assert (ROOT / "docs" / "config.md").read_text() == docs.render(), "python scripts/config_docs.py > docs/config.md"
+
+
+def test_every_field_is_described():
+    for group in [*groups(), TrainConfig]:
+        described = docs.field_docs(group)
+        nested = {name for name, hint in docs.hints(group).items() if docs.dataclasses_in(hint)}
+        missing = [field.name for field in dataclasses.fields(group) if field.name not in {*described, *nested}]
+        assert not missing, f"{group.__name__}: a string below the field says what it is"
+
+
+def test_differences_from_trl_are_stated_with_our_defaults():
+    page = docs.render()
+    assert "| `train.betas` | `[0.9, 0.99]` | [0.9, 0.999] |" in page
+    assert "| `learning_rate` | `float` | `1e-05` |" in page
