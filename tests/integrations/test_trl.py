@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin, TrainerCallback
 
 trl = pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -166,6 +169,77 @@ def test_offload_keeps_the_numbers(model_directory, tmp_path):
     assert_same_run(ours, theirs)
 
 
+def agent(prompts, trainer):
+    """A rollout of fixed tokens, every third one a tool's: it counts in no loss."""
+    completions = [[5 + (7 * i + t) % 80 for t in range(4 + i % 3)] for i in range(len(prompts))]
+    return {
+        "prompt_ids": [[10, 11, 12 + i % 2] for i in range(len(prompts))],
+        "completion_ids": completions,
+        "logprobs": [[-3.0] * len(ids) for ids in completions],
+        "env_mask": [[int(t % 3 != 1) for t in range(len(ids))] for ids in completions],
+    }
+
+
+def test_tokens_of_tools_are_masked(model_directory, tmp_path):
+    rollout = {"rollout_func": agent}
+    options = {"loss_type": "bnpo", "beta": 0.1}
+    theirs = train(trl.GRPOTrainer, model_directory, tmp_path, trainer=rollout, **options)
+    assert_same_run(train(LongGRPOTrainer, model_directory, tmp_path, trainer=rollout, **options), theirs)
+    fused = train(LongGRPOTrainer, model_directory, tmp_path, trainer={**rollout, "fused_loss": True}, **options)
+    assert_same_run(fused, (theirs[0], without(theirs[1], FUSED_LEAVES_OUT), theirs[2]))
+
+
+@pytest.mark.parametrize(("loss_type", "per_sequence"), [("dapo", False), ("dapo", True), ("vespo", False)])
+def test_the_correction_of_an_engines_logprobs(loss_type, per_sequence, model_directory, tmp_path):
+    """The ratio that TRL computes under vLLM, given by hand."""
+    g = torch.Generator().manual_seed(4)
+    mask = (torch.arange(6) < torch.tensor([6, 3, 5, 1])[:, None]).long()
+    ratio = torch.rand(4, 1 if per_sequence else 6, generator=g) + 0.5
+    inputs = {
+        "prompt_ids": torch.randint(2, 97, (4, 3), generator=g), "prompt_mask": torch.ones(4, 3, dtype=torch.int64),
+        "completion_ids": torch.randint(2, 97, (4, 6), generator=g), "completion_mask": mask,
+        "advantages": torch.randn(4, generator=g), "num_items_in_batch": mask.sum(),
+        "old_per_token_logps": -4 - torch.rand(4, 6, generator=g),
+        "importance_sampling_ratio": ratio if per_sequence else torch.where(mask == 1, ratio, 1.0),
+    }  # fmt: skip
+    gradients = []
+    for trainer_class, own in ((trl.GRPOTrainer, {}), (LongGRPOTrainer, {}), (LongGRPOTrainer, {"fused_loss": True})):
+        trainer = trainer_class(
+            str(model_directory), reward_funcs=vowels, args=arguments(tmp_path, loss_type=loss_type),
+            train_dataset=Dataset.from_dict({"prompt": ["a"]}), **own,
+        )  # fmt: skip
+        trainer.current_gradient_accumulation_steps = 2
+        trainer.use_vllm, trainer.vllm_importance_sampling_correction = True, True
+        trainer.compute_loss(trainer.model, inputs).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    theirs, *ours = gradients
+    for gradient in ours:
+        assert (gradient - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_refusals_with_a_processor_of_images(model_directory, tmp_path):
+    """TRL's own stays, and the fused loss refuses what it does not know."""
+    processor = ImageProcessor(AutoTokenizer.from_pretrained(model_directory, padding_side="left"))
+    model = AutoModelForCausalLM.from_pretrained(model_directory)
+    model.config.image_token_id = 3
+    common = {"reward_funcs": vowels, "processing_class": processor,
+              "train_dataset": Dataset.from_dict({"prompt": ["a"]})}  # fmt: skip
+    with pytest.raises(ValueError, match="does not support multimodal models"):
+        LongGRPOTrainer(model, args=arguments(tmp_path, use_transformers_continuous_batching=True), **common)
+    with pytest.raises(ValueError, match="fused_loss=True is for text models"):
+        LongGRPOTrainer(model, args=arguments(tmp_path), fused_loss=True, **common)
+
+
+class ImageProcessor(ProcessorMixin):
+    """All that the trainers look at: the class."""
+
+    attributes = ("tokenizer",)
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+
+
 def test_resuming_gives_the_uninterrupted_run(model_directory, tmp_path):
     whole = train(LongGRPOTrainer, model_directory, tmp_path / "whole", max_steps=4)
     options = {"save_strategy": "steps", "save_steps": 2}
@@ -202,3 +276,15 @@ def test_another_version_is_refused(model_directory, tmp_path, monkeypatch):
         patch_trl()
     with pytest.raises(RuntimeError, match="tested with trl"):
         LongGRPOTrainer(str(model_directory), reward_funcs=vowels, args=arguments(tmp_path))
+
+
+def test_the_example_learns(model_directory, tmp_path):
+    path = Path(__file__).parents[2] / "examples" / "integrations" / "trl_grpo.py"
+    spec = importlib.util.spec_from_file_location("trl_grpo", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    trainer = example.main(
+        str(model_directory), str(tmp_path), max_steps=20, learning_rate=5e-3, use_cpu=True, bf16=False
+    )
+    rewards = [entry["rewards/digits/mean"] for entry in trainer.state.log_history if "reward" in entry]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
