@@ -235,7 +235,7 @@ def test_an_async_function_works_while_others_are_sampled(tree, tmp_path, monkey
 
     monkeypatch.setattr(policy.engine, "_batch", waiting)
     result = step(policy, 1)
-    assert waits == [True, True, True]
+    assert waits[:3] == [True, True, True]  # then the probe
     assert result.metrics["grad_norm"] > 0
     assert [s.rewards["digits_async"] for s in result.samples] == digits(
         [[{"content": s.text}] for s in result.samples]
