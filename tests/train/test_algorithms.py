@@ -106,7 +106,10 @@ def test_groups_without_spread_are_replaced(make, monkeypatch):
 def test_refills_are_bounded(make, monkeypatch):
     policy = make(function="constant", max_refills=2)
     sizes = counted(policy, monkeypatch)
+    observed = []
+    monkeypatch.setattr(policy.stream, "observe", lambda problems, rewards: observed.append(tuple(rewards.shape)))
     metrics = step(policy, 1).metrics
+    assert observed == [(3, 4)] * 3  # a curriculum sees what was replaced, too
     assert sizes == [12, 12, 12]
     assert (metrics["groups_with_spread"], metrics["groups_replaced"]) == (0, 6)
 

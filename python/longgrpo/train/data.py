@@ -218,7 +218,7 @@ class Sampler:
         return position % len(self.source)
 
     def observe(self, problems: Sequence[Problem], rewards: Tensor) -> None:
-        """Called after every step with its problems and their rewards [problems, num_generations]."""
+        """Called after every rollout with its problems and their rewards [problems, num_generations]."""
 
     def state(self) -> Any:
         """What a resumed run needs, as JSON can hold it."""

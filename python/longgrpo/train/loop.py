@@ -75,7 +75,6 @@ def step(policy: Policy, number: int) -> StepResult:
         with clock("publish"):
             published = publish(policy, number)
     values = reward_values(policy, samples)
-    policy.stream.observe(problems, reward_totals(policy, values))
     metrics = {
         "step": number,
         "epoch": policy.stream.epoch,
@@ -110,6 +109,7 @@ def collect(policy: Policy, number: int, clock: Clock) -> tuple[list[Problem], l
             samples = roll_out(policy, problems, number, first_group=len(good) + len(dull))
         with clock("reward"):
             reward(policy, problems, samples, number)
+        policy.stream.observe(problems, reward_totals(policy, reward_values(policy, samples)))
         spread = spread_of(policy, samples)
         for problem, group, differs in zip(problems, _by_group(samples), spread.tolist(), strict=True):
             (good if differs else dull).append((problem, group))
