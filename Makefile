@@ -33,6 +33,10 @@ lint: $(STAMPS)/test  ## ruff, clang-format, mypy on the public API
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'bench/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$')
 	$(BIN)/mypy
 
+# The heap keeps what is freed, as it does in a long run under a caching allocator: else the first touch of fresh pages is
+# a quarter of every program's time.
+bench: export MALLOC_MMAP_MAX_ ?= 0
+bench: export MALLOC_TRIM_THRESHOLD_ ?= 1000000000000
 bench: $(STAMPS)/wheel $(STAMPS)/peers  ## the loss against its peers on the same inputs
 	$(BIN)/python bench/peers.py
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 # Large blocks get a mapping of their own and give it back when they are freed, as on a heap without history.
-FRESH_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+FRESH_HEAP = {"MALLOC_MMAP_MAX_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 def _status(field: str) -> int:

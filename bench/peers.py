@@ -218,7 +218,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         for mode, padding, half_zero in itertools.product(MODES, (False, True), (False, True)):
             case = Case(used, dtype, mode, padding, half_zero, args.device)
             known = mode == "scoring" and half_zero  # scoring knows no advantage
-            wanted = args.full or shape == SHAPES[0] or target_key(case) in TARGETS
+            wanted = target_key(case) in TARGETS or (not args.targets and (args.full or shape == SHAPES[0]))
             if args.mode in (None, mode) and wanted and not known:
                 yield case
 
@@ -271,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one tiny shape, 2 rounds: does it run")
     parser.add_argument("--full", action="store_true", help="every case on every shape, with all its tokens")
+    parser.add_argument("--targets", action="store_true", help="only the cases with a target")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", type=lambda s: tuple(map(int, s.split(","))), help="only this B,T,H,V")
     parser.add_argument("--dtype", choices=DTYPES)
