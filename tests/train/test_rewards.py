@@ -2,6 +2,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from own_rewards import digits
@@ -139,6 +140,11 @@ def test_a_function_that_returns_no_list():
         call(Reward("f", lambda **_: 1.0))
     with pytest.raises(RewardError, match="f returned NoneType"):
         call(Reward("f", lambda **_: None))
+
+
+@pytest.mark.parametrize("kind", [tuple, torch.tensor, numpy.array, iter])
+def test_any_sequence_of_numbers_will_do(kind):
+    assert call(Reward("f", lambda **_: kind([0.5, 1.0]))).tolist() == [0.5, 1.0]
 
 
 def test_never_applicable():

@@ -101,11 +101,13 @@ class Reward:
             return self._failed(error, count)
 
     def _scores(self, values: Any, notes: Notes, count: int) -> Scores:
-        if not isinstance(values, (Sequence, Tensor)) or isinstance(values, str):
+        try:
+            values = list(values)
+        except TypeError:
             raise RewardError(
                 f"reward function {self.name} returned {type(values).__name__}: "
                 "must be a list of one number or None a completion"
-            )
+            ) from None
         for what, entries in {"returned": values, **{f"logged as {k!r}": v for k, v in notes.extra.items()}}.items():
             if len(entries) != count:
                 raise RewardError(f"reward function {self.name} {what} {len(entries)} values for {count} completions")
