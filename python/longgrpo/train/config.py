@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,6 +15,7 @@ from longgrpo.model.load import ModelConfig
 from longgrpo.model.lora import LoraConfig
 from longgrpo.rollout.engine import RolloutConfig
 from longgrpo.train.errors import ConfigError
+from longgrpo.train.overrides import explain, field_names, parse_overrides, set_key
 
 
 @dataclass(frozen=True)
@@ -288,9 +286,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(_fields(TrainConfig))}")
+        raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(field_names(TrainConfig))}")
     for key, value in parse_overrides(overrides or []):
-        _set(tree, key, value)
+        set_key(tree, key, value)
     return build_config(tree, str(path))
 
 
@@ -299,7 +297,7 @@ def build_config(tree: dict[str, Any], source: str = "config") -> TrainConfig:
     try:
         return TypeAdapter(TrainConfig).validate_python(tree)
     except ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors()]
+        lines = [explain(dict(problem), TrainConfig) for problem in error.errors()]
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
 
 
@@ -313,81 +311,6 @@ def config_tree(config: TrainConfig) -> dict[str, Any]:
     return TypeAdapter(TrainConfig).dump_python(config, mode="json")
 
 
-def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
-    """["--train.steps", "5"] or ["--train.steps=5"] -> [("train.steps", 5)]; a value is read as YAML."""
-    overrides, rest = [], list(arguments)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--") or flag == "--":
-            raise ConfigError(f"{flag!r}: expected --group.key VALUE, for example --train.steps 5")
-        key, equals, text = flag[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ConfigError(f"--{key}: needs a value, for example --{key} 5")
-            text = rest.pop(0)
-        try:
-            overrides.append((key, yaml.safe_load(text)))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{key} {text}: the value is not YAML: {error}") from error
-    return overrides
-
-
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _set(tree: Any, key: str, value: Any) -> None:
-    """Sets tree[a][b] for the key "a.b"; a number indexes a list."""
-    *parents, last = key.split(".")
-    for part in parents:
-        if isinstance(tree, dict):
-            if tree.get(part) is None:
-                tree[part] = {}
-            tree = tree[part]
-        else:
-            tree = tree[_index(tree, part, key)]
-    if isinstance(tree, dict):
-        tree[last] = value
-    else:
-        tree[_index(tree, last, key)] = value
-
-
-def _index(tree: Any, part: str, key: str) -> int:
-    if isinstance(tree, list) and part.isdecimal() and int(part) < len(tree):
-        return int(part)
-    what = f"a list of {len(tree)}: take a number below {len(tree)}" if isinstance(tree, list) else "not a group"
-    raise ConfigError(f"--{key}: what {part!r} points into is {what}")
-
-
-def _explain(problem: dict[str, Any]) -> str:
-    """One line for one of pydantic's errors: the dotted key, the value, what is wrong and the nearest key."""
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    if problem["type"] == "unexpected_keyword_argument":
-        known = _fields(_class_at(location[:-1]))
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
-        return f"unknown key {key!r}; {remedy}"
-    if problem["type"] == "missing":
-        return f"{key!r} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":  # our own checks name the value themselves
-        return f"{key}: {message}" if location else message
-    return f"{key} = {problem['input']!r}: {message}"
-
-
-def _class_at(location: list[str]) -> Any:
-    """The dataclass that holds the keys at a location such as ["rewards", "0"]."""
-    current: Any = TrainConfig
-    for part in location:
-        if part.isdecimal():
-            continue  # the index of a list, whose element's class is at hand already
-        current = typing.get_type_hints(current)[part]
-        while typing.get_args(current):  # list[X], X | None
-            current = typing.get_args(current)[0]
-    return current
-
-
-def _fields(cls: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls)]
