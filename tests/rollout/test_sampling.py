@@ -86,10 +86,25 @@ def test_the_support_is_that_of_transformers(fields):
 
 
 def test_the_sampled_token_is_never_left_out():
-    logits = torch.tensor([[3.0, 2.0, 0.0, 1.0]])
-    sampling = Sampling(top_k=1)
-    assert processed_logits(logits, sampling, torch.tensor([[2]])).isfinite().tolist() == [[True, False, True, False]]
-    assert processed_logits(logits, sampling).isfinite().tolist() == [[True, False, False, False]]
+    weight = torch.tensor([[3.0], [2.0], [0.0], [1.0]])  # the logits of hidden 1
+    logp = sampled_logprob(torch.ones(2, 1), weight, torch.tensor([0, 2]), Sampling(top_k=1)).logp
+    torch.testing.assert_close(logp, torch.tensor([0.0, 0.0 - torch.tensor([3.0, 0.0]).logsumexp(0)]))
+
+
+def test_the_engines_own_support_is_taken_where_it_tells():
+    """Whatever the trainer's rounding would say, and in the gradient too."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (3, 40))
+    target, support = torch.tensor([4, 9, 1]), [[4, 5], [9], [0, 1, 39]]
+    logp = sampled_logprob(hidden, weight, target, Sampling(top_k=2, temperature=0.5), support).logp
+    logits = hidden @ weight.T / 0.5
+    expected = torch.stack(
+        [logits[i, t] - logits[i, s].logsumexp(0) for i, (t, s) in enumerate(zip(target, support, strict=True))]
+    )
+    torch.testing.assert_close(logp, expected)
+    weights = torch.arange(1.0, 4.0)
+    got = torch.autograd.grad((logp * weights).sum(), (hidden, weight))
+    torch.testing.assert_close(got, torch.autograd.grad((expected * weights).sum(), (hidden, weight)))
 
 
 def test_logprobs_entropy_and_gradients():

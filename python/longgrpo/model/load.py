@@ -84,6 +84,13 @@ def end_token_ids(directory: Path) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids or [])
 
 
+def vocabulary(directory: Path) -> int:
+    """The number of tokens that the head tells apart."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().vocab_size
+
+
 def context_length(directory: Path) -> int:
     """The tokens that the model's positions reach."""
     from transformers import AutoConfig

@@ -91,11 +91,13 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class Completion:
     """token_ids include the end token where it was sampled; logprobs holds one float a token, under the distribution
-    it was sampled from (temperature and truncation included)."""
+    it was sampled from (temperature and truncation included); support, for each token those that it was sampled from,
+    where the engine tells."""
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
+    support: list[list[int]] | None = None
 
 
 Finished = Callable[[int, Completion], None]

@@ -7,6 +7,7 @@ two policies is of use only where both are scored on the same ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,11 +19,11 @@ from longgrpo.rollout.sampling import Sampling
 CHUNK = 64 << 20  # bytes of float32 logits at a time
 
 
-def processed_logits(logits: Tensor, sampling: Sampling, sampled: Tensor | None = None) -> Tensor:
+def processed_logits(logits: Tensor, sampling: Sampling, inside: Tensor | None = None) -> Tensor:
     """The logits [..., V] float32 of the distribution that `sampling` samples from, -inf for what it leaves out; in
     vLLM's order. Differentiable: what is left out is decided without a gradient.
 
-    `sampled` [..., 1] int64 stays in whatever the rest says: rounding apart, the engine did not leave it out.
+    `inside` [..., V] bool: the support, where it is known; else top_p, top_k and min_p are applied to these logits.
     """
     if sampling.allowed_token_ids is not None:
         banned = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
@@ -36,9 +37,7 @@ def processed_logits(logits: Tensor, sampling: Sampling, sampled: Tensor | None 
         return logits
     logits = logits / sampling.temperature
     with torch.no_grad():
-        outside = _outside(logits, sampling)
-        if sampled is not None:
-            outside.scatter_(-1, sampled, False)
+        outside = _outside(logits, sampling) if inside is None else ~inside
     return logits.masked_fill(outside, -math.inf)
 
 
@@ -58,23 +57,40 @@ def _outside(logits: Tensor, sampling: Sampling) -> Tensor:
     return outside
 
 
-def sampled_logprob(hidden: Tensor, weight: Tensor, target: Tensor, sampling: Sampling) -> LogProb:
+def sampled_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, sampling: Sampling, support: Sequence[Sequence[int]] | None = None
+) -> LogProb:
     """logp and entropy [N] float32 of `target` [N] under processed_logits(hidden @ weight.T, sampling), differentiable
     in hidden [N, H] and weight [V, H].
 
-    The general path, in plain torch: a chunk of logits at a time, computed again in the backward.
+    `support`: the tokens that each of the N was sampled from, as the engine tells them; None: they are found again, and
+    the sampled one is of them whatever rounding says. The general path, in plain torch: a chunk of logits at a time,
+    computed again in the backward.
     """
     rows = max(1, CHUNK // (4 * len(weight)))
     parts = [
-        checkpoint(_chunk, h, weight, t, sampling, use_reentrant=False)
-        for h, t in zip(hidden.split(rows), target.split(rows), strict=True)
-    ]
+        checkpoint(
+            _chunk, hidden[i : i + rows], weight, target[i : i + rows], sampling,
+            support and support[i : i + rows], use_reentrant=False,
+        )
+        for i in range(0, len(target), rows)
+    ]  # fmt: skip
     logp, entropy = zip(*parts, strict=True)
     return LogProb(torch.cat(logp), torch.cat(entropy))
 
 
-def _chunk(hidden: Tensor, weight: Tensor, target: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    logits = processed_logits((hidden @ weight.T).float(), sampling, target[:, None])  # [N, V]
+def _chunk(
+    hidden: Tensor, weight: Tensor, target: Tensor, sampling: Sampling, support: Sequence[Sequence[int]] | None
+) -> tuple[Tensor, Tensor]:
+    logits = (hidden @ weight.T).float()  # [N, V]
+    with torch.no_grad():
+        if support is None:
+            inside = processed_logits(logits, sampling).isfinite().scatter_(1, target[:, None], True)
+        else:
+            inside = torch.zeros_like(logits, dtype=torch.bool)
+            for row, tokens in enumerate(support):
+                inside[row, list(tokens)] = True
+    logits = processed_logits(logits, sampling, inside)
     logp = logits - logits.logsumexp(-1, keepdim=True)  # log_softmax is 1e-5 too high at 49,152 tokens
     # A product of 0 and -inf is no number, in the gradient neither.
     entropy = -(logp.exp() * logp.masked_fill(logp == -math.inf, 0.0)).sum(-1)  # [N]

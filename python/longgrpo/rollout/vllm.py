@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
-from longgrpo.model.load import ModelConfig, base_model, end_token_ids, resolve_model
+from longgrpo.model.load import ModelConfig, base_model, end_token_ids, resolve_model, vocabulary
 from longgrpo.model.lora import LoraConfig, linear_names
 from longgrpo.rollout import vllm_private
 from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode
@@ -33,6 +33,9 @@ class VllmEngine:
         self._max_length = max_length(config, self.directory)
         self._end_tokens = end_token_ids(self.directory)
         vllm = vllm_private.import_vllm()
+        # With it the engine tells what it sampled from. It bounds the mask by top_k, and the CPU's runner has none.
+        self._masks = config.request().top_k > 0 and not vllm_private.is_cpu()
+        self._vocabulary = vocabulary(self.directory)
         self._check_sampling()
         self.lora_mode: Mode = "merge"
         options = self._options(config, model)
@@ -50,8 +53,7 @@ class VllmEngine:
                 f"rollout.kv_cache_gib = {config.kv_cache_gib}: {error}"
             ) from error
         vllm_private.accurate_logprobs(self.llm)
-        hf_config = self.llm.llm_engine.model_config.hf_text_config
-        views = vllm_private.weight_views(vllm_private.engine_module(self.llm), hf_config.vocab_size)
+        views = vllm_private.weight_views(vllm_private.engine_module(self.llm), self._vocabulary)
         self.model: PreTrainedModel = model_on(views, self.directory)
         self._repacked = config.repack_weights and vllm_private.is_cpu()
         self._kv_bytes = vllm_private.kv_cache_bytes(self.llm)
@@ -88,6 +90,8 @@ class VllmEngine:
         )
         if config.release_kv_cache and not vllm_private.is_cpu():
             options |= dict(enable_sleep_mode=True)
+        if self._masks:
+            options |= dict(return_sampling_mask=True)
         if vllm_private.is_cpu():
             # Short prompts find their prefix in blocks of 32 tokens; the default is 128.
             options |= dict(enforce_eager=True, block_size=32)
@@ -162,13 +166,16 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
+        temperature, top_k = sampling.temperature, sampling.top_k
+        if self._masks:  # then vLLM wants each request to sample, and from tokens that it can count
+            temperature, top_k = (temperature, top_k or self._vocabulary) if temperature else (1.0, 1)
         others = dict(sampling.others)
         if isinstance(others.get("structured_outputs"), dict):
             others["structured_outputs"] = StructuredOutputsParams(**others["structured_outputs"])
         return SamplingParams(
-            temperature=sampling.temperature,
+            temperature=temperature,
             top_p=sampling.top_p,
-            top_k=sampling.top_k,
+            top_k=top_k,
             min_p=sampling.min_p,
             allowed_token_ids=None if sampling.allowed_token_ids is None else list(sampling.allowed_token_ids),
             logit_bias=dict(sampling.logit_bias) if sampling.logit_bias else None,
@@ -203,4 +210,5 @@ class VllmEngine:
 
 def _completion(output: Any) -> Completion:
     finish: Literal["stop", "length"] = "length" if output.finish_reason == "length" else "stop"
-    return Completion(list(output.token_ids), list(output.logprobs.logprobs), finish)
+    mask = output.sampling_mask
+    return Completion(list(output.token_ids), list(output.logprobs.logprobs), finish, mask and mask.token_ids)

@@ -115,7 +115,9 @@ def engine_module(llm: LLM) -> torch.nn.Module:
 
 def accurate_logprobs(llm: LLM) -> None:
     """float32 log_softmax is 1e-5 too high at a vocabulary of 49,152, where its sum runs in long chains; logsumexp is
-    not. Sampling is as it was: only the logprobs that are reported change."""
+    not. Sampling is as it was: only the logprobs that are reported change. A GPU's runner has a sampler of its own."""
+    if not is_cpu():
+        return
     sampler = llm.llm_engine.model_executor.driver_worker.model_runner.sampler
     sampler.topk_topp_sampler.logprobs_mode = "processed_logits"
     sample = sampler.sample
@@ -210,7 +212,7 @@ def repack(llm: LLM) -> None:
     from vllm.model_executor.layers import utils
 
     for layer in engine_module(llm).modules():
-        if hasattr(layer, "cpu_linear"):
+        if "cpu_linear" in vars(layer):  # a LoRA layer shows its base's
             utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
 
 
@@ -236,8 +238,8 @@ def restore_kv_cache(llm: LLM, nbytes: Sequence[int]) -> None:
 
 
 def kv_cache_bytes(llm: LLM) -> list[int]:
-    """The bytes of each storage that the key-value cache lies in."""
-    return [storage.nbytes() for storage in _kv_storages(llm)]
+    """The bytes of each storage that the key-value cache lies in; on a GPU vLLM keeps count itself."""
+    return [] if not is_cpu() else [storage.nbytes() for storage in _kv_storages(llm)]
 
 
 def _kv_storages(llm: LLM) -> list[torch.UntypedStorage]:

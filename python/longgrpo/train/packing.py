@@ -57,6 +57,12 @@ class MicroBatch:
         logprobs = [logprob for sample in self.samples for logprob in sample.completion.logprobs]
         return torch.tensor(logprobs, device=self.target.device)
 
+    @property
+    def support(self) -> list[list[int]] | None:
+        """M lists: the tokens that each was sampled from; None where the engine does not tell."""
+        parts = [sample.completion.support for sample in self.samples]
+        return None if None in parts else [tokens for part in parts if part for tokens in part]
+
     def per_token(self, name: str) -> Tensor | None:
         """[M]: what the samples hold for each token, old_logp, say; None where they hold none."""
         parts = [getattr(sample, name) for sample in self.samples]

@@ -99,7 +99,7 @@ def logprob(policy: Policy, model: Any, batch: MicroBatch) -> LogProb:
     """logp and entropy [M] f32 of the completion tokens: only the rows that predict one reach the head."""
     hidden, weight, sampling = hidden_states(model, batch), head_weight(model), policy.config.rollout.request()
     if sampling.reshapes:
-        return sampled_logprob(hidden, weight, batch.target, sampling)
+        return sampled_logprob(hidden, weight, batch.target, sampling, batch.support)
     return linear_logprob(hidden, weight, batch.target, temperature=sampling.temperature, entropy=True)
 
 

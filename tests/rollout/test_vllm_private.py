@@ -1,0 +1,131 @@
+"""A canary for each private name of vLLM that longgrpo.rollout.vllm_private touches: in a version that moved one, the
+name stands in the failure."""
+
+import inspect
+
+import pytest
+import torch
+from tiny_engines import running, write_model
+
+from longgrpo.model.lora import LoraConfig
+from longgrpo.rollout import vllm_private
+
+pytest.importorskip("vllm")
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("llama")
+    write_model("llama", directory)
+    with running(directory, LoraConfig(rank=8, alpha=8, mode="copy")) as (engine, _):
+        yield engine.llm
+
+
+@pytest.fixture(scope="module")
+def runner(llm):
+    return llm.llm_engine.model_executor.driver_worker.model_runner
+
+
+@pytest.fixture(scope="module")
+def workers(runner):
+    return runner.lora_manager
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def test_dispatch_cpu_unquantized_gemm():
+    """live_linears stands in for it, and repack calls it: it sets layer.cpu_linear, called with (x, weight, bias)."""
+    from vllm.model_executor.layers import utils
+
+    assert parameters(utils.dispatch_cpu_unquantized_gemm) == ["layer", "remove_weight"]
+    assert parameters(utils.cpu_unquantized_gemm) == ["layer", "x", "weight", "bias"]
+    layer = torch.nn.Linear(64, 32, bias=False).requires_grad_(False)
+    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(layer.cpu_linear(x, layer.weight, None), x @ layer.weight.T)
+    assert layer.weight.numel() == 64 * 32
+
+
+def test_every_linear_of_the_engine_runs_on_its_live_weight(llm):
+    linears = [m for m in vllm_private.engine_module(llm).modules() if "cpu_linear" in vars(m)]
+    assert len(linears) == 2 * 4 + 2  # qkv, o, gate_up, down of two layers; the embedding and the head
+    assert {module.cpu_linear for module in linears} == {vllm_private._linear}
+
+
+def test_model_runner(runner):
+    assert runner.get_model() is runner.model
+
+
+def test_sampler(runner):
+    """accurate_logprobs stands in for sample and reads the logits that it returns."""
+    sampler = runner.sampler
+    assert parameters(type(sampler).sample) == ["self", "logits", "sampling_metadata", "logprobs_mode_override"]
+    assert sampler.topk_topp_sampler.logprobs_mode == "processed_logits"
+
+
+def test_packed_modules_mapping(llm):
+    module = vllm_private.engine_module(llm)
+    assert module.packed_modules_mapping["qkv_proj"] == ["q_proj", "k_proj", "v_proj"]
+    assert module.get_submodule("model.layers.0.self_attn.qkv_proj").output_sizes == [128, 64, 64]
+
+
+def test_ranks():
+    assert vllm_private.lora_ranks() == (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def test_lora_manager(workers):
+    manager = workers._adapter_manager
+    assert manager.list_adapters().keys() == {1}
+    assert manager.lora_index_to_id == [1]
+    assert manager.get_adapter(1).loras == {}
+    layer = manager.modules["model.layers.0.mlp.gate_up_proj"]
+    assert [a.shape for a in layer.lora_a_stacked] == [(1, 1, 8, 128)] * 2
+    assert [b.shape for b in layer.lora_b_stacked] == [(1, 1, 192, 8)] * 2
+    assert not any("embed" in name or "lm_head" in name for name in manager.modules)
+
+
+def test_punica_wrapper(workers):
+    """_add_one_adapter stands in for its add_lora_linear."""
+    (wrapper,) = workers._adapter_manager.punica_wrapper_mapping.values()
+    names = ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs"]
+    assert parameters(type(wrapper).add_lora_linear) == names
+    assert isinstance(wrapper.no_lora, bool)
+    x, a, b = torch.randn(5, 16), torch.randn(1, 1, 4, 16), [torch.randn(1, 1, n, 4) for n in (8, 3)]
+    expected, got = torch.zeros(5, 11), torch.zeros(5, 11)
+    wrapper.no_lora = False
+    vllm_private._add_one_adapter(wrapper, got, x, (a, a), b, 1.0, (8, 3))
+    for i in range(2):
+        expected[:, (0, 8)[i] : (8, 11)[i]] = x @ a[0, 0].T @ b[i][0, 0].T
+    torch.testing.assert_close(got, expected)
+    wrapper.no_lora = True
+    vllm_private._add_one_adapter(wrapper, got, x, (a, a), b, 1.0, (8, 3))
+    torch.testing.assert_close(got, expected)
+
+
+def test_kv_caches(runner):
+    assert len(runner.kv_caches) == 2
+    assert all(isinstance(cache, torch.Tensor) for cache in runner.kv_caches)
+
+
+def test_shutdown(llm):
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
+
+    assert callable(cleanup_dist_env_and_memory)
+    assert callable(llm.llm_engine.engine_core.shutdown)
+    assert vllm_private.is_cpu() == current_platform.is_cpu()
+
+
+def test_what_gives_the_cache_back_on_a_gpu(llm):
+    """Read, not run: vLLM's public calls for it."""
+    assert "level" in parameters(llm.sleep)
+    assert parameters(llm.release_kv_cache_memory) == []
+    assert parameters(llm.wake_up) == ["tags"]
+
+
+def test_step_and_enqueue(llm):
+    assert "lora_request" in parameters(llm.enqueue)
+    assert callable(llm.llm_engine.step)
+    assert callable(llm.llm_engine.has_unfinished_requests)
