@@ -211,6 +211,8 @@ def test_fields_of_another_engine_and_values_that_vllm_refuses(tmp_path):
     model = ModelConfig(str(tmp_path))
     with pytest.raises(ValueError, match=r"rollout\.sampling: stop needs rollout\.engine: vllm"):
         make_engine(RolloutConfig(engine="transformers", sampling={"stop": ["END"]}), model)
+    with pytest.raises(ValueError, match=r"kv_cache_dtype .* need rollout\.engine: vllm"):
+        make_engine(RolloutConfig(engine="transformers", kv_cache_dtype="fp8"), model)
     pytest.importorskip("vllm")
     with pytest.raises(ValueError, match=r"not what vLLM takes: .*min_tokens must be less than or equal to"):
         make_engine(RolloutConfig(engine="vllm", sampling={"min_tokens": 300}), model)

@@ -81,13 +81,7 @@ def test_lora_on_views_is_never_copied(architecture, models):
             base = trainer_logprobs(model, PROMPTS, completions)
         assert (base - sampled_logprobs(completions)).abs().mean() > 1e-2
         engine.attach(model.get_base_model())
-        assert engine.generate(PROMPTS[:1], engine_greedy(), [0]) != completions[:1]
-
-
-def engine_greedy():
-    from longgrpo.rollout import Sampling
-
-    return Sampling(temperature=0, max_tokens=4)
+        assert_agrees(model.unload(), PROMPTS, sample(engine))  # without a request for the adapter
 
 
 @pytest.mark.parametrize(("rank", "targets"), [(8, "all-linear"), (3, ["q_proj", "v_proj", "down_proj"])])
@@ -126,29 +120,28 @@ def test_bf16_lora_goes_by_views_with_masters(models, caplog):
         assert (base - sampled_logprobs(completions)).abs().mean() > 0.5
 
 
-@pytest.mark.parametrize("mode", ["merge", "views", "copy"])
-def test_the_trained_model_and_its_adapter_cost_no_second_copy(mode, models):
-    """The engine's parameters are all that there is of the base; an adapter adds itself, and by copy once more."""
-    directory, _ = models("llama")
-    with running(directory, LoraConfig(rank=8, alpha=8, mode=mode)) as (engine, model):
-        inside = storages(vllm_private.engine_module(engine.llm).parameters())
-        outside = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
-        slots = lora_storages(engine) if mode == "views" else set()
-        adapter = 0 if mode == "views" else sum(p.nbytes for p in trainable_parameters(model))
-        assert sum(n for pointer, n in outside.items() if pointer not in inside | slots) == adapter
-
-
-def test_updates_leave_the_process_as_large_as_it_was(models):
-    """RSS: 20 updates of every weight of a full model, each followed by a rollout."""
-    directory, _ = models("llama")
-    with running(directory) as (engine, model):
+@pytest.mark.parametrize("mode", [None, "merge", "views", "copy"])
+def test_one_copy_by_every_count(mode, tmp_path):
+    """Storages: nothing lies outside of the engine but the adapter, and by views not even that. RSS: attaching, updates
+    and rollouts add a fraction of the weights (67 MB here) to what the engine took."""
+    write_model("llama", tmp_path, hidden_size=512, intermediate_size=4096, vocab_size=4000)
+    lora = LoraConfig(rank=8, alpha=8, mode=mode) if mode else None
+    with running(tmp_path, lora) as (engine, model):
         sample(engine)
+        weights = sum(p.nbytes for p in engine.model.parameters())
+        assert weights > 60e6
         before = psutil.Process().memory_info().rss
-        for _ in range(20):
-            change(model, alpha=0.01)
-            assert engine.weights_changed() == 0
+        for _ in range(5):
+            change(model, alpha=0.001)
+            engine.weights_changed()
             sample(engine)
-        assert psutil.Process().memory_info().rss - before < sum(p.nbytes for p in model.parameters())
+        assert psutil.Process().memory_info().rss - before < 0.3 * weights
+
+        inside = storages(vllm_private.engine_module(engine.llm).parameters())
+        inside |= lora_storages(engine) if mode in ("views", "copy") else set()
+        outside = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
+        adapter = sum(p.nbytes for p in trainable_parameters(model)) if mode in ("merge", "copy") else 0
+        assert sum(n for pointer, n in outside.items() if pointer not in inside) == adapter
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,12 @@ PROMPTS = [[3 + i] * (20 + 5 * i) for i in range(4)]
 RANDOM = Sampling(max_tokens=16, ignore_eos=True)
 
 
-def write_model(architecture, directory):
+def write_model(architecture, directory, **sizes):
     torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 192, **sizes}
     config = AutoConfig.for_model(
         architecture,
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=192,
+        **sizes,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

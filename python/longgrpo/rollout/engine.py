@@ -127,6 +127,9 @@ class RolloutEngine(Protocol):
         """To be called after every optimiser step: what the engine has cached of the old weights is dropped, and what
         it does not share is copied. Returns the bytes of that copy."""
 
+    def drop_caches(self) -> None:
+        """Forgets what is cached of earlier rollouts."""
+
     def max_length(self) -> int:
         """The context in tokens, prompt and completion together."""
 

@@ -31,6 +31,8 @@ class TransformersEngine:
         self.directory = resolve_model(model.path)
         if others := config.request().others:
             raise ValueError(f"rollout.sampling: {', '.join(others)} needs rollout.engine: vllm")
+        if config.kv_cache_dtype != "auto" or config.repack_weights:
+            raise ValueError("rollout.kv_cache_dtype and rollout.repack_weights need rollout.engine: vllm")
         self._max_length = max_length(config, self.directory)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = load_model(self.directory, model.dtype, device)
@@ -87,6 +89,9 @@ class TransformersEngine:
     def weights_changed(self) -> int:
         """Nothing is cached between two calls of generate(), and nothing copied."""
         return 0
+
+    def drop_caches(self) -> None:
+        pass
 
     def max_length(self) -> int:
         return self._max_length

@@ -189,9 +189,12 @@ class VllmEngine:
             **others,
         )
 
-    def weights_changed(self) -> int:
+    def drop_caches(self) -> None:
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("the prefix cache is in use: weights_changed() must not be called while generate() runs")
+            raise RuntimeError("the prefix cache is in use: it cannot be dropped while generate() runs")
+
+    def weights_changed(self) -> int:
+        self.drop_caches()
         copied = self._adapter.publish() if self._adapter else 0
         if self._repacked:
             with self._adapted():

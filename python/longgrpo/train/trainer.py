@@ -132,7 +132,7 @@ class Trainer:
         """One step. Where it fails, the state before it is saved: what failed can be put right and the run resumed."""
         stream, number = self.policy.stream, self.progress.step + 1
         state, generators = stream.state, checkpoint.generator_states()
-        self.policy.engine.weights_changed()  # as after a resume, nothing is cached of what was sampled before
+        self.policy.engine.drop_caches()  # as after a resume, nothing is cached of what was sampled before
         try:
             result = step(self.policy, number)
         except PublishError:
