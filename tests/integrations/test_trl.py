@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    ProcessorMixin,
+    TrainerCallback,
+)
 
 trl = pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -268,6 +275,48 @@ def test_patch_serves_the_class_that_was_imported_before_and_undoes_cleanly(mode
     patch.undo()  # a second time does nothing
     assert vars(trl.trainer.utils) == before
     assert_same_run(train(trl.GRPOTrainer, model_directory, tmp_path), theirs)
+
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2, "pad_token_id": 0}  # fmt: skip
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+
+
+def mixture_of_experts():
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "output_router_logits": True}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **SMALL, **experts))
+
+
+def vision_and_language():
+    text = {**SMALL, "final_logit_softcapping": 3.0}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=VISION, mm_tokens_per_image=4)
+    return AutoModelForImageTextToText.from_config(config)
+
+
+@pytest.mark.parametrize("make", [mixture_of_experts, vision_and_language])
+def test_the_fused_forward_of_other_models(make):
+    torch.manual_seed(0)
+    model = make()
+    trl.trainer.utils.add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, :4] = -100
+
+    def step():
+        model.zero_grad()
+        out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        (out.log_probs.sum() + 0.1 * out.entropy.sum() + (0 if out.aux_loss is None else out.aux_loss)).backward()
+        return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    theirs, their_gradients = step()
+    with patch_trl():
+        ours, gradients = step()
+    for name in ("loss", "log_probs", "entropy", "aux_loss", "label_mask"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+    assert gradients.keys() == their_gradients.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - their_gradients[name]).norm() <= 1e-4 * their_gradients[name].norm(), name
 
 
 def test_another_version_is_refused(model_directory, tmp_path, monkeypatch):
