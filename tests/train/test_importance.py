@@ -52,3 +52,11 @@ def test_a_truncated_ratio_makes_the_engines_mean_the_trainers():
     corrected = (q * weight(ratio) * value).sum()
     torch.testing.assert_close(corrected, (p * value).sum())
     assert abs((q * value).sum() - (p * value).sum()) > 1e-3
+
+
+def test_the_engines_support_follows_its_tokens():
+    told = [Completion([2, 3], [-1.0, -1.0], "stop", [[2, 9], [3]]), Completion([4], [-1.0], "stop", [[4, 5]])]
+    samples = [Sample(i, [1], completion, "") for i, completion in enumerate(told)]
+    assert pack(samples).support == [[2, 9], [3], [4, 5]]
+    samples[1].completion = Completion([4], [-1.0], "stop")
+    assert pack(samples).support is None
