@@ -1,4 +1,5 @@
-"""The command line: `longgrpo train CONFIG.yaml [--group.key VALUE ...]`, `longgrpo train --resume RUN`."""
+"""The command line: `longgrpo train CONFIG.yaml [--group.key VALUE ...]`, `longgrpo train --resume RUN`,
+`longgrpo report RUN [RUN ...]`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from longgrpo.train.errors import ConfigError, UserError
 
-OPTIONS = ("--help", "--resume", "--print-config")
+OPTIONS = ("--help", "--resume", "--print-config", "--output")
 EPILOG = """any key of the config can be overridden: --train.steps 5 --rewards.1.weight 0.5
 exit status: 0 done, 2 something to put right, 128 + n stopped by signal n (then the run is saved)"""
 
@@ -30,12 +31,15 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument(
         "--print-config", action="store_true", help="print the whole config, defaults included, and stop"
     )
+    report = commands.add_parser("report", help="one HTML page of what runs have left on disk", allow_abbrev=False)
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the directory of a run, finished or not")
+    report.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html, for several report.html")
     rest, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(rest)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("longgrpo").setLevel(logging.INFO)
     try:
-        return _train(options, overrides)
+        return _report(options) if options.command == "report" else _train(options, overrides)
     except UserError as error:
         print(f"longgrpo: {error}", file=sys.stderr)
         return 2
@@ -66,6 +70,16 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     if summary is None:
         return 128 + (trainer.stop.signal or 0)
     print(f"done: {trainer.directory}/summary.json, {trainer.directory}/metrics.jsonl")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from longgrpo.report import read_run, write_report
+
+    runs = [read_run(directory) for directory in options.runs]
+    path = options.output or (options.runs[0] if len(runs) == 1 else Path()) / "report.html"
+    write_report(runs, path)
+    print(path)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tree(tiny_model: Path) -> dict[str, Any]:
+def tree(base_tree: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(base_tree)
+
+
+@pytest.fixture(scope="session")
+def base_tree(tiny_model: Path) -> dict[str, Any]:
     """A config as YAML gives it: every completion's letter count is its reward, so that groups have spread."""
     return {
         "model": {"path": str(tiny_model)},

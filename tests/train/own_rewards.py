@@ -151,3 +151,20 @@ def logs_mixed(completions, log_extra, log_metric, **columns):
     log_metric("share_of_long", 0.25)
     log_metric("share_of_long", 0.75)
     return [None] * len(completions)
+
+
+PAYLOADS = (
+    "<script>window.hit = 1; alert(1)</script>",
+    "<img src=x onerror='window.hit = 1'>",
+    '</pre></script></title></style><svg onload="window.hit = 1"></svg>',
+    "'\"><details open ontoggle=window.hit=1>",
+    '<iframe srcdoc="<script>parent.hit = 1</script>"></iframe>',
+    "<input autofocus onfocus=window.hit=1>{{ 7 * 7 }}",
+)  # what a model may write; each runs wherever it is not escaped
+
+
+def logs_payloads(completions, log_extra, log_metric, **columns):
+    """Never applies. What it logs is hostile, names too."""
+    log_extra(PAYLOADS[0], [PAYLOADS[i % len(PAYLOADS)] for i in range(len(completions))])
+    log_metric(PAYLOADS[1], 1.0)
+    return [None] * len(completions)

@@ -1,0 +1,6 @@
+"""What runs have left on disk, as one HTML page: `longgrpo report RUN [RUN ...]`."""
+
+from longgrpo.report.page import write_report
+from longgrpo.report.run import Run, read_run
+
+__all__ = ["Run", "read_run", "write_report"]

@@ -1,0 +1,315 @@
+"""The page: which metrics stand in which panel, and the template filled with them.
+
+Everything that a run has written is untrusted, a model's output above all. The template escapes all of it
+(autoescape), what cannot be seen is made visible, and a content security policy lets the browser run the page's one
+script, by its hash, and fetch nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from longgrpo import __version__
+from longgrpo.report import charts
+from longgrpo.report.charts import Curve, Drawing
+from longgrpo.report.run import Run
+from longgrpo.train.checkpoint import write_file
+from longgrpo.train.errors import DataError
+
+MOST_RUNS = 8  # that colours tell apart
+LONGEST_TEXT = 4000  # characters of a completion; of a longer one the middle is left out
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one chart shows: metrics by their names in metrics.jsonl, each with its label."""
+
+    title: str
+    metrics: dict[str, str]
+    band: tuple[str, str] | None = None
+    """The metrics below and above the first one."""
+    unit: str = ""
+    scale: float = 1.0
+    about: str = ""
+
+
+PANELS = (
+    Panel("KL to the reference", {"kl": "KL"}, unit="nats a token", about="not measured where loss.beta is 0"),
+    Panel("Entropy", {"entropy": "entropy"}, unit="nats a token", about="near 0: all completions are the same"),
+    Panel(
+        "Completion length",
+        {"completion_length/mean": "mean"},
+        ("completion_length/min", "completion_length/max"),
+        unit="tokens",
+        about="band: shortest to longest",
+    ),
+    Panel("Cut off at the longest length", {"completion_length/truncated": "truncated"}, unit="share of completions"),
+    Panel(
+        "Clip share",
+        {"clip_low": "below 1 - ε", "clip_high": "above 1 + ε"},
+        unit="share of tokens",
+        about="0 where a rollout serves one update: the ratio is 1",
+    ),
+    Panel("Ratio", {"ratio_mean": "mean"}, ("ratio_min", "ratio_max"), about="of the policy to the one that sampled"),
+    Panel("Groups with spread", {"groups_with_spread": "share"}, unit="share", about="the others teach nothing"),
+    Panel("Loss", {"loss": "loss"}, about="its value is near 0 by construction; its gradient is what trains"),
+    Panel("Gradient norm", {"grad_norm": "norm"}, about="before clipping"),
+    Panel("Learning rate", {"learning_rate": "rate"}),
+    Panel(
+        "Engine against trainer",
+        {"engine_trainer_logprob_diff_mean": "mean", "engine_trainer_logprob_diff_max": "largest"},
+        unit="|Δ logprob|",
+        about="of the sampled tokens",
+    ),
+    Panel(
+        "Tokens a second",
+        {"tokens_per_second/rollout": "sampled", "tokens_per_second/training": "trained on"},
+    ),
+)
+MEMORY = (
+    Panel("Peak memory of the process", {"peak_rss_bytes": "RAM"}, unit="GiB", scale=1 / GIB),
+    Panel("Peak memory of the device", {"peak_device_bytes": "device"}, unit="GiB", scale=1 / GIB),
+)
+PREDICTED, MEASURED = "predicted_bytes/", "measured_bytes/"  # and a phase: a peak of device memory
+SECONDS, WITHIN = "seconds/", ("seconds/step", "seconds/offload_stall")  # the whole, and what is part of other phases
+
+
+def write_report(runs: Sequence[Run], path: Path) -> None:
+    """Writes one self-contained HTML file. Raises DataError for more runs than colours tell apart, and UserError where
+    the file cannot be written."""
+    if len(runs) > MOST_RUNS:
+        raise DataError(f"{len(runs)} runs: a page compares at most {MOST_RUNS}; name fewer")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("longgrpo.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {function.__name__: function for function in (number, visible, shortened, gib, percent)}
+    style, script = (Markup(files("longgrpo.report").joinpath(name).read_text()) for name in ("page.css", "page.js"))
+    names = _distinct_names(runs)
+    page = environment.get_template("page.html").render(
+        style=style,
+        script=script,
+        policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'",
+        title=", ".join(names),
+        written=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC by longgrpo {__version__}",
+        names=names,
+        facts=[list(_facts(run)) for run in runs],
+        sections=_chart_sections(runs),
+        phases=_phases(runs),
+        memory=_memory(runs),
+        completions=[list(run.completions()) for run in runs],
+        config=_side_by_side([_flat(run.config) for run in runs]),
+        versions=_side_by_side([(run.summary or {}).get("versions", {}) for run in runs]),
+        width=charts.WIDTH,
+        height=charts.HEIGHT,
+        frame=(charts.LEFT, charts.TOP, charts.WIDTH - charts.RIGHT, charts.HEIGHT - charts.BOTTOM),
+    )
+    write_file(path, page)
+
+
+# ---- at a glance
+
+
+def _facts(run: Run) -> Iterator[tuple[str, str]]:
+    summary, last = run.summary or {}, max(run.metrics)
+    planned = run.config.get("train", {}).get("steps", last)
+    yield "steps", f"{last} of {planned}" + ("" if run.summary else ", not finished")
+    if "seconds" in summary:
+        yield "time", str(timedelta(seconds=round(summary["seconds"])))
+    if (reward := _last(run, "reward/mean")) is not None:
+        first = next(value for value in run.series("reward/mean")[1] if value is not None)
+        yield "reward", f"{number(first)} → {number(reward)}"
+    if "eval_after" in summary:
+        before = f"{summary['eval_before']:.3f} → " if "eval_before" in summary else ""
+        yield "accuracy", f"{before}{summary['eval_after']:.3f} on {summary['eval_n']} held-out problems"
+    if "eval_diff_interval" in summary:
+        low, high = summary["eval_diff_interval"]
+        yield "difference", f"{summary['eval_diff']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+    if "eval_prefill" in summary:
+        yield "control", f"{summary['eval_prefill']:.3f} untrained, its reply begun for it"
+    if (peak := _last(run, "peak_rss_bytes")) is not None:
+        yield "peak memory", gib(peak)
+    if "engine" in summary:
+        yield "engine", summary["engine"]
+
+
+def _last(run: Run, name: str) -> float | None:
+    return next((value for value in reversed(run.series(name)[1]) if value is not None), None)
+
+
+def _distinct_names(runs: Sequence[Run]) -> list[str]:
+    names = [run.name for run in runs]
+    return [str(run.directory) if names.count(run.name) > 1 else run.name for run in runs]
+
+
+# ---- charts
+
+
+def _chart_sections(runs: Sequence[Run]) -> list[tuple[str, list[tuple[Panel, Drawing]]]]:
+    """Of each section its title, and its panels that have something to show. Every metric stands in some panel."""
+    names = list(dict.fromkeys(name for run in runs for name in run.names))
+    rewards = [_reward_panel(name) for name in names if name.startswith("reward") and name.endswith("/mean")]
+    shown = {name for panel in (*rewards, *PANELS, *MEMORY) for name in (*panel.metrics, *(panel.band or ()))}
+    shown |= {name for name in names if name.startswith((SECONDS, "reward/", PREDICTED, MEASURED))}
+    others = [Panel(name, {name: name}) for name in names if name not in shown]
+    sections = {"Rewards": rewards, "Training": PANELS, "Everything else that was logged": others}
+    return [(title, found) for title, panels in sections.items() if (found := _drawn(panels, runs))]
+
+
+def _drawn(panels: Sequence[Panel], runs: Sequence[Run]) -> list[tuple[Panel, Drawing]]:
+    return [(panel, drawing) for panel in panels if (drawing := charts.curves(list(_curves(panel, runs))))]
+
+
+def _reward_panel(name: str) -> Panel:
+    parts = name.split("/")  # reward/mean, or reward/FUNCTION/mean
+    if len(parts) == 2:
+        return Panel("Reward", {name: "mean"}, about="the weighted sum, mean over the completions of a step")
+    return Panel("/".join(parts[1:-1]), {name: "mean"})
+
+
+def _curves(panel: Panel, runs: Sequence[Run]) -> Iterator[Curve]:
+    for i, run in enumerate(runs):
+        for j, (name, label) in enumerate(panel.metrics.items()):
+            steps, values = run.series(name)
+            low, high = [run.series(end)[1] for end in panel.band] if panel.band else ([], [])
+            banded = len(low) == len(high) == len(values)
+            yield Curve(
+                run=i,
+                label=label,
+                steps=steps,
+                values=_scaled(values, panel.scale),
+                dashed=j > 0,
+                low=low if banded else (),
+                high=high if banded else (),
+            )
+
+
+def _scaled(values: charts.Values, scale: float) -> list[float | None]:
+    return [None if value is None else value * scale for value in values]
+
+
+# ---- time and memory
+
+
+@dataclass(frozen=True)
+class Phases:
+    names: list[str]
+    means: list[dict[str, float]]
+    """Of each run, seconds a step by phase."""
+    drawings: list[Drawing | None]
+
+
+def _phases(runs: Sequence[Run]) -> Phases:
+    """What lies between the phases is `other`: a step is the sum."""
+    own = dict.fromkeys(name for run in runs for name in run.names if name.startswith(SECONDS) and name not in WITHIN)
+    layers = [_layers(run, list(own)) for run in runs]
+    steps = [run.series("seconds/step")[0] for run in runs]
+    return Phases(
+        names=[name.removeprefix(SECONDS) for name in own] + ["other"],
+        means=[{name: fmean(values) for name, values in of_run.items() if values} for of_run in layers],
+        drawings=[charts.stacked(steps[i], layers[i], run=i) if steps[i] else None for i in range(len(runs))],
+    )
+
+
+def _layers(run: Run, phases: Sequence[str]) -> dict[str, list[float]]:
+    timed = [record for record in run.metrics.values() if "seconds/step" in record]
+    layers = {name.removeprefix(SECONDS): [record.get(name, 0.0) for record in timed] for name in phases}
+    sums = [sum(values) for values in zip(*layers.values(), strict=True)] if layers else [0.0] * len(timed)
+    rest = [max(record["seconds/step"] - known, 0.0) for record, known in zip(timed, sums, strict=True)]
+    return layers | {"other": rest}
+
+
+@dataclass(frozen=True)
+class Memory:
+    panels: list[tuple[Panel, Drawing]]
+    peaks: list[tuple[int, str, float | None, float | None]]
+    """Run, phase, predicted and measured bytes."""
+
+
+def _memory(runs: Sequence[Run]) -> Memory:
+    peaks = []
+    for i, run in enumerate(runs):
+        phases = dict.fromkeys(
+            name.partition("/")[2] for name in run.names if name.startswith((PREDICTED, MEASURED))
+        )  # fmt: skip
+        peaks += [(i, phase, _highest(run, PREDICTED + phase), _highest(run, MEASURED + phase)) for phase in phases]
+    return Memory(_drawn(MEMORY, runs), peaks)
+
+
+def _highest(run: Run, name: str) -> float | None:
+    return max((value for value in run.series(name)[1] if value is not None), default=None)
+
+
+# ---- tables
+
+
+def _side_by_side(columns: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], bool]]:
+    """Each key with its value in every run, and whether they differ."""
+    keys = dict.fromkeys(key for column in columns for key in column)
+    rows = [(key, [str(column.get(key, "-")) for column in columns]) for key in keys]
+    return [(key, values, len(set(values)) > 1) for key, values in rows]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 5}} -> {"train.steps": 5}; numbers index a list of mappings."""
+    if isinstance(tree, dict) and tree:
+        pairs = list(tree.items())
+    elif isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
+        pairs = list(enumerate(tree))
+    else:
+        return {prefix: "null" if tree is None else tree}
+    flat: dict[str, Any] = {}
+    for key, value in pairs:
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+# ---- as text
+
+_HIDDEN = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "␡"}
+_TURNING = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]  # of the reading direction
+_VISIBLE = _HIDDEN | {code: f"⟨U+{code:04X}⟩" for code in [*_TURNING, *range(0x80, 0xA0), 0x200B, 0xFEFF]}
+
+
+def visible(text: str) -> str:
+    """Control characters, and those that turn the reading direction, as signs that can be seen and do nothing."""
+    return text.translate(_VISIBLE)
+
+
+def shortened(text: str) -> str:
+    if len(text) <= LONGEST_TEXT:
+        return text
+    half = LONGEST_TEXT // 2
+    return f"{text[:half]}\n[… {len(text) - 2 * half:,} characters …]\n{text[-half:]}"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def gib(value: float | None) -> str:
+    return "-" if value is None else f"{value / GIB:.2f} GiB"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,172 @@
+"""A run as its directory tells it: config.yaml, metrics.jsonl, completions/, summary.json (longgrpo.train.tracking)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from longgrpo.train.advantages import weighted_sum
+from longgrpo.train.config import RewardConfig
+from longgrpo.train.errors import DataError
+
+SHOWN_STEPS = 12  # of a run's completions
+SHOWN_EACH = 3  # best ones of a step, and worst ones
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A completion as it was written down. The texts are a model's: escape them."""
+
+    question: str
+    text: str
+    tokens: int
+    finish_reason: str
+    rewards: dict[str, float | None]
+    total: float | None
+    """The weighted sum of the rewards; None where no function applied."""
+    advantage: float
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SampledStep:
+    step: int
+    count: int
+    """Completions that were written down of the step."""
+    best: list[Sampled]
+    worst: list[Sampled]
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    directory: Path
+    config: dict[str, Any]
+    metrics: dict[int, dict[str, Any]]
+    """By step, in order. Step 0 is what was measured before the first."""
+    summary: dict[str, Any] | None
+    """None until the run has ended."""
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of every metric that is a number at some step, in the order in which they were first written."""
+        found = (name for record in self.metrics.values() for name, value in record.items() if _is_number(value))
+        return [name for name in dict.fromkeys(found) if name not in ("step", "epoch")]
+
+    def series(self, name: str) -> tuple[list[int], list[float | None]]:
+        """The steps that have the metric, and its values there; None for one that is not finite."""
+        having = {step: record[name] for step, record in self.metrics.items() if name in record}
+        return list(having), [value if _is_finite(value) else None for value in having.values()]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the reward functions, by their names in the logs."""
+        rewards = self.config.get("rewards", [])
+        labels = [RewardConfig(reward["function"], name=reward.get("name")).label for reward in rewards]
+        return {label: reward.get("weight", 1.0) for label, reward in zip(labels, rewards, strict=True)}
+
+    def completions(self) -> Iterator[SampledStep]:
+        """The best and the worst completions of some steps, evenly spaced, the last one among them."""
+        paths = sorted((self.directory / "completions").glob("step-*.parquet"))
+        for path in _spaced(paths, SHOWN_STEPS):
+            rows = _read_table(path)
+            totals = self._totals(rows)
+            ranked = sorted(map(_sampled, rows, totals), key=_worth, reverse=True)
+            rest = ranked[SHOWN_EACH:]
+            yield SampledStep(rows[0]["step"], len(rows), ranked[:SHOWN_EACH], rest[-SHOWN_EACH:][::-1])
+
+    def _totals(self, rows: list[dict[str, Any]]) -> list[float | None]:
+        weights = {name: weight for name, weight in self.weights.items() if f"reward/{name}" in rows[0]}
+        if not weights:
+            return [None] * len(rows)
+        values = [[_or_nan(row[f"reward/{name}"]) for row in rows] for name in weights]
+        table = torch.tensor(values, dtype=torch.float64).unsqueeze(1)  # [F, 1, N]
+        totals = weighted_sum(table, torch.tensor(list(weights.values()), dtype=torch.float64))[0].tolist()
+        return [None if math.isnan(total) else total for total in totals]
+
+
+def read_run(directory: Path) -> Run:
+    """Reads a run, finished or not. Raises DataError where there is none, or none that has measured anything."""
+    if not (directory / "config.yaml").is_file():
+        raise DataError(f"{directory}: holds no run (no config.yaml is in it)")
+    metrics = _read_metrics(directory / "metrics.jsonl")
+    if not metrics:
+        raise DataError(f"{directory}: has no step yet (metrics.jsonl is missing or empty); try again after its first")
+    summary = directory / "summary.json"
+    return Run(
+        name=directory.resolve().name,
+        directory=directory,
+        config=yaml.safe_load((directory / "config.yaml").read_text()),
+        metrics=metrics,
+        summary=json.loads(summary.read_text()) if summary.is_file() else None,
+    )
+
+
+def _read_metrics(path: Path) -> dict[int, dict[str, Any]]:
+    """A line that has no end yet is of a step that is being written."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    metrics: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines, 1):
+        if line.endswith(b"\n"):
+            try:
+                record = json.loads(line)
+                metrics.setdefault(record["step"], {}).update(record)
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}:{number}: is not a step's metrics ({error!r}); remove the line") from error
+    return metrics
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_table
+
+    try:
+        return read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove the file to leave its step out") from error
+
+
+def _sampled(row: Mapping[str, Any], total: float | None) -> Sampled:
+    def under(prefix: str) -> dict[str, Any]:
+        return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+
+    return Sampled(
+        question=row["question"],
+        text=row["completion"],
+        tokens=row["tokens"],
+        finish_reason=row["finish_reason"],
+        rewards=under("reward/"),
+        total=total,
+        advantage=row["advantage"],
+        extra=under("extra/"),
+    )
+
+
+def _worth(sampled: Sampled) -> float:
+    return -math.inf if sampled.total is None else sampled.total
+
+
+def _spaced(paths: list[Path], count: int) -> list[Path]:
+    if len(paths) <= count:
+        return paths
+    return [paths[round(i * (len(paths) - 1) / (count - 1))] for i in range(count)]
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
