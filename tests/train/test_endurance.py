@@ -22,7 +22,7 @@ def test_a_thousand_steps_grow_neither_in_memory_nor_in_open_files(tree, tmp_pat
     tree["rollout"] |= {"num_generations": 2, "max_completion_length": 2}
     tree["task"]["eval_n"] = 0
     tree["loss"] = {"beta": 0.01}
-    tree["rewards"] = [{"function": f"{OWN}:{name}"} for name in ("digits", "digits_async", "logs_mixed")]
+    tree["rewards"] = [{"function": f"{OWN}:{name}"} for name in ("noisy_digits", "digits_async", "logs_mixed")]
     held, process, whole = {}, psutil.Process(), train_module.step
 
     def watched(policy, number):
