@@ -1,5 +1,5 @@
-"""The command line: `longgrpo train CONFIG.yaml [--group.key VALUE ...]`, `longgrpo train --resume RUN`,
-`longgrpo report RUN [RUN ...]`."""
+"""The command line: `longgrpo train CONFIG.yaml [--group.key VALUE ...]`, `longgrpo train --resume RUN`, and the
+commands around it, `selftest CONFIG`, `eval CONFIG or RUN`, `export RUN DIRECTORY`, `report RUN [RUN ...]`."""
 
 from __future__ import annotations
 
@@ -7,45 +7,63 @@ import argparse
 import itertools
 import logging
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from longgrpo.train.errors import ConfigError, UserError
 
-OPTIONS = ("--help", "--resume", "--print-config", "--output")
+OPTIONS = ("--help", "--resume", "--print-config", "--checkpoint", "--as", "--dtype", "--output")
 EPILOG = """any key of the config can be overridden: --train.steps 5 --rewards.1.weight 0.5
-exit status: 0 done, 2 something to put right, 128 + n stopped by signal n (then the run is saved)"""
+exit status: 0 done, 1 the self-test failed, 2 something to put right, 128 + n stopped by signal n (the run is saved)"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="longgrpo", description="GRPO for long contexts")
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser(
-        "train",
-        help="train a model",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    train.add_argument("config", nargs="?", type=Path, help="a YAML file; see examples/")
-    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
-    train.add_argument(
-        "--print-config", action="store_true", help="print the whole config, defaults included, and stop"
-    )
-    report = commands.add_parser("report", help="one HTML page of what runs have left on disk", allow_abbrev=False)
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the directory of a run, finished or not")
-    report.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html, for several report.html")
     rest, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(rest)
+    options = _parser().parse_args(rest)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("longgrpo").setLevel(logging.INFO)
     try:
-        return _report(options) if options.command == "report" else _train(options, overrides)
+        return options.run(options, overrides)
     except UserError as error:
         print(f"longgrpo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("longgrpo: stopped at once; the last checkpoint stands", file=sys.stderr)
         return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="longgrpo", description="GRPO for long contexts")
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace, list[str]], int], help: str) -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        added = commands.add_parser(name, help=help, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    train = command("train", _train, "train a model")
+    train.add_argument("config", nargs="?", type=Path, help="a YAML file; see examples/")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
+    train.add_argument(
+        "--print-config", action="store_true", help="print the whole config, defaults included, and stop"
+    )
+    test = command("selftest", _selftest, "would this run learn? one update, looked at from all sides")
+    test.add_argument("config", type=Path)
+    evaluation = command("eval", _eval, "accuracy on the held-out problems")
+    evaluation.add_argument("source", type=Path, help="a config: its model untrained; or a run's directory")
+    export = command("export", _export, "write a run's weights for transformers, PEFT or vLLM")
+    export.add_argument("source", type=Path, metavar="RUN")
+    export.add_argument("directory", type=Path, help="where to; must not exist")
+    export.add_argument("--as", choices=["adapter", "model"], default="model", dest="form")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of a model; default: model.dtype")
+    report = command("report", _report, "one HTML page of what runs have left on disk")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the directory of a run, finished or not")
+    report.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html, for several report.html")
+    for reader in (evaluation, export):
+        reader.add_argument("--checkpoint", default="last", metavar="last|best|STEP", help="of the run; default: last")
+    return parser
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -73,13 +91,60 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _report(options: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace, overrides: list[str]) -> int:
     from longgrpo.report import read_run, write_report
 
     runs = [read_run(directory) for directory in options.runs]
     path = options.output or (options.runs[0] if len(runs) == 1 else Path()) / "report.html"
     write_report(runs, path)
     print(path)
+    return 0
+
+
+def _selftest(options: argparse.Namespace, overrides: list[str]) -> int:
+    from longgrpo.train.config import load_config
+    from longgrpo.train.selftest import selftest
+    from longgrpo.train.trainer import Trainer
+
+    config = load_config(options.config, overrides)
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = Trainer(config, Path(directory))
+        try:
+            result = selftest(trainer.policy, config.train.probe_prompts or 1)
+        finally:
+            trainer.close()
+    print(*result.checks, sep="\n")
+    return 1 if result.failed else 0
+
+
+def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
+    from longgrpo.train import checkpoint
+    from longgrpo.train.config import load_config
+    from longgrpo.train.trainer import Trainer
+
+    run = options.source if options.source.is_dir() else None
+    config = load_config(options.source / "config.yaml" if run else options.source, overrides)
+    saved = checkpoint.find(run, options.checkpoint) if run else None
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = Trainer(config, Path(directory))
+        try:
+            if saved:
+                trainer.load_weights(saved)
+            evaluation = trainer.evaluate()
+        finally:
+            trainer.close()
+    of = saved if saved else f"{config.model.path}, untrained"
+    print(f"accuracy {evaluation.accuracy:.3f} on {len(evaluation.scores)} held-out problems ({of})")
+    return 0
+
+
+def _export(options: argparse.Namespace, overrides: list[str]) -> int:
+    from longgrpo.train.export import export
+
+    if overrides:
+        raise ConfigError(f"export takes no config: what is {' '.join(overrides)}?")
+    saved = export(options.source, options.directory, options.form, options.checkpoint, options.dtype)
+    print(f"done: {saved} as {options.form} in {options.directory}")
     return 0
 
 

@@ -65,6 +65,11 @@ def constant(completions, **columns):
     return [0.1] * len(completions)
 
 
+def one_group_in_eight(completions, **columns):
+    """Four completions a group: the first group's rewards differ."""
+    return [float(i % 32 == 0) for i in range(len(completions))]
+
+
 def stops_the_run(completions, **columns):
     """Asks its own process to stop in the third call: the probe, step 1, step 2."""
     stops_the_run.calls += 1

@@ -3,10 +3,10 @@ server that has imported everything once."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import sys
 import time
@@ -23,7 +23,7 @@ from longgrpo.train.trainer import Trainer
 
 OWN = Path(__file__).parent / "own_rewards.py"
 KILLS = 10
-CLOCKS = ("seconds", "tokens_per_second", "peak_", "memory")  # what no two runs have in common
+differences = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "resume.py"))["differences"]
 
 
 @pytest.fixture(scope="module")
@@ -69,31 +69,8 @@ def in_a_process(server, *arguments, seconds=None):
     return process.exitcode
 
 
-def timeless(record):
-    """A record without what its run's clock and memory say."""
-    if not isinstance(record, dict):
-        return record
-    return {key: timeless(value) for key, value in record.items() if not key.startswith(CLOCKS)}
-
-
-def content(path):
-    """A file of a run, in a form that two equal runs have in common."""
-    if path.suffix == ".jsonl":
-        return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
-    return timeless(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
-
-
-def contents(run):
-    """All files but TensorBoard's, which are stamped with the time."""
-    paths = [path for path in run.rglob("*") if path.is_file() and path.parent.name != "tensorboard"]
-    return {str(path.relative_to(run)): content(path) for path in paths}
-
-
 def assert_same_run(whole, other):
-    whole, other = contents(whole), contents(other)
-    assert whole.keys() == other.keys()
-    different = [name for name in whole if whole[name] != other[name]]
-    assert not different
+    assert differences(whole, other) == []
 
 
 @pytest.fixture
@@ -101,7 +78,9 @@ def eventful(tree):
     """A config with all that a checkpoint has to bring back."""
     tree["rewards"] = [{"function": f"{OWN}:noisy_digits"}]
     tree["loss"] = {"beta": 0.05}
-    tree["train"] |= {"steps": 7, "warmup_steps": 5, "best_metric": "reward/mean"}
+    tree["task"] = {"name": f"{OWN.with_name('own_data.py')}:thirty", "eval_n": 4}
+    tree["train"] |= {"steps": 7, "warmup_steps": 5, "passes": 2, "reference_sync_steps": 2, "max_refills": 1}
+    tree["train"]["best_metric"] = "reward/mean"
     return tree
 
 

@@ -142,6 +142,19 @@ def best(run: Path) -> Path | None:
     return max(known, key=lambda directory: known[directory]) if known else None
 
 
+def find(run: Path, which: str) -> Path:
+    """The checkpoint of `run` called "last", "best" (see save) or by its step. Raises UserError where there is none."""
+    saved = checkpoints(run)
+    found = {str(int(directory.name.removeprefix("step-"))): directory for directory in saved}
+    if saved:
+        found["last"] = saved[-1]
+    if (highest := best(run)) is not None:
+        found["best"] = highest
+    if which not in found:
+        raise UserError(f"{run} has no checkpoint {which!r}; it has {', '.join(found) or 'none'}")
+    return found[which]
+
+
 def read_state(directory: Path) -> dict[str, Any]:
     """What a checkpoint holds besides tensors."""
     return json.loads((directory / "state.json").read_text())

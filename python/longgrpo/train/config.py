@@ -146,7 +146,9 @@ class LoopConfig:
     token_budget: int = 4096
     """Tokens of a packed micro-batch, prompts included: it bounds memory and never changes the result."""
     probe_prompts: int = 16
-    """Prompts rolled out before step 1 to measure the share of groups with spread; 0: not measured."""
+    """Prompts of the self-test before step 1 (docs/selftest.md); 0: none."""
+    max_nonfinite: int = 3
+    """An update whose gradient is not finite is left out; so many in a row end the run, with a diagnosis."""
     save_steps: int = 25
     """A checkpoint after every so many steps, besides the last; 0: only the last."""
     keep_checkpoints: int = 2
@@ -156,7 +158,15 @@ class LoopConfig:
     with a minus before its name, the lowest."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "passes", "minibatches", "token_budget", "keep_checkpoints"):
+        for name in (
+            "steps",
+            "prompts_per_step",
+            "passes",
+            "minibatches",
+            "token_budget",
+            "keep_checkpoints",
+            "max_nonfinite",
+        ):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: must be at least 1")
         for name in (
             "warmup_steps", "probe_prompts", "save_steps", "max_refills", "reference_sync_steps"

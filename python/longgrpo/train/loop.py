@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from longgrpo import grpo_loss, linear_grpo_loss
 from longgrpo.loss.config import GRPOLossConfig
@@ -19,11 +19,12 @@ from longgrpo.rollout.probe import EngineMismatch
 from longgrpo.rollout.sampling import seed_for
 from longgrpo.train.advantages import advantages
 from longgrpo.train.data import Problem, check_length, decode, encode
-from longgrpo.train.errors import PublishError, TrainingError
+from longgrpo.train.errors import PublishError
 from longgrpo.train.metrics import (
     Agreement,
     Clock,
     Meter,
+    known,
     length_metrics,
     offload_counts,
     offload_metrics,
@@ -32,6 +33,7 @@ from longgrpo.train.metrics import (
     reward_metrics,
     speed_metrics,
 )
+from longgrpo.train.nonfinite import leave_out
 from longgrpo.train.packing import MicroBatch, Sample
 from longgrpo.train.policy import (
     Policy,
@@ -71,11 +73,11 @@ def step(policy: Policy, number: int) -> StepResult:
             with clock("loss_and_backward"):
                 losses.append(loss_and_backward(policy, part, trained))
             with clock("optimiser_step"):
-                losses[-1] |= optimiser_step(policy, number) if trained else {"grad_norm": 0.0}
+                losses[-1] |= optimiser_step(policy, number, trained) if trained else {"grad_norm": 0.0}
         with clock("publish"):
             published = publish(policy, number)
     values = reward_values(policy, samples)
-    metrics = {
+    metrics: dict[str, Any] = {
         "step": number,
         "epoch": policy.stream.epoch,
         **reward_metrics(policy.rewarding.rewards, values, reward_totals(policy, values)),
@@ -89,7 +91,7 @@ def step(policy: Policy, number: int) -> StepResult:
         **offload_metrics(policy.offload, offloaded),
         **peak_memory(),
     }
-    return StepResult(metrics, problems, samples)
+    return StepResult(known(metrics), problems, samples)
 
 
 def collect(policy: Policy, number: int, clock: Clock) -> tuple[list[Problem], list[Sample], dict[str, float]]:
@@ -281,22 +283,21 @@ def step_normaliser(
 
 
 # ---- 7
-def optimiser_step(policy: Policy, number: int) -> dict[str, float]:
-    """Clips the gradient and steps AdamW. Raises TrainingError, before a weight has changed, where it is not finite."""
+def optimiser_step(policy: Policy, number: int, samples: Sequence[Sample]) -> dict[str, float]:
+    """Clips the gradient, made from `samples`, and steps AdamW, unless it is not finite (see leave_out)."""
     config = policy.config.train
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), config.max_grad_norm).item()
-    if not math.isfinite(norm):
-        raise TrainingError(
-            f"step {number}: the gradient's norm is {norm}; the weights are as they were before this update. "
-            "Lower train.learning_rate or set model.dtype: float32"
-        )
+    norm = get_total_norm([p.grad for p in policy.parameters.values() if p.grad is not None])
+    if not norm.isfinite():
+        return leave_out(policy, number, samples)
+    policy.left_out = 0
+    clip_grads_with_norm_(policy.parameters.values(), config.max_grad_norm, norm)
     rate = config.learning_rate_at(number)
     for group in policy.optimizer.param_groups:
         group["lr"] = rate
     policy.optimizer.step()
     policy.masters.publish()
     policy.optimizer.zero_grad(set_to_none=True)
-    return {"grad_norm": norm, "learning_rate": rate}
+    return {"grad_norm": norm.item(), "learning_rate": rate}
 
 
 # ---- 8

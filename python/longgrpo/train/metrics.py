@@ -102,6 +102,12 @@ def _summary(name: str) -> Callable[[Sequence[float]], float]:
     return min if name.endswith("_min") else max if name.endswith("_max") else fmean
 
 
+def known(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """None in place of what is not finite, which JSON cannot say."""
+    odd = {name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
+    return {name: None if name in odd else value for name, value in metrics.items()}
+
+
 def reward_metrics(functions: Sequence[Reward], values: Tensor, totals: Tensor) -> dict[str, float | None]:
     """Mean and deviation of the weighted sum and of each function over the completions to which it applies (None: to
     none). values [F, P, G] f64, totals [P, G] f64."""

@@ -43,6 +43,7 @@ class Policy:
     probe: Probe
     rewarding: Rewarding
     stream: PromptStream
+    left_out: int = 0  # updates in a row, up to now, whose gradient was not finite
 
     @property
     def parameters(self) -> dict[str, Tensor]:

@@ -32,12 +32,14 @@ from longgrpo.train.data import (
     load_rows,
     make_sampler,
 )
-from longgrpo.train.errors import ConfigError, PublishError, UserError
+from longgrpo.train.errors import ConfigError, PublishError, TrainingError, UserError
 from longgrpo.train.evaluation import Evaluation, evaluate, paired_interval
-from longgrpo.train.loop import Policy, reward, roll_out, sample_prompts, spread_of, step
+from longgrpo.train.export import write_model
+from longgrpo.train.loop import Policy, step
 from longgrpo.train.metrics import best_metric, peak_memory
 from longgrpo.train.reference import Reference
 from longgrpo.train.rewards import Rewarding, load_reward
+from longgrpo.train.selftest import selftest
 from longgrpo.train.signals import StopRequest
 from longgrpo.train.tracking import Tracker, check_installed
 
@@ -58,6 +60,8 @@ class Progress:
     groups_with_spread_before: float | None = None
     metric: float | None = None
     """train.best_metric of the last step."""
+    left_out: int = 0
+    """Policy.left_out."""
 
 
 class Trainer:
@@ -107,11 +111,28 @@ class Trainer:
             try:
                 return self._run(tracker)
             finally:
-                self.policy.rewarding.close()
-                self._eval_reward.close()
-                self.policy.engine.close()
-                if self.policy.offload:
-                    self.policy.offload.close()
+                self.close()
+
+    def close(self) -> None:
+        """Ends the rewards' processes and gives the engine's memory back; run() does it itself."""
+        self.policy.rewarding.close()
+        self._eval_reward.close()
+        self.policy.engine.close()
+        if self.policy.offload:
+            self.policy.offload.close()
+
+    def load_weights(self, saved: Path) -> None:
+        """The weights of a checkpoint, and nothing else of it."""
+        checkpoint.load_weights(saved, checkpoint.read_tensors(saved), self._weights())
+        self.policy.masters.publish()
+        self.policy.engine.weights_changed()
+
+    def evaluate(self, prefill: str | None = None) -> Evaluation:
+        """Greedy replies of the model as it is to the held-out problems, scored alike whenever it is done."""
+        checkpoint.seed_generators(self.config.train.seed)
+        policy, length = self.policy, self.config.rollout.max_completion_length
+        template = self.config.task.chat_template_kwargs
+        return evaluate(policy.engine, policy.tokenizer, self.held_out, self._eval_reward, length, prefill, template)
 
     def _run(self, tracker: Tracker) -> dict[str, Any] | None:
         progress, steps, every = self.progress, self.config.train.steps, self.config.train.save_steps
@@ -138,16 +159,16 @@ class Trainer:
         except PublishError:
             raise  # the weights have moved on: the last checkpoint stands
         except UserError as error:
-            stream.state = state
+            stream.state, self.policy.left_out = state, self.progress.left_out
             checkpoint.set_generator_states(generators)
             self.save()
             raise type(error)(
                 f"{error}\nsaved at step {number - 1}; go on with: longgrpo train --resume {self.directory}"
             ) from error
         self.progress.step = number
-        self.progress.logprob_diff_max = max(
-            self.progress.logprob_diff_max, result.metrics["engine_trainer_logprob_diff_max"]
-        )
+        difference = result.metrics["engine_trainer_logprob_diff_max"] or 0.0  # None: not finite
+        self.progress.logprob_diff_max = max(self.progress.logprob_diff_max, difference)
+        self.progress.left_out = self.policy.left_out
         self.progress.metric = best_metric(self.config.train.best_metric, result.metrics)
         self._look_at_clock()
         tracker.step(result.metrics, result.problems, result.samples)
@@ -203,7 +224,7 @@ class Trainer:
         state = checkpoint.load(saved, self._weights(), self.policy.optimizer)
         self.progress = Progress(**state["progress"])
         self.policy.masters.publish()
-        self.policy.stream.state = state["stream"]
+        self.policy.stream.state, self.policy.left_out = state["stream"], self.progress.left_out
         checkpoint.set_generator_states(state["generators"])
         self.policy.engine.weights_changed()
 
@@ -234,40 +255,42 @@ class Trainer:
 
     # ---- before and after training
     def _look_at_untrained(self, tracker: Tracker) -> None:
-        """Evaluates the untrained model, and measures in how many groups its rewards differ at all."""
+        """Evaluates the untrained model, and tests whether it can learn."""
         task, probe = self.config.task, self.config.train.probe_prompts
         if task.eval_n and not self.stop:
             self._evaluation("before", tracker)
         if task.eval_n and task.eval_prefill and not self.stop:
             self._evaluation("prefill", tracker, task.eval_prefill)
         if probe and self.progress.groups_with_spread_before is None and not self.stop:
-            spread = self._spread(probe)
-            self.progress.groups_with_spread_before = spread
-            tracker.measured({"step": 0, "groups_with_spread": spread})
-            tracker.say(f"groups with spread before step 1: {spread:.2f} of {probe}")
-            if spread < LOW_SPREAD:
-                tracker.say(
-                    f"warning: in {1 - spread:.0%} of the groups all completions earn the same, and teach nothing; "
-                    "an easier task, more num_generations, a higher temperature or a graded reward gives more"
-                )
+            self._selftest(probe, tracker)
 
-    def _spread(self, count: int) -> float:
-        state = self.policy.stream.state
-        problems = sample_prompts(self.policy, count)
-        self.policy.stream.state = state
-        samples = roll_out(self.policy, problems, number=0)
-        reward(self.policy, problems, samples, number=0)
-        self.policy.rewarding.metrics()  # of no step
-        return spread_of(self.policy, samples).float().mean().item()
+    def _selftest(self, prompts: int, tracker: Tracker) -> None:
+        """Raises TrainingError for a run that cannot learn, and warns of one that hardly can."""
+        checkpoint.seed_generators(self.config.train.seed)
+        result = selftest(self.policy, prompts)
+        if result.failed:
+            reasons = "\n".join(map(str, result.failed))
+            raise TrainingError(
+                f"the self-test says that this run cannot learn:\n{reasons}\n"
+                f"put it right and go on with: longgrpo train --resume {self.directory} "
+                "(train.probe_prompts: 0 does without the test)"
+            )
+        spread = result.groups_with_spread
+        self.progress.groups_with_spread_before = spread
+        tracker.measured({"step": 0, "groups_with_spread": spread})
+        tracker.say(f"self-test: {len(result.checks)} checks passed; groups with spread before step 1: {spread:.2f}")
+        if spread < LOW_SPREAD:
+            tracker.say(
+                f"warning: in {1 - spread:.0%} of the groups all completions earn the same, and teach nothing; "
+                "an easier task, more num_generations, a higher temperature or a graded reward gives more"
+            )
 
     def _evaluation(self, name: str, tracker: Tracker, prefill: str | None = None) -> Evaluation:
         """Evaluates and keeps every reply in eval_NAME.json; what an earlier process evaluated is read from there."""
         path = self.directory / f"eval_{name}.json"
         if path.exists():
             return Evaluation(**json.loads(path.read_text()))
-        policy, length = self.policy, self.config.rollout.max_completion_length
-        template = self.config.task.chat_template_kwargs
-        result = evaluate(policy.engine, policy.tokenizer, self.held_out, self._eval_reward, length, prefill, template)
+        result = self.evaluate(prefill)
         checkpoint.write_file(path, json.dumps(asdict(result), indent=1))
         tracker.say(f"accuracy {name}: {result.accuracy:.3f} on {len(self.held_out)} held-out problems")
         return result
@@ -277,7 +300,10 @@ class Trainer:
         if self.config.lora:
             checkpoint.replace_directory(self.directory / "adapter", lambda path: save_adapter(self.policy.model, path))
         else:
-            checkpoint.replace_directory(self.directory / "model", self._write_model)
+            policy = self.policy
+            checkpoint.replace_directory(
+                self.directory / "model", lambda path: write_model(policy.engine.model, policy.tokenizer, path)
+            )
         results: dict[str, Any] = {}
         if self.config.task.eval_n:
             (self.directory / "eval_after.json").unlink(missing_ok=True)  # of a run that had fewer steps
@@ -309,13 +335,6 @@ class Trainer:
                 f"95 % interval of the paired difference [{interval[0]:+.3f}, {interval[1]:+.3f}]"
             )
         return results
-
-    def _write_model(self, directory: Path) -> None:
-        model = self.policy.engine.model
-        # Each with storage of its own: the engine's are parts of fused ones, which safetensors would write whole.
-        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        model.save_pretrained(directory, state_dict=weights)
-        self.policy.tokenizer.save_pretrained(directory)
 
     def _look_at_clock(self) -> None:
         self.progress.seconds = time.monotonic() - self._start

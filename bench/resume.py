@@ -1,0 +1,81 @@
+"""Kills a run with SIGKILL at random moments, resumes it, and compares it with the run that was not killed.
+
+    python bench/resume.py examples/smollm2-arithmetic.yaml --kills 3 --train.steps 6 --train.save_steps 2
+
+Prints each moment and, at the end, what differs: nothing, or the names of the files. The exit status says the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CLOCKS = ("seconds", "tokens_per_second", "peak_", "memory")  # what no two runs have in common
+
+
+def timeless(record: Any) -> Any:
+    """A record without what its run's clock and memory say."""
+    if not isinstance(record, dict):
+        return record
+    return {key: timeless(value) for key, value in record.items() if not key.startswith(CLOCKS)}
+
+
+def content(path: Path) -> Any:
+    """A file of a run, in the form that two equal runs have in common."""
+    if path.suffix == ".jsonl":
+        return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
+    return timeless(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
+
+
+def differences(whole: Path, other: Path) -> list[str]:
+    """The files in which two runs differ, bit for bit; a file that only one of them has is one. TensorBoard's are
+    stamped with the time, and are left out."""
+    files = {run: [path for path in run.rglob("*") if path.is_file()] for run in (whole, other)}
+    names = {
+        str(path.relative_to(run)) for run, paths in files.items() for path in paths if "tfevents" not in path.name
+    }
+    both = {name for name in names if (whole / name).is_file() and (other / name).is_file()}
+    return sorted(names - both | {name for name in both if content(whole / name) != content(other / name)})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    options, overrides = parser.parse_known_args()
+    longgrpo = [sys.executable, "-m", "longgrpo.cli", "train"]
+    with tempfile.TemporaryDirectory() as scratch:
+        whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
+        begin = [*longgrpo, str(options.config), *overrides, "--output_dir"]
+        start = time.monotonic()
+        subprocess.run([*begin, str(whole)], check=True)
+        seconds = time.monotonic() - start
+        draw = random.Random(options.seed)
+        for _ in range(options.kills):
+            begun = (killed / "config.yaml").exists()
+            process = subprocess.Popen([*longgrpo, "--resume", str(killed)] if begun else [*begin, str(killed)])
+            moment = draw.uniform(0, seconds)
+            time.sleep(moment)
+            process.kill()
+            print(f"killed after {moment:.1f} s: {process.wait()}", flush=True)
+        again = (killed / "config.yaml").exists()
+        subprocess.run([*longgrpo, "--resume", str(killed)] if again else [*begin, str(killed)], check=True)
+        # The one thing that is meant to differ: where the run lives.
+        for run in (whole, killed):
+            text = (run / "config.yaml").read_text()
+            (run / "config.yaml").write_text(text.replace(f"output_dir: {run}", "output_dir: RUN"))
+        different = differences(whole, killed)
+    print(f"killed {options.kills} times and resumed: {', '.join(different) or 'nothing'} differs")
+    return int(bool(different))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""What a run leaves loads elsewhere, and says there what it said here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from longgrpo import cli
+from longgrpo.train.config import build_config
+from longgrpo.train.errors import ConfigError, UserError
+from longgrpo.train.export import export
+from longgrpo.train.trainer import Trainer
+
+IDS = torch.tensor([[5, 9, 30, 12]])
+
+
+@pytest.fixture
+def run(tree, tmp_path):
+    """A run's directory, and the logits of its model at the end."""
+
+    def start(**groups):
+        running = Trainer(build_config(tree | groups), tmp_path / "run")
+        policy = running.policy
+        assert running.run()
+        base = policy.model.get_base_model() if groups.get("lora", True) else policy.model
+        base.set_attn_implementation("eager")
+        with torch.no_grad():
+            return tmp_path / "run", policy.model(IDS).logits
+
+    return start
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits.float()
+
+
+def test_the_adapter_loads_in_peft(run, tmp_path, tiny_model):
+    directory, trained = run()
+    export(directory, tmp_path / "out", "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    untrained = logits(base)
+    loaded = logits(PeftModel.from_pretrained(base, tmp_path / "out"))
+    assert torch.allclose(loaded, trained, atol=1e-5)
+    assert not torch.allclose(loaded, untrained, atol=1e-3)
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8}, None])
+def test_the_model_loads_in_transformers(run, tmp_path, lora):
+    directory, trained = run(lora=lora)
+    export(directory, tmp_path / "out", "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", use_safetensors=True)
+    assert torch.allclose(logits(loaded), trained, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert not any("lora" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_a_merged_weight_is_rounded_once(run, tmp_path):
+    directory, _ = run()
+    export(directory, tmp_path / "wide", "model")
+    export(directory, tmp_path / "narrow", "model", dtype="bfloat16")
+    wide, narrow = (load_file(tmp_path / name / "model.safetensors") for name in ("wide", "narrow"))
+    assert all(torch.equal(narrow[name], wide[name].bfloat16()) for name in wide)
+
+
+def test_any_checkpoint_can_be_taken(run, tmp_path, tree):
+    tree["train"] |= {"save_steps": 1, "keep_checkpoints": 2, "best_metric": "-completion_length/mean"}
+    directory, _ = run()
+    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()][1:]
+    shortest = min(steps, key=lambda metrics: metrics["completion_length/mean"])["step"]
+    for which, step in (("last", 4), ("3", 3), ("best", shortest)):
+        assert export(directory, tmp_path / which, "adapter", which).name == f"step-{step:06d}"
+        saved = load_file(directory / f"checkpoints/step-{step:06d}/adapter/adapter_model.safetensors")
+        exported = load_file(tmp_path / which / "adapter_model.safetensors")
+        assert all(torch.equal(saved[name], exported[name]) for name in saved)
+    with pytest.raises(UserError, match=r"no checkpoint '7'; it has .*last"):
+        export(directory, tmp_path / "7", "adapter", "7")
+
+
+def test_what_cannot_be_exported_is_refused(run, tmp_path):
+    directory, _ = run(lora=None)
+    with pytest.raises(ConfigError, match="has no adapter: export it as a model"):
+        export(directory, tmp_path / "out", "adapter")
+    with pytest.raises(ConfigError, match="exists already"):
+        export(directory, directory, "model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line(run, tmp_path, capsys):
+    directory, _ = run()
+    accuracy = json.loads((directory / "summary.json").read_text())["eval_after"]
+    assert cli.main(["eval", str(directory)]) == 0
+    assert f"accuracy {accuracy:.3f} on 8 held-out problems" in capsys.readouterr().out
+    assert cli.main(["export", str(directory), str(tmp_path / "out"), "--as", "model", "--checkpoint", "2"]) == 0
+    assert "step-000002 as model" in capsys.readouterr().out
+    config = directory / "config.yaml"
+    assert cli.main(["eval", str(config), "--model.path", str(tmp_path / "out"), "--lora", "null"]) == 0
+    assert "untrained" in capsys.readouterr().out
+    assert cli.main(["export", str(directory), str(tmp_path / "out")]) == 2
+    assert cli.main(["eval", str(directory), "--checkpoint", "worst"]) == 2
