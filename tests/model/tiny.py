@@ -6,8 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 def tiny_model(architecture, **options):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        architecture,
+    sizes = dict(
         vocab_size=97,
         hidden_size=32,
         intermediate_size=48,
@@ -19,6 +18,5 @@ def tiny_model(architecture, **options):
         initializer_range=0.2,
         bos_token_id=1,
         eos_token_id=2,
-        **options,
     )
-    return AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes | options))

@@ -7,11 +7,10 @@ import pytest
 import torch
 from agreement import assert_agrees, sampled_logprobs, trainer_logprobs
 
-from longgrpo.model.load import load_model
+from longgrpo.model.load import load_model, model_on
 from longgrpo.model.lora import LoraConfig, add_lora
 from longgrpo.rollout import Sampling, seed_for, vllm_private
 from longgrpo.rollout.adapters import LoraMerge
-from longgrpo.rollout.shared_weights import model_on
 
 GREEDY = Sampling(temperature=0, max_tokens=8)
 

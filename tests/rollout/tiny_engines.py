@@ -42,10 +42,12 @@ def write_model(architecture, directory, **sizes):
 
 
 @contextmanager
-def running(directory, lora=None, dtype="float32", **rollout):
+def running(directory, lora=None, dtype="float32", quantization=None, **rollout):
     """An engine on the model in `directory`, and the model to train: adapted, where there is `lora`."""
     options = {"kv_cache_gib": 0.05, **rollout}
-    engine = make_engine(RolloutConfig(engine="vllm", **options), ModelConfig(str(directory), dtype), lora)
+    engine = make_engine(
+        RolloutConfig(engine="vllm", **options), ModelConfig(str(directory), dtype, quantization), lora
+    )
     try:
         model = add_lora(engine.model, lora, seed=0) if lora else engine.model
         engine.attach(model)

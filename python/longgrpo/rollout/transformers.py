@@ -28,14 +28,14 @@ class TransformersEngine:
     shares_weights = True
 
     def __init__(self, config: RolloutConfig, model: ModelConfig) -> None:
-        self.directory = resolve_model(model.path)
+        self.directory = resolve_model(model.path, model.quantization)
         if others := config.request().others:
             raise ValueError(f"rollout.sampling: {', '.join(others)} needs rollout.engine: vllm")
         if config.kv_cache_dtype != "auto" or config.repack_weights:
             raise ValueError("rollout.kv_cache_dtype and rollout.repack_weights need rollout.engine: vllm")
         self._max_length = max_length(config, self.directory)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_model(self.directory, model.dtype, device)
+        self.model = load_model(self.directory, model.dtype, device, model.quantization)
         self._attached: Any = self.model
         self._end_tokens = end_token_ids(self.directory)
 

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
-from longgrpo.model.load import ModelConfig, base_model, end_token_ids, resolve_model, vocabulary
+from longgrpo.model.load import ModelConfig, base_model, end_token_ids, model_on, resolve_model, vocabulary
 from longgrpo.model.lora import LoraConfig, linear_names
 from longgrpo.rollout import vllm_private
 from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode
 from longgrpo.rollout.engine import Completion, Finished, RolloutConfig, check_prompts, max_length
 from longgrpo.rollout.sampling import NEED_TOKENIZER, Sampling
-from longgrpo.rollout.shared_weights import model_on
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,7 +28,7 @@ class VllmEngine:
 
     def __init__(self, config: RolloutConfig, model: ModelConfig, lora: LoraConfig | None = None) -> None:
         self.config = config
-        self.directory = resolve_model(model.path)
+        self.directory = resolve_model(model.path, model.quantization)
         self._max_length = max_length(config, self.directory)
         self._end_tokens = end_token_ids(self.directory)
         vllm = vllm_private.import_vllm()
@@ -41,7 +40,8 @@ class VllmEngine:
         options = self._options(config, model)
         if lora:
             ranks = vllm_private.lora_ranks()
-            self.lora_mode = choose_mode(lora, mergeable=model.dtype == "float32", ranks=ranks)
+            mergeable = model.dtype == "float32" and model.quantization is None
+            self.lora_mode = choose_mode(lora, mergeable=mergeable, ranks=ranks)
             if self.lora_mode != "merge":
                 options |= self._lora_options(min(rank for rank in ranks if rank >= lora.rank))
         try:
@@ -88,6 +88,10 @@ class VllmEngine:
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
+        if model.quantization == "nf4":
+            from longgrpo.rollout import nf4_vllm  # registers what it names
+
+            options |= dict(quantization=nf4_vllm.NAME, load_format=nf4_vllm.NAME)
         if config.release_kv_cache and not vllm_private.is_cpu():
             options |= dict(enable_sleep_mode=True)
         if self._masks:

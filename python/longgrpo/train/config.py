@@ -254,6 +254,11 @@ class TrainConfig:
             f"rollout.temperature = {self.rollout.temperature}: must be above 0, or all of a group are equal",
         )
         _require(len(self.rewards) > 0, "rewards is empty: name at least one reward function")
+        _require(
+            self.model.quantization is None or self.lora is not None,
+            f"model.quantization = {self.model.quantization} without lora: packed weights cannot be trained; "
+            "add a lora group, or set model.quantization: null",
+        )
         names = [reward.label for reward in self.rewards]
         _require(
             len(set(names)) == len(names), f"rewards: a name stands twice in {names}; add up the weights or set `name`"

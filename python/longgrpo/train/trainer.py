@@ -183,7 +183,7 @@ class Trainer:
         own = config.task.eval_reward
         self._eval_reward = load_reward(RewardConfig(own)) if own else rewards[0]
         try:
-            model_directory = resolve_model(config.model.path)
+            model_directory = resolve_model(config.model.path, config.model.quantization)
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from error
         tokenizer = load_tokenizer(model_directory)
