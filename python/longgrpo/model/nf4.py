@@ -6,12 +6,8 @@ parts of a fused projection are then plain slices, and one packed copy serves th
 
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.util
 import json
-import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
     from transformers import PreTrainedModel
 
 BLOCK = 64
@@ -56,12 +53,14 @@ def packed_shapes(rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, 
 
 def linear(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias [..., N] for x [..., K], in x's dtype; differentiable in x, for which W is unpacked once more."""
-    return _bitsandbytes().matmul_4bit(x, codes.view(-1, 1), _state(codes, absmax, x.dtype), bias=bias)
+    import bitsandbytes
+
+    return bitsandbytes.matmul_4bit(x, codes.view(-1, 1), _state(codes, absmax, x.dtype), bias=bias)
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """codes uint8 [N, K / 2] and absmax f32 [N, K / 64] of weight [N, K], K % 64 == 0."""
-    quantize_4bit = _bitsandbytes().functional.quantize_4bit
+    from bitsandbytes.functional import quantize_4bit
 
     rows = max(1, CHUNK // weight.shape[1])
     parts = [quantize_4bit(part, blocksize=BLOCK, quant_type="nf4") for part in weight.split(rows)]
@@ -71,14 +70,16 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] that codes [N, K / 2] and absmax [N, K / 64] stand for."""
-    return _bitsandbytes().functional.dequantize_4bit(codes.view(-1, 1), _state(codes, absmax, dtype))
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(codes.view(-1, 1), _state(codes, absmax, dtype))
 
 
-def _state(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Any:
+def _state(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> QuantState:
+    from bitsandbytes.functional import QuantState
+
     shape = torch.Size((codes.shape[0], 2 * codes.shape[1]))
-    return _bitsandbytes().functional.QuantState(
-        absmax.view(-1), shape=shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype
-    )
+    return QuantState(absmax.view(-1), shape=shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
 
 
 def pack_modules(model: PreTrainedModel, names: set[str]) -> None:
@@ -174,10 +175,11 @@ class Checkpoint:
 
 def _read_packed(checkpoint: Checkpoint, module: str) -> tuple[Tensor, Tensor]:
     """codes and absmax as bitsandbytes stored them, absmax out of its own 8 bits."""
-    functional = _bitsandbytes().functional
+    from bitsandbytes.functional import QuantState, dequantize_blockwise
+
     prefix = f"{module}.weight."
     parts = {name.removeprefix(prefix): checkpoint[name] for name in checkpoint.files if name.startswith(prefix)}
-    state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+    state = QuantState.from_dict(parts, device=torch.device("cpu"))
     columns = state.shape[-1]
     if state.blocksize != BLOCK or columns % BLOCK:
         raise ValueError(
@@ -186,7 +188,7 @@ def _read_packed(checkpoint: Checkpoint, module: str) -> tuple[Tensor, Tensor]:
         )
     absmax = state.absmax
     if state.nested:
-        absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
     codes, scales = packed_shapes(*state.shape)
     return checkpoint[f"{module}.weight"].view(torch.uint8).view(codes), absmax.float().view(scales)
 
@@ -205,18 +207,3 @@ def _kind(stored: dict[str, Any]) -> str:
         if stored.get("load_in_4bit")
         else "bitsandbytes int8"
     )
-
-
-@functools.cache
-def _bitsandbytes() -> Any:
-    """The module. On a CPU with AVX512-BF16 its import would fetch a compiled kernel from the hub, for an op that is
-    not called here: that import of `kernels` is made to fail, and its complaint is not heard."""
-    kernels = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        return importlib.import_module("bitsandbytes")
-    finally:
-        del sys.modules["kernels"]
-        if kernels:
-            sys.modules["kernels"] = kernels
