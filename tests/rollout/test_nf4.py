@@ -10,7 +10,7 @@ from tiny_engines import PROMPTS, change, running, sample, write_model
 from torch.nn.functional import cross_entropy
 
 from longgrpo.model import nf4
-from longgrpo.model.load import load_model, model_on
+from longgrpo.model.load import ModelConfig, load_model, model_on
 from longgrpo.model.lora import LoraConfig, add_lora, trainable_parameters
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine, vllm_private
 from longgrpo.train.config import build_config
@@ -87,6 +87,21 @@ def test_gradients_are_the_same_after_a_rollout(tmp_path):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_the_transformers_engine_takes_it_as_well(tmp_path):
+    write_model("llama", tmp_path)
+    config = ModelConfig(str(tmp_path), quantization="nf4")
+    engine = make_engine(RolloutConfig(engine="transformers"), config, LORA)
+    model = add_lora(engine.model, LORA, seed=0)
+    assert len(packed_modules(model)) == 2 * 7
+    engine.attach(model)
+    change(model)
+    tokens = torch.tensor([PROMPTS[3]])
+    before = gradients(model.train(), tokens)
+    completions = sample(engine)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model.train(), tokens), before, strict=True))
+    assert_agrees(model, PROMPTS, completions)
+
+
 def test_a_fused_projection_is_left_out_whole(tmp_path):
     """The config leaves out one part of qkv, and all of an MLP: dynamic 4-bit."""
     write_model("llama", tmp_path)
@@ -131,7 +146,7 @@ def test_a_checkpoint_that_is_packed_already(left_out, tmp_path):
 
 def test_smollm2_in_a_third_of_its_memory(prompts):
     """538 MB of weights are 173 in the engine, and next to nothing more in the trainer."""
-    config = SMOLLM2.__class__(SMOLLM2.path, quantization="nf4")
+    config = ModelConfig(SMOLLM2.path, quantization="nf4")
     engine = make_engine(RolloutConfig(engine="vllm", max_model_len=CONTEXT, kv_cache_gib=0.2), config)
     try:
         assert sum(p.nbytes for p in engine_module(engine).parameters()) < 175e6
