@@ -91,6 +91,15 @@ def test_what_cannot_be_exported_is_refused(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_of_packed_weights_stays_one(run, tmp_path):
+    directory, _ = run()
+    text = (directory / "config.yaml").read_text()
+    (directory / "config.yaml").write_text(text.replace("quantization: null", "quantization: nf4"))
+    with pytest.raises(ConfigError, match=r"trained on nf4 weights.*export it as an adapter"):
+        export(directory, tmp_path / "out", "model")
+    export(directory, tmp_path / "out", "adapter")
+
+
 def test_the_command_line(run, tmp_path, capsys):
     directory, _ = run()
     accuracy = json.loads((directory / "summary.json").read_text())["eval_after"]

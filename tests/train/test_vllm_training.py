@@ -81,3 +81,46 @@ def test_peft_and_transformers_give_the_adapter_the_engines_replies(run):
         )
         tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert tokenizer.decode(tokens, skip_special_tokens=True) == reply
+
+
+ADAPTER = """
+import json, sys
+from longgrpo.rollout import vllm_private
+vllm = vllm_private.import_vllm()
+from vllm.lora.request import LoRARequest
+base, adapter, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+llm = vllm.LLM(base, dtype="float32", max_model_len=512, enable_lora=True, max_lora_rank=16, enforce_eager=True,
+               kv_cache_memory_bytes=2**28, disable_log_stats=True)
+with vllm_private.no_dynamo():
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=16)
+    requests = [{"prompt_token_ids": ids} for ids in prompts]
+    done = llm.generate(requests, greedy, lora_request=LoRARequest("run", 1, adapter))
+print("REPLIES", json.dumps([output.outputs[0].text for output in done]))
+"""
+
+
+def test_vllm_loads_what_is_exported(run, tmp_path):
+    """The merged model and the adapter alone, each in a vLLM of its own, give the replies of the end of the run."""
+    from transformers import AutoTokenizer
+
+    from longgrpo.model.load import resolve_model
+    from longgrpo.train.export import export
+
+    export(run, tmp_path / "model", "model")
+    export(run, tmp_path / "adapter", "adapter")
+    after = json.loads((run / "eval_after.json").read_text())
+    command = [sys.executable, "-m", "longgrpo.cli", "eval", run / "config.yaml", "--model.path", tmp_path / "model"]
+    done = subprocess.run([*map(str, command), "--lora", "null"], capture_output=True, text=True, check=True)
+    accuracy = sum(score >= 1 for score in after["scores"]) / len(after["scores"])
+    assert f"accuracy {accuracy:.3f} on 24 held-out problems" in done.stdout
+
+    directory = resolve_model("smollm2-135m-instruct")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    system = {"role": "system", "content": "You are a calculator. You print only the result."}
+    chats = [[system, {"role": "user", "content": question}] for question in after["questions"][:8]]
+    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
+    command = [sys.executable, "-c", ADAPTER, directory, tmp_path / "adapter", json.dumps(prompts)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    replies = next(line for line in done.stdout.splitlines() if line.startswith("REPLIES"))
+    assert json.loads(replies.removeprefix("REPLIES ")) == after["replies"][:8]

@@ -24,7 +24,8 @@ def export(run: Path, directory: Path, form: Form, which: str = "last", dtype: D
 
     form: "adapter" as PEFT keeps it, or "model", the whole model, under LoRA with the adapter merged into it.
     which: see checkpoint.find. dtype: of a model; default model.dtype. The adapter is merged in float32 and the sum
-    rounded once. Raises ConfigError where the run has no adapter, where `directory` exists already, and as find does.
+    rounded once. Raises ConfigError where the run has no adapter, where its model is quantised and cannot take the
+    adapter up, where `directory` exists already, and as find does.
     """
     config = load_config(run / "config.yaml")
     saved = checkpoint.find(run, which)
@@ -35,6 +36,11 @@ def export(run: Path, directory: Path, form: Form, which: str = "last", dtype: D
             raise ConfigError(f"{run} trained all weights and has no adapter: export it as a model")
         checkpoint.replace_directory(directory, lambda path: _copy(saved / "adapter", path))
         return saved
+    if config.model.quantization:
+        raise ConfigError(
+            f"{run}: the adapter was trained on {config.model.quantization} weights, and merged into others it would "
+            "be another model: export it as an adapter"
+        )
     base = resolve_model(config.model.path)
     model = load_model(base, "float32")
     if config.lora:

@@ -161,7 +161,8 @@ def _update(
 def _template_ends(policy: Policy, problem: Problem, samples: Sequence[Sample]) -> Check:
     """A reply in the prompt's template is followed by a token at which the engine stops."""
     tokenizer, request = policy.tokenizer, policy.config.rollout.request()
-    own = [] if request.ignore_eos else end_token_ids(resolve_model(policy.config.model.path))
+    model = policy.config.model
+    own = [] if request.ignore_eos else end_token_ids(resolve_model(model.path, model.quantization))
     ends = [*own, *request.stop_token_ids]
     stopped = sum(sample.completion.finish_reason == "stop" for sample in samples)
     names = tokenizer.convert_ids_to_tokens(ends)
