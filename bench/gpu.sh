@@ -57,6 +57,11 @@ for workspace in 256 1024; do
 done
 rm -f $build/peers.jsonl
 "$python" bench/peers.py --device cuda --seconds 5 --json $build/peers.jsonl || status=1
+if "$python" -c 'import transformers, peft, pydantic' 2>/dev/null; then
+  "$python" bench/step.py --json "$name-step.json" || status=1
+else
+  echo "no transformers, peft or pydantic: bench/step.py is left out"
+fi
 
 "$python" - "$name.json" $build/cases.jsonl $build/peers.jsonl $build/tests.xml "$card" <<'PY'
 import json, subprocess, sys, xml.etree.ElementTree as xml

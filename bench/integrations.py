@@ -21,9 +21,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import memory
 import torch
 from torch import Tensor
+
+import memory
 
 VOCABULARY, HIDDEN, LAYERS = 131_072, 576, 2
 SEQUENCES, PROMPT, COMPLETION = 4, 64, 128  # tokens; the completions are 1/4 to all of that long

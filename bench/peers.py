@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
-import memory
 import torch
 from programs import (
     ALL,
@@ -43,6 +42,8 @@ from programs import (
     run,
 )
 from torch import Tensor
+
+import memory
 
 SHAPES = ((4, 128, 576, 32768), (8, 512, 576, 49152), (4, 1024, 2048, 128256), (2, 2048, 1536, 151936))  # B, T, H, V
 QUICK_SHAPE = (2, 16, 64, 512)

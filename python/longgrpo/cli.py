@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import logging
 import sys
 import tempfile
@@ -13,7 +14,10 @@ from pathlib import Path
 
 from longgrpo.train.errors import ConfigError, UserError
 
-OPTIONS = ("--help", "--resume", "--print-config", "--checkpoint", "--as", "--dtype", "--output")
+OPTIONS = (
+    "--help", "--resume", "--print-config", "--force", "--checkpoint", "--as", "--dtype", "--output", "--card",
+    "--prompt-length", "--dry-run", "--json",
+)  # fmt: skip
 EPILOG = """any key of the config can be overridden: --train.steps 5 --rewards.1.weight 0.5
 exit status: 0 done, 1 the self-test failed, 2 something to put right, 128 + n stopped by signal n (the run is saved)"""
 
@@ -49,6 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--print-config", action="store_true", help="print the whole config, defaults included, and stop"
     )
+    train.add_argument("--force", action="store_true", help="train even where memory will not do")
+    plan = command("plan", _plan, "predict the memory of a run; exit status 1: it does not fit")
+    plan.add_argument("config", type=Path)
+    plan.add_argument("--card", help="h100-80, h200-141, rtx4090-24, t4-16 or GiB; default: what is here")
+    plan.add_argument("--prompt-length", type=int, help="tokens of the longest prompt")
+    plan.add_argument("--dry-run", action="store_true", help="count it too, on a step that runs without storage")
+    plan.add_argument("--json", action="store_true", help="print JSON")
     test = command("selftest", _selftest, "would this run learn? one update, looked at from all sides")
     test.add_argument("config", type=Path)
     evaluation = command("eval", _eval, "accuracy on the held-out problems")
@@ -66,6 +77,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
+    from longgrpo.train.config import load_config
+    from longgrpo.train.rehearsal import Forecast, as_json
+
+    forecast = Forecast(load_config(options.config, overrides), options.card, options.prompt_length)
+    counted = forecast.dry_run() if options.dry_run else {}
+    if options.json:
+        dry = {"dry_run": {name: as_json(phase) for name, phase in counted.items()}} if counted else {}
+        print(json.dumps(forecast.json() | dry, indent=1))
+    else:
+        print(forecast.text())
+        for name, phase in counted.items():
+            print(f"dry run, {name}: {phase.device_bytes / 2**30:.2f} GiB without KV cache and CUDA context")
+    return 0 if forecast.fits() else 1
+
+
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from longgrpo.train.config import dump_config, load_config
 
@@ -80,10 +107,10 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from longgrpo.train.trainer import Trainer
 
     if options.resume:
-        trainer = Trainer.resume(options.resume, overrides)
+        trainer = Trainer.resume(options.resume, overrides, force=options.force)
     else:
         directory = Path(config.output_dir) if config.output_dir else _free_directory(Path("runs"), options.config.stem)
-        trainer = Trainer(config, directory)
+        trainer = Trainer(config, directory, force=options.force)
     summary = trainer.run()
     if summary is None:
         return 128 + (trainer.stop.signal or 0)
@@ -153,7 +180,8 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
     rest, overrides = [], []
     remaining = iter(arguments)
     for argument in remaining:
-        if not argument.startswith("--") or argument in OPTIONS or argument.startswith("--resume="):
+        flag = argument.partition("=")[0]
+        if not argument.startswith("--") or flag in OPTIONS:
             rest.append(argument)
         else:
             overrides += [argument] if "=" in argument else [argument, *itertools.islice(remaining, 1)]

@@ -151,3 +151,22 @@ def test_autocast_serves_the_exact_kl_too():
     with torch.autocast("cpu", torch.bfloat16):
         cast = linear_grpo_loss(h.hidden, h.weight, h.target, torch.ones(1), ref_hidden=reference.hidden, **arguments)
     assert torch.equal(cast.loss, wanted)
+
+
+def test_without_an_entropy_bonus_the_head_runs_no_second_time():
+    """The entropy is a metric then: its gradient is none, and the direction that the forward kept is the gradient."""
+    hidden, weight = torch.randn(32, 16, requires_grad=True), torch.randn(50, 16)
+    logp, entropy = linear_logprob(hidden, weight, torch.arange(32), entropy=True)
+    ran = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ran.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    config = GRPOLossConfig(loss_type="dapo")
+    loss = grpo_loss(logp, torch.randn(32), entropy=entropy, config=config).loss
+    with Watch():
+        loss.backward()
+    assert hidden.grad is not None
+    assert "longgrpo::linear_logprob_backward" not in ran

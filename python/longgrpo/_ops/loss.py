@@ -172,7 +172,9 @@ def _token_loss_backward(ctx, loss_grad, _metrics, _logp_grad):
     if loss_grad is None:
         return (None,) * 10
     logp_grad, token_weight = ctx.saved_tensors
-    entropy_grad = -ctx.entropy_coef * loss_grad * token_weight if ctx.needs_input_grad[7] else None
+    # None and not zeros: for them the head's backward would make its logits again.
+    wanted = ctx.needs_input_grad[7] and ctx.entropy_coef != 0
+    entropy_grad = -ctx.entropy_coef * loss_grad * token_weight if wanted else None
     return (logp_grad * loss_grad, None, None, None, None, None, None, entropy_grad, None, None)
 
 

@@ -205,6 +205,11 @@ class MemoryConfig:
     """Checkpoint every layer and keep its input in host memory until the backward wants it (longgrpo.offload)."""
     tiled_mlp: bool = False
     """Run the MLPs and the norms a tile of the sequence at a time (longgrpo.model.tiled_mlp)."""
+    tile_rows: int | None = None
+    """Tokens of a tile; not set: the hidden size."""
+
+    def __post_init__(self) -> None:
+        _require(self.tile_rows is None or self.tile_rows >= 1, f"tile_rows = {self.tile_rows}: must be at least 1")
 
     @property
     def checkpointed(self) -> bool:

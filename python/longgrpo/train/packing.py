@@ -73,10 +73,11 @@ def micro_batches(
     samples: Sequence[Sample], token_budget: int, device: torch.device | str = "cpu", *, share_prompts: bool = True
 ) -> list[MicroBatch]:
     """Packs `samples` in their order. A micro-batch exceeds the budget only where one sample alone does."""
-    return [pack(part, device, share_prompts=share_prompts) for part in _split(samples, token_budget, share_prompts)]
+    return [pack(part, device, share_prompts=share_prompts) for part in split(samples, token_budget, share_prompts)]
 
 
-def _split(samples: Sequence[Sample], token_budget: int, share_prompts: bool) -> Iterator[list[Sample]]:
+def split(samples: Sequence[Sample], token_budget: int, share_prompts: bool) -> Iterator[list[Sample]]:
+    """The samples of each micro-batch."""
     part: list[Sample] = []
     used = 0
     for sample in samples:

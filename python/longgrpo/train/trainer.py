@@ -11,16 +11,13 @@ from typing import Any
 
 import torch
 
-from longgrpo.model.lean_lora import use_lean_lora
 from longgrpo.model.load import load_tokenizer, resolve_model
-from longgrpo.model.lora import add_lora, save_adapter
-from longgrpo.model.masters import MasterWeights
-from longgrpo.model.packed_attention import use_packed_attention
-from longgrpo.model.tiled_mlp import tile_mlp, tile_norms
+from longgrpo.model.lora import save_adapter
 from longgrpo.offload import OffloadEngine
-from longgrpo.rollout.engine import RolloutEngine, make_engine
+from longgrpo.rollout.engine import make_engine
 from longgrpo.rollout.probe import Probe
 from longgrpo.train import checkpoint
+from longgrpo.train.build import make_policy
 from longgrpo.train.config import RewardConfig, TaskConfig, TrainConfig, dump_config, load_config
 from longgrpo.train.data import (
     Problem,
@@ -37,7 +34,7 @@ from longgrpo.train.evaluation import Evaluation, evaluate, paired_interval
 from longgrpo.train.export import write_model
 from longgrpo.train.loop import Policy, step
 from longgrpo.train.metrics import best_metric, peak_memory
-from longgrpo.train.reference import Reference
+from longgrpo.train.rehearsal import forecast_run
 from longgrpo.train.rewards import Rewarding, load_reward
 from longgrpo.train.selftest import selftest
 from longgrpo.train.signals import StopRequest
@@ -77,25 +74,25 @@ class Trainer:
     held_out: list[Problem]
     stop: StopRequest
 
-    def __init__(self, config: TrainConfig, directory: Path) -> None:
+    def __init__(self, config: TrainConfig, directory: Path, *, force: bool = False) -> None:
         if (directory / "config.yaml").exists():
             raise ConfigError(
                 f"{directory} holds a run already: go on with `longgrpo train --resume {directory}`, "
                 "or set another output_dir"
             )
-        self._build(config, directory)
+        self._build(config, directory, force)
         directory.mkdir(parents=True, exist_ok=True)
         checkpoint.write_file(directory / "config.yaml", dump_config(config))
 
     @classmethod
-    def resume(cls, directory: Path, overrides: list[str] | None = None) -> Trainer:
+    def resume(cls, directory: Path, overrides: list[str] | None = None, *, force: bool = False) -> Trainer:
         """The run in `directory` at its newest checkpoint, or at its start where it has none yet; overrides such as
         `--train.steps 100` change its config."""
         if not (directory / "config.yaml").is_file():
             raise ConfigError(f"{directory}: holds no run (no config.yaml is in it)")
         config = load_config(directory / "config.yaml", overrides)
         trainer = cls.__new__(cls)
-        trainer._build(config, directory)
+        trainer._build(config, directory, force)
         if saved := checkpoint.checkpoints(directory):
             trainer._restore(saved[-1])
         checkpoint.write_file(directory / "config.yaml", dump_config(config))
@@ -139,6 +136,8 @@ class Trainer:
         if progress.step == 0:
             self._look_at_untrained(tracker)
             checkpoint.seed_generators(self.config.train.seed)  # whatever was looked at, step 1 begins alike
+        if self._forecast and progress.step < steps and not self.stop:
+            tracker.say("\n".join(self._forecast.rehearse(self.policy)))
         while progress.step < steps and not self.stop:
             self._step(tracker)
             if every and progress.step % every == 0 and progress.step < steps:
@@ -174,7 +173,7 @@ class Trainer:
         tracker.step(result.metrics, result.problems, result.samples)
 
     # ---- built and restored
-    def _build(self, config: TrainConfig, directory: Path) -> None:
+    def _build(self, config: TrainConfig, directory: Path, force: bool) -> None:
         """Everything that can be refused is looked at first: the engine is slow to start."""
         self.config, self.directory, self.progress = config, directory, Progress()
         self._start = time.monotonic()
@@ -191,33 +190,20 @@ class Trainer:
         start = stream.state
         first = stream.take(config.train.prompts_per_step)
         stream.state = start
+        template = config.task.chat_template_kwargs
+        problems = [*first, *self.held_out]
+        prompts = [encode(tokenizer, problem.prompt, template) for problem in problems]
+        self._forecast = forecast_run(config, max(map(len, prompts)), force)
         try:
             engine = make_engine(config.rollout, config.model, config.lora)
         except (ValueError, NotImplementedError, ImportError) as error:
             raise ConfigError(str(error)) from error
-        for problem in [*first, *self.held_out]:
-            check_length(
-                encode(tokenizer, problem.prompt, config.task.chat_template_kwargs), problem, engine.max_length()
-            )
+        for ids, problem in zip(prompts, problems, strict=True):
+            check_length(ids, problem, engine.max_length())
         offload = OffloadEngine() if config.memory.offload else None
-        model = _trained_model(engine, config, offload)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        masters = MasterWeights(trained)
-        train = config.train
-        self.policy = Policy(
-            config=config,
-            engine=engine,
-            model=model,
-            reference=_reference(model, trained, config),
-            offload=offload,
-            tokenizer=tokenizer,
-            optimizer=torch.optim.AdamW(
-                masters.parameters.values(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
-            ),
-            masters=masters,
-            probe=Probe(encode(tokenizer, first[0].prompt), engine, config.rollout, config.model.dtype),
-            rewarding=Rewarding(rewards),
-            stream=stream,
+        probe = Probe(prompts[0], engine, config.rollout, config.model.dtype)
+        self.policy = make_policy(
+            config, engine, offload, tokenizer=tokenizer, probe=probe, rewarding=Rewarding(rewards), stream=stream
         )
 
     def _restore(self, saved: Path) -> None:
@@ -356,31 +342,6 @@ def _problems(task: TaskConfig, tokenizer: Any) -> tuple[list[Problem], PromptSt
             "the task's prompts are conversations and the model has no chat template: set task.chat_template"
         )
     return held_out, PromptStream(source, {problem.question for problem in held_out}, make_sampler(task, source))
-
-
-def _trained_model(engine: RolloutEngine, config: TrainConfig, offload: OffloadEngine | None) -> Any:
-    if config.lora:
-        model: Any = add_lora(engine.model, config.lora, config.train.seed)
-    else:
-        model = engine.model.requires_grad_(True)
-    use_packed_attention(model)
-    if config.lora:
-        use_lean_lora(model)
-    if config.memory.tiled_mlp:
-        tile_norms(tile_mlp(model))
-    if offload:
-        offload.install(model)
-    elif config.memory.checkpoint:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train(config.memory.checkpointed)  # transformers checkpoints in training mode alone; there is no dropout
-    engine.attach(model)
-    return model
-
-
-def _reference(model: Any, parameters: dict[str, torch.Tensor], config: TrainConfig) -> Reference | None:
-    if config.loss.beta == 0:
-        return None
-    return Reference(model, parameters, copy=config.lora is None or config.train.reference_sync_steps > 0)
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,136 @@
+"""An 8B-shaped LoRA step with random weights on a GPU: the allocator's peak against the plan, and the step's time with
+offload, with plain checkpointing and without offload's tiling. Part of `make gpu`:
+
+    python bench/step.py [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longgrpo.memory.cards import GIB
+from longgrpo.memory.dryrun import MetaEngine
+from longgrpo.memory.internal import Target
+from longgrpo.memory.plan import plan_memory
+from longgrpo.memory.shape import model_shape
+from longgrpo.offload import OffloadEngine
+from longgrpo.train.build import make_policy
+from longgrpo.train.config import TrainConfig, build_config
+from longgrpo.train.loop import loss_and_backward, optimiser_step
+from longgrpo.train.rehearsal import NOT_TRAINERS, longest_samples, rows_of
+
+SHAPE = Path(__file__).parents[1] / "examples/models/llama-3.1-8b"
+MODES = {
+    "offload and tiles": {"offload": True, "tiled_mlp": True, "tile_rows": 2048},
+    "checkpointing and tiles": {"checkpoint": True, "tiled_mlp": True, "tile_rows": 2048},
+    "checkpointing": {"checkpoint": True},
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--tokens", type=int, default=20480)
+    parser.add_argument("--layers", type=int, default=32)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench/step.py needs a GPU", file=sys.stderr)
+        return 2
+    kinds = [None, *(["nf4"] if importlib.util.find_spec("bitsandbytes") else [])]
+    results = [
+        measure(kind, name, memory, sequences, options.tokens, options.layers)
+        for kind in kinds
+        for sequences in (1, 8)
+        for name, memory in MODES.items()
+    ]
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+    return 0
+
+
+def measure(
+    kind: str | None, name: str, memory: dict[str, Any], sequences: int, tokens: int, layers: int
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        config = run_config(Path(directory), kind, memory, sequences, tokens, layers)
+        shape = model_shape(config.model.path)
+        samples = longest_samples(config, shape.context)
+        target = Target(torch.cuda.get_device_properties().multi_processor_count)
+        phase = plan_memory(config, shape, rows_of(config, samples), target).training
+        policy = random_policy(config)
+    groups = [samples] * sequences
+    every = [sample for part in groups for sample in part]
+    seconds = []
+    for number in range(1, 5):
+        if number == 2:  # the optimiser's state is there
+            torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss_and_backward(policy, every, every)
+        optimiser_step(policy, number, every)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated()
+    planned = phase.device_bytes - sum(phase.terms.get(term, 0) for term in NOT_TRAINERS)
+    result = {
+        "weights": kind or "bfloat16", "mode": name, "sequences": sequences, "tokens": tokens, "peak_bytes": peak,
+        "planned_bytes": planned, "seconds": statistics.median(seconds[1:]),
+    }  # fmt: skip
+    print(
+        f"{result['weights']:9} {name:24} {sequences} x {tokens}: peak {peak / GIB:6.2f} GiB, planned "
+        f"{planned / GIB:6.2f} ({peak / planned - 1:+.1%}), {result['seconds']:.2f} s a step",
+        flush=True,
+    )
+    del policy
+    torch.cuda.empty_cache()
+    return result
+
+
+def run_config(
+    directory: Path, kind: str | None, memory: dict[str, Any], sequences: int, tokens: int, layers: int
+) -> TrainConfig:
+    shape = json.loads((SHAPE / "config.json").read_text()) | {"num_hidden_layers": layers}
+    (directory / "config.json").write_text(json.dumps(shape))
+    return build_config(
+        {
+            "model": {"path": str(directory), "dtype": "bfloat16", "quantization": kind},
+            "lora": {"rank": 32, "alpha": 32},
+            "task": {"name": "chain_sum"},
+            "rewards": [{"function": "score_answer"}],
+            "rollout": {
+                "engine": "transformers", "num_generations": 8, "max_completion_length": tokens - tokens // 10,
+                "max_model_len": tokens,
+            },
+            "train": {"prompts_per_step": 1, "token_budget": tokens},
+            "memory": memory,
+        }
+    )  # fmt: skip
+
+
+def random_policy(config: TrainConfig) -> Any:
+    """The policy on the GPU, its weights small random numbers."""
+    engine: Any = MetaEngine(Path(config.model.path), torch.bfloat16, config.model.quantization)
+    engine.model.to_empty(device="cuda")
+    for parameter in engine.model.parameters():
+        if parameter.is_floating_point():
+            torch.nn.init.normal_(parameter, std=0.02)
+        else:
+            parameter.data.random_(0, 255)
+    rotary = engine.model.model.rotary_emb
+    engine.model.model.rotary_emb = type(rotary)(config=engine.model.config).to("cuda")
+    others: dict[str, Any] = dict.fromkeys(("tokenizer", "probe", "rewarding", "stream"))
+    return make_policy(config, engine, OffloadEngine() if config.memory.offload else None, **others)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

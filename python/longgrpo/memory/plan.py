@@ -1,0 +1,384 @@
+"""The predicted peak of each phase, term by term, from a config and a config.json: nothing is loaded.
+
+Rows: N tokens of the longest packed micro-batch, K >= N rows of attention, in which each completion has its prompt
+before it, M completion tokens. Widths: H hidden, Q = heads x head_dim, KV = key heads x head_dim, I of the MLP, V of
+the vocabulary. Every formula of this module is in bytes and stands beside what it counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from longgrpo.loss.linear import DEFAULT_WORKSPACE
+from longgrpo.memory.cards import CONTEXT, GIB
+from longgrpo.memory.internal import Target, attention_workspace, head_workspace, ring_bytes
+from longgrpo.memory.shape import ModelShape
+
+if TYPE_CHECKING:
+    from longgrpo.train.config import TrainConfig
+
+NF4_BYTES = 0.5 + 4 / 64  # a weight: 4 bits, and a float32 for each 64
+FP32 = 4
+KEPT_RECORDS = 3  # sources that the offload engine still holds when the backward begins: keep_last + inflight
+ENGINE_TOKENS = 8192  # of a forward of the rollout engine
+MIN_RECORD = 1 << 20  # smaller layer inputs stay on the device (OffloadEngine's min_bytes)
+
+
+class Rows(NamedTuple):
+    """The longest micro-batch."""
+
+    tokens: int  # N
+    attention: int  # K
+    loss: int  # M
+    longest: int  # tokens of its longest sequence
+
+
+@dataclass(frozen=True)
+class Phase:
+    """terms: what lives on the device at the phase's peak; host_terms: in host memory. Bytes."""
+
+    name: str
+    terms: dict[str, int]
+    host_terms: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.terms.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host_terms.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    rollout: Phase
+    scoring: Phase
+    training: Phase
+    rows: Rows
+
+    @property
+    def phases(self) -> tuple[Phase, Phase, Phase]:
+        return self.rollout, self.scoring, self.training
+
+    @property
+    def device_bytes(self) -> int:
+        return max(phase.device_bytes for phase in self.phases)
+
+    @property
+    def host_bytes(self) -> int:
+        return max(phase.host_bytes for phase in self.phases)
+
+
+def plan_memory(config: TrainConfig, shape: ModelShape, rows: Rows, target: Target) -> Plan:
+    """The peaks of a run of `config` whose longest micro-batch is `rows`.
+
+    Raises ValueError for a config that contradicts itself: see `check`.
+    """
+    check(config, shape, rows)
+    model = _Memory(config, shape, rows, target)
+    return Plan(model.rollout(), model.scoring(), model.training(), rows)
+
+
+def check(config: TrainConfig, shape: ModelShape, rows: Rows) -> None:
+    if rows.longest > shape.context:
+        raise ValueError(
+            f"a sequence of {rows.longest} tokens: the positions of this {shape.kind} model reach {shape.context}; "
+            "lower rollout.max_model_len or rollout.max_completion_length"
+        )
+    if shape.sliding_window and rows.longest > shape.sliding_window:
+        raise ValueError(
+            f"a sequence of {rows.longest} tokens under a sliding window of {shape.sliding_window}: the trainer has no "
+            "windowed attention; lower rollout.max_model_len"
+        )
+    cache = int(config.rollout.kv_cache_gib * GIB)
+    one = kv_bytes(config, shape, rows.longest)
+    if config.rollout.engine != "transformers" and one > cache:
+        raise ValueError(
+            f"rollout.kv_cache_gib = {config.rollout.kv_cache_gib:g}: one sequence of {rows.longest} tokens needs "
+            f"{one / GIB:.2f} GiB; raise it, set rollout.kv_cache_dtype: fp8 or lower rollout.max_model_len"
+        )
+
+
+def kv_bytes(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
+    """Keys and values of a sequence in the rollout engine."""
+    element = 1 if config.rollout.kv_cache_dtype == "fp8" else _element(config)
+    return 2 * element * shape.layers * shape.kv_width * tokens
+
+
+class _Memory:
+    """The formulas. Attributes named as a width are one micro-batch's bytes of a tensor of that width."""
+
+    def __init__(self, config: TrainConfig, shape: ModelShape, rows: Rows, target: Target) -> None:
+        self.config, self.shape, self.rows, self.target = config, shape, rows, target
+        self.full = config.lora is None
+        self.tiled = config.memory.tiled_mlp
+        self.quantised = config.model.quantization == "nf4"
+        self.copies = rows.attention > rows.tokens
+        self.element = element = _element(config)
+        n, k = rows.tokens, rows.attention
+        self.h, self.i = element * shape.hidden * n, element * shape.mlp * n
+        self.q, self.kv = element * shape.q_width * n, element * shape.kv_width * n
+        self.q_rows, self.kv_rows = element * shape.q_width * k, element * shape.kv_width * k
+        self.loss_rows = element * shape.hidden * rows.loss
+        self.wide = FP32 * shape.hidden * n  # of H, in fp32
+
+    # ---- what lives all along
+    def resident(self) -> dict[str, int]:
+        """Terms that every phase has."""
+        shape, element = self.shape, self.element
+        terms = {
+            "linear weights": int(shape.linear_weights * (NF4_BYTES if self.quantised else element)),
+            "embedding and head": shape.embeddings * element,
+            "norms and biases": shape.other_weights * element,
+        }
+        if self.config.lora:
+            terms["adapter"] = self.trained * FP32 + self._engine_adapter()
+        elif element < FP32:
+            terms["float32 masters"] = FP32 * shape.parameters
+        if self.config.loss.beta and self.full:
+            terms["reference"] = shape.parameters * element
+        terms["optimiser"] = 2 * FP32 * self.trained
+        if self.target.is_cuda:
+            terms["context"] = CONTEXT
+        return terms
+
+    def _engine_adapter(self) -> int:
+        """The engine's own copy of A and B, which a merge does without."""
+        mode = self.config.lora.mode if self.config.lora else "merge"
+        merged = mode == "merge" or (mode == "auto" and self.element == FP32)
+        return 0 if merged or self.config.rollout.engine == "transformers" else self.trained * self.element
+
+    @property
+    def trained(self) -> int:
+        """Elements that the optimiser steps."""
+        if self.full:
+            return self.shape.parameters
+        assert self.config.lora
+        adapted = [linear for linear in self.shape.linears if self._adapted(linear.name)]
+        return self.shape.layers * self.config.lora.rank * sum(x.inputs + x.outputs for x in adapted)
+
+    @property
+    def cache(self) -> dict[str, int]:
+        """The rollout's key-value cache, where it stays while the model trains."""
+        rollout = self.config.rollout
+        if rollout.engine == "transformers" or rollout.release_kv_cache:
+            return {}
+        return {"KV cache": int(rollout.kv_cache_gib * GIB)}
+
+    # ---- phases
+    def rollout(self) -> Phase:
+        rollout, shape = self.config.rollout, self.shape
+        if rollout.engine == "transformers":
+            batch = min(64, self.config.train.prompts_per_step * rollout.num_generations)
+            cache = batch * kv_bytes(self.config, shape, self.rows.longest)
+            # float32 scores, logp, its exponential and sum in float64, the forced choice
+            logits = batch * shape.vocabulary * (3 * FP32 + 2 * 8)
+            return Phase("rollout", self.resident() | {"KV cache": cache, "logits": logits})
+        tokens = min(ENGINE_TOKENS, max(self.rows.longest, 2048))
+        forward = tokens * self.element * (2 * shape.hidden + 3 * shape.mlp)
+        live = min(256, self.config.train.prompts_per_step * rollout.num_generations)
+        logits = live * shape.vocabulary * 3 * FP32
+        cache = int(rollout.kv_cache_gib * GIB)
+        return Phase("rollout", self.resident() | {"KV cache": cache, "engine's forward and logits": forward + logits})
+
+    def scoring(self) -> Phase:
+        """A forward without gradients; none where the loss has no reference and each rollout serves one update."""
+        terms = self.resident() | self.cache
+        if self._moves:
+            terms["offload's slots"] = ring_bytes(self.h)
+        if self.config.loss.beta == 0 and self.config.train.updates == 1:
+            return Phase("scoring", terms)
+        moments = {
+            "a layer's forward": self._forward(),
+            "hidden states and head": 2 * self.h + self.loss_rows + self._head(hidden_gradient=False),
+        }
+        return Phase("scoring", terms | _largest(moments))
+
+    def training(self) -> Phase:
+        terms = self.resident() | self.cache | {"gradients": FP32 * self.trained}
+        kept, host = self._kept()
+        moments: list[dict[str, int]] = [kept | {"hidden states and head": self._loss()}]
+        below = self._below()
+        moments += [below | {name: size} for name, size in self._backward().items()]
+        slots = {"offload's slots": ring_bytes(self.h)} if self._moves else {}
+        moments.append(slots | {"embedding's backward": self._embedding_backward()})
+        moments.append(slots | {"optimiser's temporaries": self._optimiser()})
+        peak = max(moments, key=lambda moment: sum(moment.values()))
+        return Phase("training", terms | peak, {"layer inputs": host} if host else {})
+
+    # ---- between the layers
+    def _kept(self) -> tuple[dict[str, int], int]:
+        """What the whole forward leaves on the device, and on the host."""
+        layers, h = self.shape.layers, self.h
+        first = 0 if self.full else h  # PEFT makes the embedding's output a leaf, which autograd holds
+        if not self.config.memory.checkpointed:
+            return {"saved activations": layers * self._saved() + (0 if self._input_kept else first)}, 0
+        if not self._moves:
+            return {"layer inputs": layers * h}, 0
+        moved = layers - (first > 0)
+        held = min(moved, KEPT_RECORDS) * h + ring_bytes(h) + first
+        return {"layer inputs on the device": held}, max(0, moved - 1) * h
+
+    def _below(self) -> dict[str, int]:
+        """The same while the last layer's backward runs: its own activations are counted there."""
+        kept, _ = self._kept()
+        if not self.config.memory.checkpointed:
+            kept["saved activations"] -= self._saved()
+        if self.full and self.shape.tied:
+            kept["head's gradient"] = self._head_gradient  # which waits for the embedding's
+        return kept
+
+    @property
+    def _moves(self) -> bool:
+        """Whether layer inputs leave for the host."""
+        return self.config.memory.offload and self.h >= MIN_RECORD
+
+    @property
+    def _input_kept(self) -> bool:
+        """Whether a norm keeps its input itself: in half precision transformers' keeps an fp32 copy."""
+        return self.tiled or self.element == FP32
+
+    # ---- one layer
+    def _adapted(self, name: str) -> bool:
+        lora = self.config.lora
+        return lora is not None and (lora.targets == "all-linear" or name in lora.targets)
+
+    def _reads(self, *names: str) -> bool:
+        """Whether a linear of these keeps its input for the gradient of its weight or adapter."""
+        return self.full or any(self._adapted(name) for name in names)
+
+    def _norm(self) -> int:
+        """What an RMS norm over H keeps: its input, and before a trained weight the normalised one."""
+        trained = self.h if self.full and not self.tiled else 0
+        return (self.h if self._input_kept else self.wide) + trained
+
+    def _downs(self, *names: str) -> int:
+        """A x of the adapters, [N, r] each."""
+        if self.config.lora is None:
+            return 0
+        return sum(self._adapted(name) for name in names) * self.element * self.config.lora.rank * self.rows.tokens
+
+    def _attention_saved(self) -> int:
+        shape, family = self.shape, self.shape.family
+        inputs = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+        norm = self._norm()
+        if self.config.memory.checkpointed and self._input_kept:
+            norm -= self.h  # the checkpoint has it
+        heads = 0
+        if family.head_norms:  # over heads x head_dim, as _norm over H
+            per_width = (1 if self._input_kept else FP32 / self.element) + (self.full and not self.tiled)
+            heads = int((self.q + self.kv) * per_width)
+        lse = FP32 * shape.heads * self.rows.attention
+        qkv = self.q_rows + 2 * self.kv_rows
+        if family.fused and not self.copies:
+            qkv += self.q + self.kv  # v is a part of the one linear's output, which lives with it
+        copied = self.copies or not self.target.is_cuda  # the output, gathered for o_proj
+        output = self.q if copied and self._reads("o_proj") else 0
+        return (
+            norm + (self.h if self._reads(*inputs) else 0) + self._downs(*inputs, "o_proj")
+            + heads + qkv + self.q_rows + lse + output
+        )  # fmt: skip
+
+    def _mlp_saved(self) -> int:
+        norm = self._norm()
+        if self.tiled:
+            return norm + self.h
+        names = ("gate_proj", "up_proj", "gate_up_proj")
+        products = 4 if self._reads("down_proj") else 3  # gate, act(gate), up, and their product
+        return norm + (self.h if self._reads(*names) else 0) + products * self.i + self._downs(*names, "down_proj")
+
+    def _saved(self) -> int:
+        return self._attention_saved() + self._mlp_saved()
+
+    def _tile(self, size: int) -> int:
+        """`size` bytes of the micro-batch -> those of one tile."""
+        rows = self.config.memory.tile_rows or self.shape.hidden
+        return min(size, size * rows // self.rows.tokens)
+
+    def _backward(self) -> dict[str, int]:
+        """The moments of a layer's backward, each with what it saved and has not given back yet. h: the gradient that
+        comes in."""
+        h, attention = self.h, self._attention_saved()
+        largest = max(x.inputs * x.outputs for x in self.shape.linears)
+        dweight = FP32 * largest if self.full else 0
+        unpacked = self.element * largest if self.quantised else 0
+        if self.tiled:
+            mlp = self._mlp_saved() + 2 * h + self._tile(6 * self.i + 3 * h)
+            mlp += 6 * FP32 * self.shape.hidden * self.shape.mlp if self.full else 0
+            norm = self._norm() + 3 * h + self._tile(5 * self.wide)
+        else:
+            rest = self._mlp_saved() - (4 if self._reads("down_proj") else 3) * self.i
+            mlp = rest + h + max(6 * self.i, 5 * self.i + dweight)
+            # pow, its factor, the product, the mean's gradient and the other one, in fp32
+            norm = self._norm() + h + 5 * self.wide
+        gradients = self.q_rows + 2 * self.kv_rows + max(self.q_rows, self.q)  # of q, k, v and of the output
+        workspace = attention_workspace(
+            self.target, self.rows.attention, self.shape.heads, self.shape.kv_heads, self.shape.head_dim, self.element
+        )
+        return {
+            "MLP's backward": attention + mlp + unpacked,
+            "norm's backward": attention + norm,
+            "attention's backward": attention + h + gradients + workspace,
+            "output projection's backward": attention + h + 2 * self.q + dweight,
+        }
+
+    def _forward(self) -> int:
+        """The largest moment of a layer's forward of which nothing is kept."""
+        h, i = self.h, self.i
+        norm = h + self._tile(2 * self.wide) + h if self.tiled else h + 2 * self.wide
+        rotation = 2 * h + 4 * self.q + 2 * self.kv  # q, q cos, its rotation, that times sin
+        copies = self.q_rows + 2 * self.kv_rows if self.copies else 0
+        attention = 2 * h + self.q + 2 * self.kv + copies + self.q_rows + (0 if self.target.is_cuda else self.q)
+        products = (4 if self.shape.family.fused else 3) * i
+        mlp = 2 * h + (h + self._tile(products) if self.tiled else products)
+        return 2 * h + max(norm, rotation, attention, mlp)  # the embeddings and the layer's input are held throughout
+
+    # ---- head and optimiser
+    def _head(self, *, hidden_gradient: bool, weight_gradient: bool = False) -> int:
+        return head_workspace(
+            self.target, self.rows.loss, self.shape.hidden, self.shape.vocabulary, _dtype(self.config),
+            hidden_gradient=hidden_gradient, weight_gradient=weight_gradient, workspace=DEFAULT_WORKSPACE,
+        )  # fmt: skip
+
+    @property
+    def _head_gradient(self) -> int:
+        return FP32 * self.shape.vocabulary * self.shape.hidden
+
+    def _embedding_backward(self) -> int:
+        """A dense gradient; where the head is the embedding, the head's and their sum as well."""
+        if not self.full:
+            return 0
+        return (3 if self.shape.tied else 1) * self._head_gradient + self.h
+
+    def _loss(self) -> int:
+        """The last norm, its output, the rows of the loss and, for a frozen head, their direction; a trained head's
+        gradient is in fp32."""
+        if self.full:
+            backward = self._head(hidden_gradient=True, weight_gradient=True) + self._head_gradient
+            return self._norm() + 2 * self.loss_rows + max(backward, self.h)
+        return self._norm() + self.h + 2 * self.loss_rows + self._head(hidden_gradient=True)
+
+    def _optimiser(self) -> int:
+        """torch's AdamW: on a GPU all square roots at once, else two tensors of the largest parameter."""
+        if self.target.is_cuda:
+            return FP32 * self.trained
+        largest = max(self.shape.embeddings, *(x.inputs * x.outputs for x in self.shape.linears))
+        return 2 * FP32 * largest if self.full else 0
+
+
+def _largest(moments: dict[str, int]) -> dict[str, int]:
+    name = max(moments, key=lambda name: moments[name])
+    return {name: moments[name]}
+
+
+def _dtype(config: Any) -> torch.dtype:
+    return getattr(torch, config.model.dtype)
+
+
+def _element(config: Any) -> int:
+    """Bytes of a number of the model."""
+    return _dtype(config).itemsize

@@ -1,0 +1,64 @@
+"""The model in training, on the engine's weights, with its optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longgrpo.model.lean_lora import use_lean_lora
+from longgrpo.model.lora import add_lora
+from longgrpo.model.masters import MasterWeights
+from longgrpo.model.packed_attention import use_packed_attention
+from longgrpo.model.tiled_mlp import tile_mlp, tile_norms
+from longgrpo.offload import OffloadEngine
+from longgrpo.rollout.engine import RolloutEngine
+from longgrpo.train.config import TrainConfig
+from longgrpo.train.policy import Policy
+from longgrpo.train.reference import Reference
+
+
+def make_policy(config: TrainConfig, engine: RolloutEngine, offload: OffloadEngine | None, **others: Any) -> Policy:
+    """What phases 5 to 7 of a step work with; `others` are the fields that the other phases need."""
+    model = _trained_model(engine, config, offload)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    masters = MasterWeights(trained)
+    train = config.train
+    return Policy(
+        config=config,
+        engine=engine,
+        model=model,
+        reference=_reference(model, trained, config),
+        offload=offload,
+        optimizer=torch.optim.AdamW(
+            masters.parameters.values(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
+        ),
+        masters=masters,
+        **others,
+    )
+
+
+def _trained_model(engine: RolloutEngine, config: TrainConfig, offload: OffloadEngine | None) -> Any:
+    if config.lora:
+        model: Any = add_lora(engine.model, config.lora, config.train.seed)
+    else:
+        model = engine.model.requires_grad_(True)
+    use_packed_attention(model)
+    if config.lora:
+        use_lean_lora(model)
+    if config.memory.tiled_mlp:
+        tile_norms(tile_mlp(model, config.memory.tile_rows), config.memory.tile_rows)
+    if offload:
+        offload.install(model)
+    elif config.memory.checkpoint:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train(config.memory.checkpointed)  # transformers checkpoints in training mode alone; there is no dropout
+    engine.attach(model)
+    return model
+
+
+def _reference(model: Any, parameters: dict[str, Tensor], config: TrainConfig) -> Reference | None:
+    if config.loss.beta == 0:
+        return None
+    return Reference(model, parameters, copy=config.lora is None or config.train.reference_sync_steps > 0)

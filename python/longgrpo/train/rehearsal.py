@@ -1,0 +1,227 @@
+"""The longest micro-batch that a config permits: planned for, rehearsed before the first step, run dry on `meta`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from longgrpo._ops.offload import host_budget
+from longgrpo.memory.cards import GIB, card
+from longgrpo.memory.dryrun import MetaEngine
+from longgrpo.memory.internal import CPU, Internal, Target
+from longgrpo.memory.ladder import Change, cheapest_changes
+from longgrpo.memory.live import LiveStorages
+from longgrpo.memory.plan import Phase, Plan, Rows, plan_memory
+from longgrpo.memory.shape import UnknownArchitecture, config_file, model_shape
+from longgrpo.offload import OffloadEngine
+from longgrpo.rollout.engine import Completion
+from longgrpo.train.build import make_policy
+from longgrpo.train.config import TrainConfig
+from longgrpo.train.errors import ConfigError
+from longgrpo.train.loop import loss_and_backward, optimiser_step, score
+from longgrpo.train.packing import Sample, pack, split
+from longgrpo.train.policy import Policy
+
+log = logging.getLogger(__name__)
+
+
+def longest_samples(config: TrainConfig, context: int, prompt_length: int | None = None) -> list[Sample]:
+    """The samples of the longest micro-batch: prompts of `prompt_length` tokens, completions as long as they may be.
+
+    Without a prompt length prompts fill what rollout.max_model_len leaves, or else train.token_budget.
+    """
+    rollout, train = config.rollout, config.train
+    longest = rollout.max_model_len or min(context, max(train.token_budget, rollout.max_completion_length + 1))
+    prompt = max(1, min(prompt_length or longest, longest - rollout.max_completion_length))
+    length = min(rollout.max_completion_length, longest - prompt)
+    completion = Completion([0] * length, [0.0] * length, "stop")
+    groups = [[0] * prompt for _ in range(train.prompts_per_step)]
+    samples = [
+        Sample(group, ids, completion, "", advantage=1.0)
+        for group, ids in enumerate(groups)
+        for _ in range(rollout.num_generations)
+    ]
+    return next(split(samples, train.token_budget, config.memory.share_prompts))
+
+
+def rows_of(config: TrainConfig, samples: list[Sample]) -> Rows:
+    batch = pack(samples, share_prompts=config.memory.share_prompts)
+    bounds = batch.packed.cu_seqlens if batch.packed.prefix is None else batch.packed.unshared()[1]
+    longest = max(end - start for start, end in pairwise(bounds.tolist()))
+    return Rows(len(batch.packed.input_ids), int(bounds[-1]), len(batch.target), longest + 1)
+
+
+class Forecast:
+    """What a run will need on a card, or without one on this machine: `--card`'s name or GiB; None: what is here.
+
+    Raises ConfigError for a config that contradicts itself, an unknown architecture or card.
+    """
+
+    def __init__(self, config: TrainConfig, card_name: str | None = None, prompt_length: int | None = None) -> None:
+        try:
+            self.capacity, self.target = _capacity(card_name)
+            self.config, self.prompt_length = config, prompt_length
+            self.shape = model_shape(config.model.path)
+            self.samples = longest_samples(config, self.shape.context, prompt_length)
+            self.plan = self._planned(config)
+        except (ValueError, FileNotFoundError) as error:
+            raise ConfigError(str(error)) from error
+
+    def _planned(self, config: TrainConfig) -> Plan:
+        samples = longest_samples(config, self.shape.context, self.prompt_length)
+        return plan_memory(config, self.shape, rows_of(config, samples), self.target)
+
+    def needs(self, plan: Plan) -> int:
+        """Bytes that must fit: without a GPU device and host are one memory."""
+        return plan.device_bytes + (0 if self.target.is_cuda else plan.host_bytes)
+
+    def fits(self, plan: Plan | None = None) -> bool:
+        return self.needs(plan or self.plan) <= self.capacity
+
+    def changes(self) -> list[Change]:
+        return cheapest_changes(self.config, self.shape, self.fits, self._planned)
+
+    def text(self) -> str:
+        rows = self.plan.rows
+        lines = [
+            f"memory, predicted: the longest micro-batch has {rows.tokens} tokens ({rows.attention} in attention, "
+            f"{rows.loss} in the loss)"
+        ]
+        for phase in self.plan.phases:
+            host = f", host {phase.host_bytes / GIB:.2f} GiB" if phase.host_bytes else ""
+            lines.append(f"  {phase.name:9}{phase.device_bytes / GIB:8.2f} GiB{host}")
+            terms = (phase.terms | {f"{name} (host)": size for name, size in phase.host_terms.items()}).items()
+            lines += [f"    {size / GIB:8.2f}  {name}" for name, size in terms if size >= GIB / 200]
+        need, has = self.needs(self.plan) / GIB, self.capacity / GIB
+        lines.append(f"{'fits' if self.fits() else 'does not fit'}: {need:.2f} of {has:.2f} GiB")
+        if not self.fits():
+            changes = self.changes()
+            lines += [f"  {self.needs(change.plan) / GIB:8.2f} GiB with {change.text}" for change in changes]
+            if not changes or not self.fits(changes[-1].plan):
+                lines.append("  no change of the config is enough: take a larger card, fewer tokens or a smaller model")
+        return "\n".join(lines)
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "fits": self.fits(),
+            "capacity_bytes": self.capacity,
+            "rows": self.plan.rows._asdict(),
+            **{phase.name: as_json(phase) for phase in self.plan.phases},
+            "changes": [
+                {"change": change.text, "needs_bytes": self.needs(change.plan), "fits": self.fits(change.plan)}
+                for change in ([] if self.fits() else self.changes())
+            ],
+        }
+
+    def dry_run(self) -> dict[str, Phase]:
+        return dry_run(self.config, self.samples, self.target)
+
+    def rehearse(self, policy: Policy) -> list[str]:
+        """Scores the longest micro-batch and makes its gradient: what does not fit fails now and not at step 120. No
+        weight changes. Returns a line for each phase, predicted beside measured."""
+        phases = {
+            "scoring": lambda: score(policy, self.samples),
+            "training": lambda: loss_and_backward(policy, self.samples, self.samples),
+        }
+        lines = []
+        for name, run in phases.items():
+            measured = _peak_of(run, policy, self.target)
+            phase: Phase = getattr(self.plan, name)
+            apart = sum(phase.terms.get(term, 0) for term in (*NOT_TRAINERS, "optimiser"))  # there is none yet
+            lines.append(
+                f"memory, {name}: {measured / GIB:.2f} GiB measured, {(phase.device_bytes - apart) / GIB:.2f} predicted"
+            )
+        policy.optimizer.zero_grad(set_to_none=True)
+        return lines
+
+
+def forecast_run(config: TrainConfig, prompt_length: int, force: bool) -> Forecast | None:
+    """Logs what a run here will need. Raises ConfigError, with the remedies, where that does not fit, unless `force`.
+    None for an architecture that there are no formulas for."""
+    try:
+        forecast = Forecast(config, prompt_length=prompt_length)
+    except ConfigError as error:
+        if not isinstance(error.__cause__, UnknownArchitecture):
+            raise
+        log.info("no memory plan: %s", error)
+        return None
+    text = forecast.text()
+    if not (forecast.fits() or force):
+        raise ConfigError(f"{text}\n--force trains all the same")
+    log.info("%s", text)
+    return forecast
+
+
+NOT_TRAINERS = ("context", "KV cache")
+"""Terms that the trainer itself does not hold."""
+
+
+def as_json(phase: Phase) -> dict[str, Any]:
+    return {
+        "device_bytes": phase.device_bytes,
+        "host_bytes": phase.host_bytes,
+        "terms": phase.terms | {f"{name} (host)": size for name, size in phase.host_terms.items()},
+    }
+
+
+def _capacity(card_name: str | None) -> tuple[int, Target]:
+    if card_name is not None:
+        found = card(card_name)
+        return found.memory, Target(found.multiprocessors)
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return free, Target(torch.cuda.get_device_properties().multi_processor_count)
+    return host_budget(), CPU
+
+
+def _peak_of(run: Callable[[], Any], policy: Policy, target: Target) -> int:
+    """Bytes: by torch's allocator on a GPU, else in live storages."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated()
+    with LiveStorages(Internal(target)) as live:
+        live.add([*policy.model.parameters(), *policy.model.buffers()], "weights")
+        live.add(policy.parameters.values(), "masters")
+        run()
+    return live.peak
+
+
+def dry_run(config: TrainConfig, samples: list[Sample], target: Target) -> dict[str, Phase]:
+    """count_step on storages that are not there, with the attention of a GPU."""
+    dtype = getattr(torch, config.model.dtype)
+    offload = OffloadEngine(backend="count", host_bytes=1 << 44) if config.memory.offload else None
+    engine: Any = MetaEngine(config_file(config.model.path).parent, dtype, config.model.quantization)
+    policy = make_policy(config, engine, offload, **dict.fromkeys(("tokenizer", "probe", "rewarding", "stream")))
+    for group in policy.optimizer.param_groups:
+        group["foreach"] = target.is_cuda  # as torch chooses there
+    return count_step(policy, samples, target)
+
+
+def count_step(policy: Policy, samples: list[Sample], target: Target) -> dict[str, Phase]:
+    """Phases 5 to 7 of a step, the trainer's own: the peaks of scoring and training in live storages.
+
+    It is the second step, as the optimiser's state is there, and has the micro-batch twice, as gradients are there when
+    the second one runs. What the trainer holds is counted: no key-value cache and no CUDA context.
+    """
+    groups = policy.config.train.prompts_per_step
+    twice = [*samples, *(replace(sample, group=sample.group + groups) for sample in samples)]
+    with LiveStorages(Internal(target)) as live:
+        live.add([*policy.model.parameters(), *policy.model.buffers()], "weights")
+        live.add(policy.reference.tensors.values() if policy.reference else [], "reference")
+        score(policy, twice)
+        loss_and_backward(policy, samples, samples)
+        optimiser_step(policy, 1, samples)
+        live.reset_peak()
+        score(policy, samples)
+        scoring = Phase("scoring", dict(live.at_peak))
+        live.reset_peak()
+        loss_and_backward(policy, twice, twice)
+        optimiser_step(policy, 2, twice)
+    host = {"layer inputs": int(policy.offload.stats()["host_peak"])} if policy.offload else {}
+    return {"scoring": scoring, "training": Phase("training", dict(live.at_peak), host)}

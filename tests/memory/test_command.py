@@ -1,0 +1,129 @@
+"""`longgrpo plan`, and what `longgrpo train` does with the plan."""
+
+import json
+
+import pytest
+import yaml
+from planned_runs import MODELS
+
+from longgrpo.cli import main
+from longgrpo.memory.cards import CARDS, GIB, card
+from longgrpo.train.config import load_config
+from longgrpo.train.rehearsal import Forecast
+
+EXAMPLES = MODELS.parent
+RECIPES = {
+    "llama-3.1-8b-20k-80gb": "h100-80",
+    "llama-3.1-8b-20k-24gb": "rtx4090-24",
+    "phi-4-16k-80gb": "h100-80",
+    "qwen2.5-1.5b-5gb": "5",
+    "qwen3-8b-128k-80gb": "h100-80",
+}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)  # as recipes name their models
+
+
+def run(capsys, *arguments):
+    status = main(["plan", *map(str, arguments)])
+    return status, capsys.readouterr()
+
+
+@pytest.mark.parametrize(("name", "card_name"), RECIPES.items())
+def test_a_recipe_fits_its_card(name, card_name):
+    forecast = Forecast(load_config(EXAMPLES / f"{name}.yaml"), card_name)
+    assert forecast.fits(), forecast.text()
+
+
+def test_json_says_what_the_text_says(capsys):
+    status, out = run(capsys, EXAMPLES / "llama-3.1-8b-20k-80gb.yaml", "--card", "h100-80", "--json")
+    plan = json.loads(out.out)
+    assert status == 0
+    assert plan["fits"] is True
+    for phase in ("rollout", "scoring", "training"):
+        host = sum(size for name, size in plan[phase]["terms"].items() if name.endswith("(host)"))
+        assert plan[phase]["host_bytes"] == host
+        assert plan[phase]["device_bytes"] == sum(plan[phase]["terms"].values()) - host
+    _, out = run(capsys, EXAMPLES / "llama-3.1-8b-20k-80gb.yaml", "--card", "h100-80")
+    assert f"{plan['training']['device_bytes'] / GIB:.2f} GiB" in out.out
+
+
+def test_changes_lead_to_a_config_that_fits(capsys, tmp_path):
+    """Each change is applied as the command line takes it, and gives the peak that was promised."""
+    arguments = [
+        EXAMPLES / "llama-3.1-8b-20k-80gb.yaml", "--train.token_budget", 163840, "--memory.offload", "false",
+        "--memory.tiled_mlp", "false", "--rollout.release_kv_cache", "false",
+    ]  # fmt: skip
+    status, out = run(capsys, *arguments, "--card", "40", "--json")
+    plan = json.loads(out.out)
+    assert (status, plan["fits"]) == (1, False)
+    needs = [change["needs_bytes"] for change in plan["changes"]]
+    assert needs == sorted(needs, reverse=True)
+    assert [change["fits"] for change in plan["changes"]] == [False] * (len(needs) - 1) + [True]
+    for change in plan["changes"]:
+        for setting in change["change"].split(" and "):
+            key, value = setting.split(": ")
+            arguments += [f"--{key}", value]
+    status, out = run(capsys, *arguments, "--card", "40", "--json")
+    assert status == 0
+    assert max(json.loads(out.out)[name]["device_bytes"] for name in ("rollout", "scoring", "training")) == needs[-1]
+
+
+def test_a_card_too_small_for_the_weights(capsys):
+    status, out = run(capsys, EXAMPLES / "llama-3.1-8b-20k-80gb.yaml", "--card", "t4-16", "--model.dtype", "float32")
+    assert status == 1
+    assert "no change of the config is enough" in out.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--card", "b900"], r"card 'b900': known cards are h100-80, h200-141, rtx4090-24, t4-16; or give its memory"),
+        (["--card", "-3"], "card '-3'"),
+        (["--rollout.max_model_len", "200000"], "the positions of this llama model reach 131072"),
+        (["--rollout.kv_cache_gib", "2"], "one sequence of 20480 tokens needs 2.50 GiB"),
+        (["--model.path", "nowhere"], "'nowhere' does not exist"),
+    ],
+)
+def test_bad_input(capsys, arguments, message):
+    import re
+
+    status, out = run(capsys, EXAMPLES / "llama-3.1-8b-20k-80gb.yaml", *arguments)
+    assert status == 2
+    assert re.search(message, out.err)
+
+
+def test_cards():
+    assert card("h100-80").memory == 81559 << 20
+    assert card("24").memory == 24 * GIB
+    assert all(entry.memory > 14 * GIB for entry in CARDS.values())
+
+
+def test_targets():
+    """In training, without the CUDA context, which torch's allocator does not see."""
+
+    def peak(name, phase="training", **terms):
+        plan = Forecast(load_config(EXAMPLES / f"{name}.yaml"), "h100-80").plan
+        phase = getattr(plan, phase)
+        return phase.device_bytes - phase.terms["context"], phase.host_bytes
+
+    device, host = peak("qwen3-8b-128k-80gb")
+    assert device < 80e9
+    assert host == pytest.approx(36 * 131072 * 4096 * 2, rel=0.1)
+    small = Forecast(load_config(EXAMPLES / "qwen2.5-1.5b-5gb.yaml"), "5").plan
+    assert small.device_bytes <= 5 * GIB
+
+
+def test_train_refuses_what_cannot_fit(tmp_path, capsys):
+    config = yaml.safe_load((EXAMPLES / "smollm2-arithmetic.yaml").read_text())
+    config["rollout"]["kv_cache_gib"] = 10_000
+    config["rollout"]["engine"] = "vllm"
+    file = tmp_path / "huge.yaml"
+    file.write_text(yaml.safe_dump(config))
+    assert main(["train", str(file), "--output_dir", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert "does not fit" in err
+    assert "--force trains all the same" in err
+    assert not (tmp_path / "run").exists()

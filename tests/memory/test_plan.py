@@ -1,0 +1,138 @@
+"""The planner against the dry run, which runs the trainer's own step, and against real runs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planned_runs import MODELS as SHAPES
+from planned_runs import run_config
+
+from longgrpo.memory.cards import GIB, card
+from longgrpo.memory.internal import CPU, Target
+from longgrpo.memory.plan import NF4_BYTES, plan_memory
+from longgrpo.memory.shape import model_shape
+from longgrpo.offload import OffloadEngine
+from longgrpo.rollout.transformers import TransformersEngine
+from longgrpo.train.build import make_policy
+from longgrpo.train.config import load_config
+from longgrpo.train.rehearsal import NOT_TRAINERS, count_step, dry_run, longest_samples, rows_of
+
+EXAMPLES = SHAPES.parent
+H100 = Target(card("h100-80").multiprocessors)
+LAYERS = 6  # with more, weights and layer inputs hide what a formula of one layer gets wrong
+MODELS = ("llama-3.1-8b", "qwen2.5-1.5b", "smollm2")
+BOTH = {"offload": True, "tiled_mlp": True}
+RUNS = {  # bench/plan.py has all combinations
+    "lora": (True, {}),
+    "lora, offloaded and tiled": (True, BOTH),
+    "full, checkpointed": (False, {"checkpoint": True}),
+    "full, offloaded": (False, {"offload": True}),
+}
+
+
+def planned(config, target):
+    shape = model_shape(config.model.path)
+    samples = longest_samples(config, shape.context)
+    return plan_memory(config, shape, rows_of(config, samples), target), samples
+
+
+def held(phase):
+    """What the trainer itself holds."""
+    return phase.device_bytes - sum(phase.terms.get(term, 0) for term in NOT_TRAINERS)
+
+
+def agree(config, target=H100):
+    plan, samples = planned(config, target)
+    counted = dry_run(config, samples, target)
+    assert held(plan.training) == pytest.approx(held(counted["training"]), rel=0.05)
+    if config.loss.beta:
+        assert held(plan.scoring) == pytest.approx(held(counted["scoring"]), rel=0.05)
+    assert plan.training.host_bytes == pytest.approx(counted["training"].host_bytes, rel=0.01)  # blocks are aligned
+
+
+@pytest.mark.parametrize(("lora", "memory"), RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("length", [2048, 8000, 20480])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_planner_agrees_with_the_dry_run(model, name, length, lora, memory):
+    if name == "smollm2" and length > 8192:
+        length = 4096  # of what its positions reach
+    tiles = {"tile_rows": length // 4} if "tiled_mlp" in memory else {}  # few tiles: they are run in Python
+    dtype = "bfloat16" if lora else "float32"
+    agree(run_config(model(name, LAYERS), length, lora=lora, dtype=dtype, memory=memory | tiles))
+
+
+@pytest.mark.parametrize("name", ["phi-4", "qwen3-8b-128k", "gemma-7b", "mistral-7b"])
+def test_every_family(model, name):
+    agree(run_config(model(name, LAYERS), 8192, memory=BOTH | {"tile_rows": 2048}, beta=0.1))
+
+
+def test_a_whole_model(model):
+    agree(run_config(model("llama-3.1-8b"), 20480, memory={"offload": True}))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_shared_prompts(model, share):
+    """Four completions of one prompt: shared, their trunk has fewer tokens and attention as many."""
+    memory = {"checkpoint": True, "share_prompts": share}
+    config = run_config(model("llama-3.1-8b", LAYERS), 4096, completion=1024, budget=16384, memory=memory)
+    plan, _ = planned(config, H100)
+    assert plan.rows.tokens == (3072 + 4 * 1023 + 3072 + 4 * 1023 if share else 4 * 4095)
+    agree(config)
+
+
+REAL = {
+    "plain": (True, {}),
+    "offloaded and tiled": (True, BOTH),
+    "full, checkpointed": (False, {"checkpoint": True}),
+}
+
+
+@pytest.mark.parametrize(("lora", "memory"), REAL.values(), ids=REAL)
+def test_the_planner_is_right_about_real_runs_of_smollm2(lora, memory):
+    length = 480 if memory.get("offload") else 256  # offload leaves what is below 1 MiB alone
+    config = run_config(
+        "smollm2-135m-instruct", length, lora=lora, dtype="float32", completion=32, memory=memory, beta=0.1
+    )
+    plan, samples = planned(config, CPU)
+    engine = TransformersEngine(config.rollout, config.model)
+    policy = make_policy(
+        config, engine, OffloadEngine() if config.memory.offload else None, tokenizer=None, probe=None, rewarding=None,
+        stream=None,
+    )  # fmt: skip
+    measured = count_step(policy, samples, CPU)
+    assert held(plan.training) == pytest.approx(held(measured["training"]), rel=0.05)
+    assert held(plan.scoring) == pytest.approx(held(measured["scoring"]), rel=0.05)
+    assert plan.training.host_bytes == pytest.approx(measured["training"].host_bytes, rel=0.01)
+
+
+def test_terms_worked_out_by_hand(model):
+    """The seed article's model: 8B, rank 16, bf16."""
+    config = run_config(model("llama-3.1-8b"), 20480, engine="vllm", kv_cache_gib=2.5)
+    plan, _ = planned(config, H100)
+    terms = plan.training.terms
+    linears = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    adapter = 32 * 16 * (4 * 4096 + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert terms["linear weights"] == 2 * linears
+    assert terms["embedding and head"] == 2 * 2 * 128256 * 4096
+    assert terms["optimiser"] == 8 * adapter
+    assert terms["gradients"] == 4 * adapter
+    assert terms["KV cache"] == 2 * 2 * 32 * 20480 * 1024  # one live sequence
+    assert linears * NF4_BYTES == pytest.approx(3.66 * GIB, rel=0.01)
+
+
+def test_a_run_that_contradicts_itself(model):
+    path = model("llama-3.1-8b")
+    with pytest.raises(ValueError, match=r"kv_cache_gib = 1: one sequence of 20480 tokens needs 2\.50 GiB"):
+        planned(run_config(path, 20480, engine="vllm"), H100)
+    windowed = model("mistral-7b", sliding_window=4096)
+    with pytest.raises(ValueError, match="8192 tokens under a sliding window of 4096"):
+        planned(run_config(windowed, 8192), H100)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b-20k-24gb", "phi-4-16k-80gb", "qwen2.5-1.5b-5gb", "qwen3-8b-128k-80gb"])
+def test_a_recipe_runs_dry(model, name):
+    config = load_config(EXAMPLES / f"{name}.yaml")
+    if config.model.quantization:
+        pytest.importorskip("bitsandbytes")
+    path = model(Path(config.model.path).name, 4)
+    agree(replace(config, model=replace(config.model, path=path)))
