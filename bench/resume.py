@@ -45,31 +45,42 @@ def differences(whole: Path, other: Path) -> list[str]:
     return sorted(names - both | {name for name in both if content(whole / name) != content(other / name)})
 
 
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The steps in a run's metrics.jsonl; a line that is being written is none yet."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [record for line in lines if line.endswith("\n") and (record := json.loads(line))["step"] > 0]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     options, overrides = parser.parse_known_args()
-    longgrpo = [sys.executable, "-m", "longgrpo.cli", "train"]
+    longgrpo, draw = [sys.executable, "-m", "longgrpo.cli", "train"], random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
-        begin = [*longgrpo, str(options.config), *overrides, "--output_dir"]
-        start = time.monotonic()
-        subprocess.run([*begin, str(whole)], check=True)
-        seconds = time.monotonic() - start
-        draw = random.Random(options.seed)
-        for _ in range(options.kills):
-            begun = (killed / "config.yaml").exists()
-            process = subprocess.Popen([*longgrpo, "--resume", str(killed)] if begun else [*begin, str(killed)])
-            moment = draw.uniform(0, seconds)
+
+        def command(run: Path) -> list[str]:
+            if (run / "config.yaml").exists():
+                return [*longgrpo, "--resume", str(run)]
+            return [*longgrpo, str(options.config), *overrides, "--output_dir", str(run)]
+
+        subprocess.run(command(whole), check=True)
+        seconds = [step["seconds/step"] for step in metrics(whole)]
+        for kill in range(options.kills):  # each in its part of the run, at a moment of a step
+            begin, end = (len(seconds) * part // options.kills for part in (kill, kill + 1))
+            number = draw.randrange(begin, end)
+            moment = draw.uniform(0, seconds[number])
+            process = subprocess.Popen(command(killed))
+            while process.poll() is None and len(metrics(killed)) < number:
+                time.sleep(0.05)
             time.sleep(moment)
             process.kill()
-            print(f"killed after {moment:.1f} s: {process.wait()}", flush=True)
-        again = (killed / "config.yaml").exists()
-        subprocess.run([*longgrpo, "--resume", str(killed)] if again else [*begin, str(killed)], check=True)
-        # The one thing that is meant to differ: where the run lives.
-        for run in (whole, killed):
+            print(f"killed {moment:.1f} s into step {number + 1}: exit status {process.wait()}", flush=True)
+        subprocess.run(command(killed), check=True)
+        for run in (whole, killed):  # the one thing that is meant to differ is where the run lives
             text = (run / "config.yaml").read_text()
             (run / "config.yaml").write_text(text.replace(f"output_dir: {run}", "output_dir: RUN"))
         different = differences(whole, killed)
