@@ -48,6 +48,9 @@ def test_the_adapter_loads_in_peft(run, tmp_path, tiny_model):
     loaded = logits(PeftModel.from_pretrained(base, tmp_path / "out"))
     assert torch.allclose(loaded, trained, atol=1e-5)
     assert not torch.allclose(loaded, untrained, atol=1e-3)
+    modules = json.loads((tmp_path / "out/adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(modules)  # the same bytes from every process
+    assert any(module.endswith("q_proj") for module in modules)
 
 
 @pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8}, None])

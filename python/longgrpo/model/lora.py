@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -65,3 +66,8 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 def save_adapter(model: PeftModel, directory: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, which peft loads."""
     model.save_pretrained(str(directory), save_embedding_layers=False)
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text())
+    if isinstance(config["target_modules"], list):  # written from a set, whose order no two processes share
+        config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
