@@ -22,7 +22,7 @@ H100 = Target(card("h100-80").multiprocessors)
 LAYERS = 6  # with more, weights and layer inputs hide what a formula of one layer gets wrong
 MODELS = ("llama-3.1-8b", "qwen2.5-1.5b", "smollm2")
 BOTH = {"offload": True, "tiled_mlp": True}
-RUNS = {  # bench/plan.py has all combinations
+RUNS = {
     "lora": (True, {}),
     "lora, offloaded and tiled": (True, BOTH),
     "full, checkpointed": (False, {"checkpoint": True}),
