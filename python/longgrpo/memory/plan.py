@@ -189,7 +189,7 @@ class _Memory:
         """A forward without gradients; none where the loss has no reference and each rollout serves one update."""
         terms = self.resident() | self.cache
         if self._moves:
-            terms["offload's slots"] = ring_bytes(self.h)
+            terms["offload's slots"] = self._slots
         if self.config.loss.beta == 0 and self.config.train.updates == 1:
             return Phase("scoring", terms)
         moments = {
@@ -204,7 +204,7 @@ class _Memory:
         moments: list[dict[str, int]] = [kept | {"hidden states and head": self._loss()}]
         below = self._below()
         moments += [below | {name: size} for name, size in self._backward().items()]
-        slots = {"offload's slots": ring_bytes(self.h)} if self._moves else {}
+        slots = {"offload's slots": self._slots} if self._moves else {}
         moments.append(slots | {"embedding's backward": self._embedding_backward()})
         moments.append(slots | {"optimiser's temporaries": self._optimiser()})
         peak = max(moments, key=lambda moment: sum(moment.values()))
@@ -220,7 +220,7 @@ class _Memory:
         if not self._moves:
             return {"layer inputs": layers * h}, 0
         moved = layers - (first > 0)
-        held = min(moved, KEPT_RECORDS) * h + ring_bytes(h) + first
+        held = min(moved, KEPT_RECORDS) * h + self._slots + first
         return {"layer inputs on the device": held}, max(0, moved - 1) * h
 
     def _below(self) -> dict[str, int]:
@@ -231,6 +231,12 @@ class _Memory:
         if self.full and self.shape.tied:
             kept["head's gradient"] = self._head_gradient  # which waits for the embedding's
         return kept
+
+    @property
+    def _slots(self) -> int:
+        """Nothing is brought back where all records are still there."""
+        moved = self.shape.layers - (0 if self.full else 1)
+        return ring_bytes(self.h) if moved > KEPT_RECORDS else 0
 
     @property
     def _moves(self) -> bool:
