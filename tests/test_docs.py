@@ -1,4 +1,4 @@
-"""The Python in the README and the docs runs as printed."""
+"""The Python in the README and the docs runs as printed. A fragment, which cannot, is marked py."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}<end>{% endif %}\n{% endfor %}"
+    "{{ '<end>' if message['role'] == 'assistant' else '' }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 

@@ -41,6 +41,7 @@ def test_every_step_is_probed(tree, tmp_path):
 
 
 def test_an_engine_that_runs_something_else_stops_the_run(tree, tmp_path):
+    tree["train"]["probe_prompts"] = 0  # the self-test before step 1 would find it
     running = trainer(tree, tmp_path / "run")
     shift_logprobs(running.policy.engine, 0.01)
     with pytest.raises(PublishError, match=r"after step 1, .* off the trainer's by 0\.01 nats"):
