@@ -21,7 +21,7 @@ train: setup  ## set up, then run the main job
 	$(BIN)/longgrpo train $(CONFIG)
 
 test: setup $(STAMPS)/test  ## set up, then run the tests on the installed wheel
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 setup: $(STAMPS)/wheel $(STAMPS)/engine  ## virtual environment, engine, model, compiled extension
 	@echo "longgrpo is ready in $(VENV)"

@@ -1,3 +1,4 @@
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -64,9 +65,12 @@ def native():
         [cmake, "-S", source, "-B", BUILD, f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"],
         [cmake, "--build", BUILD, "--target", "offload_native"],
     )
-    for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:  # the tests may run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
     (path,) = BUILD.glob("offload_native*.so")
     spec = importlib.util.spec_from_file_location("offload_native", path)
     module = importlib.util.module_from_spec(spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -29,9 +30,12 @@ def build(into: Path = BUILD, root: Path = ROOT, sanitize: str = "") -> Path:
         pytest.skip("needs cmake and pybind11")
     configure = ["cmake", "-S", HERE, "-B", into, f"-DPython_EXECUTABLE={sys.executable}", f"-DLONGGRPO_ROOT={root}",
                  f"-DSANITIZE={sanitize}"]  # fmt: skip
-    for command in (configure, ["cmake", "--build", into, "-j", str(os.cpu_count())]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    into.mkdir(parents=True, exist_ok=True)
+    with (into / "lock").open("w") as lock:  # the tests may run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", into, "-j", str(os.cpu_count())]):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
     (path,) = into.glob("longgrpo_kernels*.so")
     return path
 
