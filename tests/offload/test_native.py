@@ -4,7 +4,6 @@ import shutil
 import subprocess
 
 import pytest
-
 from conftest import ROOT, compile_stress
 
 FAULTS = sorted((ROOT / "tests" / "faults").glob("offload-*.patch"))
