@@ -58,9 +58,8 @@ def _rows_known_on_host(
         return _Rows(index, len(index), bounds) if len(index) < tokens else None
     moves = visited
     if not (config.beta or config.entropy_coef):
-        of_token = advantages.reshape(-1)
-        if cu_seqlens is not None and advantages.numel() == cu_seqlens.numel() - 1:
-            of_token = per_token(of_token, cu_seqlens.long(), tokens)
+        of_token = _spread("advantages", advantages, shape, cu_seqlens)
+        assert of_token is not None
         moves = visited & (of_token != 0)
     active, quiet = moves.nonzero()[:, 0], (visited & ~moves).nonzero()[:, 0]
     index = torch.cat((active, quiet)) if metrics else active
@@ -127,6 +126,23 @@ def per_token(per_sequence: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
     return per_sequence.repeat_interleave(cu_seqlens.diff(), output_size=tokens)
 
 
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().float().reshape(-1).contiguous()
+
+
+def _spread(name: str, tensor: Tensor | None, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor | None:
+    """[N] from one entry a sequence, or from the tokens' own shape; the former where both fit."""
+    if tensor is None:
+        return None
+    sequences = None if cu_seqlens is None else cu_seqlens.numel() - 1
+    if cu_seqlens is not None and tensor.shape == (sequences,):
+        return per_token(tensor.detach().float(), cu_seqlens, shape.numel())
+    if tensor.shape == shape:
+        return _flat(tensor)
+    raise ValueError(f"{name} {list(tensor.shape)} needs one entry for each of the {sequences} sequences, or to be "
+                     f"of target's shape {list(shape)}")  # fmt: skip
+
+
 def _prepare(
     shape: torch.Size,
     advantages: Tensor,
@@ -143,34 +159,20 @@ def _prepare(
     cu_seqlens = _sequence_bounds(shape, advantages, cu_seqlens, normaliser, config)
     _check_combination(old_logp, ref_logp, config)
 
-    def flat(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().float().reshape(-1).contiguous()
-
-    def spread(name: str, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        sequences = None if cu_seqlens is None else cu_seqlens.numel() - 1
-        if cu_seqlens is not None and tensor.shape == (sequences,):
-            return per_token(tensor.detach().float(), cu_seqlens, tokens)
-        if tensor.shape == shape:
-            return flat(tensor)
-        raise ValueError(f"{name} {list(tensor.shape)} needs one entry for each of the {sequences} sequences, or to be "
-                         f"of target's shape {list(shape)}")  # fmt: skip
-
     for name, tensor in (("mask", mask), ("old_logp", old_logp), ("ref_logp", ref_logp)):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} {list(tensor.shape)} must be of target's shape {list(shape)}")
     if isinstance(normaliser, int | float) and not normaliser > 0:
         raise ValueError(f"normaliser must be > 0, got {normaliser}")
     in_loss = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask.reshape(-1).bool()
-    advantage = spread("advantages", advantages)
+    advantage = _spread("advantages", advantages, shape, cu_seqlens)
     assert advantage is not None
     return _Tokens(
         token_weights(in_loss, cu_seqlens, config, normaliser),
         advantage,
-        flat(old_logp),
-        flat(ref_logp) if config.beta else None,
-        spread("importance", importance),
+        _flat(old_logp),
+        _flat(ref_logp) if config.beta else None,
+        _spread("importance", importance, shape, cu_seqlens),
         cu_seqlens,
     )
 
