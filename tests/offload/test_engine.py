@@ -116,6 +116,7 @@ def same(ours, theirs):
     return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.long
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(graph=graphs, options=engines)
 def test_random_graphs_have_the_gradients_of_torch(graph, options):

@@ -149,6 +149,7 @@ def test_the_process_keeps_its_threads_generators_and_dynamo(engine):
     torch.set_num_threads(threads)
     assert not torch._dynamo.config.disable
     assert "TORCHDYNAMO_DISABLE" not in os.environ
+    assert "LD_PRELOAD" not in os.environ  # vLLM's, for processes that it does not start here
 
 
 def test_an_untested_version_is_refused(monkeypatch):

@@ -6,6 +6,7 @@ import gc
 from pathlib import Path
 
 import psutil
+import pytest
 
 from longgrpo.train import trainer as train_module
 from longgrpo.train.config import build_config
@@ -16,6 +17,7 @@ STEPS, WARM = 1000, 300
 PER_STEP = 16 << 10  # bytes: a fifth of the weights
 
 
+@pytest.mark.long
 def test_a_thousand_steps_grow_neither_in_memory_nor_in_open_files(tree, tmp_path, monkeypatch):
     tree["train"] |= {"steps": STEPS, "prompts_per_step": 1, "probe_prompts": 0, "save_steps": 100}
     del tree["lora"]

@@ -67,10 +67,12 @@ def no_dynamo() -> Iterator[None]:
 
 @contextmanager
 def no_side_effects() -> Iterator[None]:
-    """Building an engine seeds the global generators and disarms torch.set_num_threads: both are put back."""
+    """Building an engine seeds the global generators, disarms torch.set_num_threads and sets LD_PRELOAD, with which
+    every later child process (a reward's sandbox, a compiler) would start: all are put back."""
     import numpy
 
     python_state, numpy_state, set_num_threads = random.getstate(), numpy.random.get_state(), torch.set_num_threads
+    preload = os.environ.get("LD_PRELOAD")
     try:
         with torch.random.fork_rng():
             yield
@@ -78,6 +80,9 @@ def no_side_effects() -> Iterator[None]:
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
         torch.set_num_threads = set_num_threads
+        os.environ.pop("LD_PRELOAD", None)
+        if preload is not None:
+            os.environ["LD_PRELOAD"] = preload
 
 
 @contextmanager

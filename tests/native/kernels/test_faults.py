@@ -53,3 +53,4 @@ def test_fault_is_caught(fault, harness, tmp_path):
     assert applied.returncode == 0, f"the patch no longer applies: {applied.stdout}"
     done = probe(tmp_path, harness, tmp_path)
     assert done.returncode != 0, "nobody noticed"
+    assert done.stdout or "ERROR: AddressSanitizer" in done.stderr, f"failed for another reason: {done.stderr}"

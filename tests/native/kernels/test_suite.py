@@ -31,6 +31,7 @@ def test_as_the_rule_tiles():
     run_suite("--simulated-schedule", "reverse", "--simulated-examples", "15")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("rows", "chunk"), [(16, 0), (16, 64)], ids=["whole rows", "chunks"])
 def test_small_tiles(rows, chunk):
     # Chunks of 64 columns are not those of the row kernel, so the bits may differ; test_kernels has the real ones.
@@ -38,6 +39,7 @@ def test_small_tiles(rows, chunk):
               left_out=LEFT_OUT + " and not ratio_is_exactly_one" * bool(chunk))  # fmt: skip
 
 
+@pytest.mark.long
 def test_under_sanitizers():
     build(BUILD.with_name("kernels-sanitized"), sanitize="address,undefined")
     libraries = [
