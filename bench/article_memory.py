@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from longgrpo.checks.rehearsal import Forecast
+from longgrpo.config.tree import TrainConfig, load_config
 from longgrpo.memory.cards import GIB
-from longgrpo.train.config import TrainConfig, load_config
-from longgrpo.train.rehearsal import Forecast
 
 ROOT = Path(__file__).parents[1]
 LAYERS, HIDDEN, KV_WIDTH, VOCABULARY = 32, 4096, 1024, 128256  # Llama 3.1 8B

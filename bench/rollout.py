@@ -17,7 +17,8 @@ from longgrpo.model.lora import LoraConfig, add_lora, trainable_parameters
 from longgrpo.model.packed_attention import packed_hidden, use_packed_attention
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine
 from longgrpo.rollout.support import sampled_logprob
-from longgrpo.train.packing import Sample, pack
+from longgrpo.tasks.sample import Sample
+from longgrpo.train.packing import pack
 
 CASES: dict[str, tuple[str, LoraConfig | None, dict[str, Any]]] = {
     "full": ("float32", None, {}),

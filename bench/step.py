@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from longgrpo.checks.rehearsal import NOT_TRAINERS, longest_samples, rows_of
+from longgrpo.config.tree import TrainConfig, build_config
 from longgrpo.memory.cards import GIB
 from longgrpo.memory.dryrun import MetaEngine
 from longgrpo.memory.internal import Target
@@ -25,9 +27,7 @@ from longgrpo.memory.plan import plan_memory
 from longgrpo.memory.shape import model_shape
 from longgrpo.offload import OffloadEngine
 from longgrpo.train.build import make_policy
-from longgrpo.train.config import TrainConfig, build_config
 from longgrpo.train.loop import loss_and_backward, optimiser_step
-from longgrpo.train.rehearsal import NOT_TRAINERS, longest_samples, rows_of
 
 SHAPE = Path(__file__).parents[1] / "examples/models/llama-3.1-8b"
 MODES = {

@@ -37,7 +37,7 @@ SYSTEM_PROMPT = "You are a calculator. You print only the result."
 
 
 def config_of(options: argparse.Namespace, directory: Path) -> Any:
-    from longgrpo.train.config import build_config
+    from longgrpo.config.tree import build_config
 
     return build_config(
         {
@@ -89,7 +89,7 @@ def run_trl(options: argparse.Namespace, directory: Path) -> Iterable[dict[str, 
 
     from longgrpo.model.load import load_tokenizer, resolve_model
     from longgrpo.rewards import exact_answer, score_answer
-    from longgrpo.train.data import Problems, PromptStream, load_rows
+    from longgrpo.tasks.data import Problems, PromptStream, load_rows
 
     task = config_of(options, directory).task
     problems = PromptStream(Problems(load_rows(task), task, chat=True), set()).take(options.steps * options.prompts)

@@ -11,7 +11,7 @@ import textwrap
 import typing
 from typing import Any
 
-from longgrpo.train.config import TrainConfig
+from longgrpo.config.tree import TrainConfig
 
 HEAD = """# The config of a run
 

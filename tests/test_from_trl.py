@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from longgrpo.train.config import TrainConfig
+from longgrpo.config.tree import TrainConfig
 
 trl = pytest.importorskip("trl", reason="no TRL: pip install -r requirements/test.txt")
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from longgrpo.train.errors import ConfigError, UserError
+from longgrpo.errors import ConfigError, UserError
 
 OPTIONS = (
     "--help", "--resume", "--print-config", "--force", "--checkpoint", "--as", "--dtype", "--output", "--card",
@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
-    from longgrpo.train.config import load_config
-    from longgrpo.train.rehearsal import Forecast, as_json
+    from longgrpo.checks.rehearsal import Forecast, as_json
+    from longgrpo.config.tree import load_config
 
     forecast = Forecast(load_config(options.config, overrides), options.card, options.prompt_length)
     counted = forecast.dry_run() if options.dry_run else {}
@@ -94,7 +94,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
-    from longgrpo.train.config import dump_config, load_config
+    from longgrpo.config.tree import dump_config, load_config
 
     if (options.config is None) == (options.resume is None):
         raise ConfigError("train takes a config file, or --resume RUN: one of the two")
@@ -129,8 +129,8 @@ def _report(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _selftest(options: argparse.Namespace, overrides: list[str]) -> int:
-    from longgrpo.train.config import load_config
-    from longgrpo.train.selftest import selftest
+    from longgrpo.checks.selftest import selftest
+    from longgrpo.config.tree import load_config
     from longgrpo.train.trainer import Trainer
 
     config = load_config(options.config, overrides)
@@ -145,8 +145,8 @@ def _selftest(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
-    from longgrpo.train import checkpoint
-    from longgrpo.train.config import load_config
+    from longgrpo.config.tree import load_config
+    from longgrpo.runs import checkpoint
     from longgrpo.train.trainer import Trainer
 
     run = options.source if options.source.is_dir() else None
@@ -166,7 +166,7 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> int:
-    from longgrpo.train.export import export
+    from longgrpo.runs.export import export
 
     if overrides:
         raise ConfigError(f"export takes no config: what is {' '.join(overrides)}?")

@@ -6,10 +6,10 @@ import pytest
 import yaml
 from planned_runs import MODELS
 
+from longgrpo.checks.rehearsal import Forecast
 from longgrpo.cli import main
+from longgrpo.config.tree import load_config
 from longgrpo.memory.cards import CARDS, GIB, card
-from longgrpo.train.config import load_config
-from longgrpo.train.rehearsal import Forecast
 
 EXAMPLES = MODELS.parent
 RECIPES = {

@@ -7,6 +7,8 @@ import pytest
 from planned_runs import MODELS as SHAPES
 from planned_runs import run_config
 
+from longgrpo.checks.rehearsal import NOT_TRAINERS, count_step, dry_run, longest_samples, rows_of
+from longgrpo.config.tree import load_config
 from longgrpo.memory.cards import GIB, card
 from longgrpo.memory.internal import CPU, Target
 from longgrpo.memory.plan import NF4_BYTES, plan_memory
@@ -14,8 +16,6 @@ from longgrpo.memory.shape import model_shape
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.transformers import TransformersEngine
 from longgrpo.train.build import make_policy
-from longgrpo.train.config import load_config
-from longgrpo.train.rehearsal import NOT_TRAINERS, count_step, dry_run, longest_samples, rows_of
 
 EXAMPLES = SHAPES.parent
 H100 = Target(card("h100-80").multiprocessors)

@@ -9,12 +9,12 @@ from agreement import CONTEXT, SMOLLM2, assert_agrees, sampled_logprobs, trainer
 from tiny_engines import PROMPTS, change, running, sample, write_model
 from torch.nn.functional import cross_entropy
 
+from longgrpo.config.tree import build_config
+from longgrpo.errors import ConfigError
 from longgrpo.model import nf4
 from longgrpo.model.load import ModelConfig, load_model, model_on
 from longgrpo.model.lora import LoraConfig, add_lora, trainable_parameters
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine, vllm_private
-from longgrpo.train.config import build_config
-from longgrpo.train.errors import ConfigError
 
 pytest.importorskip("vllm")
 pytest.importorskip("bitsandbytes")

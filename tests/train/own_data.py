@@ -1,6 +1,6 @@
 """Problems and a curriculum of a user, as they would stand in a file beside a config."""
 
-from longgrpo.train.data import Sampler
+from longgrpo.tasks.data import Sampler
 
 
 def thirty(split):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longgrpo.train.config import LoopConfig, build_config
+from longgrpo.config.tree import LoopConfig, build_config
 from longgrpo.train.loop import advantage, loss_and_backward, reward, roll_out, sample_prompts, score, step
 from longgrpo.train.token_weights import near_policy
 from longgrpo.train.trainer import Trainer

@@ -10,8 +10,8 @@ import pytest
 import torch
 from full_disk import limited_file_size
 
-from longgrpo.train import checkpoint
-from longgrpo.train.errors import ConfigError, UserError
+from longgrpo.errors import ConfigError, UserError
+from longgrpo.runs import checkpoint
 from longgrpo.train.metrics import best_metric
 
 

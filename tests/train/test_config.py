@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longgrpo.train.config import build_config, dump_config, load_config
-from longgrpo.train.errors import ConfigError
-from longgrpo.train.overrides import parse_overrides
+from longgrpo.config.overrides import parse_overrides
+from longgrpo.config.tree import build_config, dump_config, load_config
+from longgrpo.errors import ConfigError
 
 
 @pytest.fixture

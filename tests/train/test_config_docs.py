@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
-from longgrpo.train.config import TrainConfig
+from longgrpo.config.tree import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from longgrpo.train.config import TaskConfig
-from longgrpo.train.data import (
+from longgrpo.config.tree import TaskConfig
+from longgrpo.errors import ConfigError, DataError
+from longgrpo.tasks.data import (
     Problems,
     PromptStream,
     Sampler,
@@ -16,7 +17,6 @@ from longgrpo.train.data import (
     load_rows,
     make_sampler,
 )
-from longgrpo.train.errors import ConfigError, DataError
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 OWN = Path(__file__).parent / "own_data.py"
@@ -152,7 +152,7 @@ def test_conversations_keep_their_own_system_prompt_and_go_on_where_they_end(tmp
 
 
 def test_a_chat_template_of_ones_own_with_arguments(tree, tmp_path):
-    from longgrpo.train.config import build_config
+    from longgrpo.config.tree import build_config
     from longgrpo.train.trainer import Trainer
 
     template = tmp_path / "chat.jinja"

@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from longgrpo.config.tree import build_config
 from longgrpo.train import trainer as train_module
-from longgrpo.train.config import build_config
 from longgrpo.train.trainer import Trainer
 
 OWN = Path(__file__).parent / "own_rewards.py"

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longgrpo import cli
-from longgrpo.train.config import build_config
-from longgrpo.train.errors import ConfigError, UserError
-from longgrpo.train.export import export
+from longgrpo.config.tree import build_config
+from longgrpo.errors import ConfigError, UserError
+from longgrpo.runs.export import export
 from longgrpo.train.trainer import Trainer
 
 IDS = torch.tensor([[5, 9, 30, 12]])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from longgrpo.rollout import Completion, RolloutConfig
-from longgrpo.train.packing import Sample, pack
+from longgrpo.tasks.sample import Sample
+from longgrpo.train.packing import pack
 from longgrpo.train.token_weights import engine_ratio, engine_weight
 
 LOGP = torch.tensor([-1.0, -2.0, -3.0, -0.5, -0.5])

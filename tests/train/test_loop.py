@@ -17,11 +17,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from longgrpo.config.tree import build_config
+from longgrpo.errors import ConfigError, DataError, RewardError, TrainingError
 from longgrpo.offload import OffloadEngine
 from longgrpo.train import loop
 from longgrpo.train import trainer as train_module
-from longgrpo.train.config import build_config
-from longgrpo.train.errors import ConfigError, DataError, RewardError, TrainingError
 from longgrpo.train.loop import step
 from longgrpo.train.trainer import Trainer
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from longgrpo.config.tree import build_config
+from longgrpo.errors import TrainingError
 from longgrpo.train import loop
-from longgrpo.train.config import build_config
-from longgrpo.train.errors import TrainingError
 from longgrpo.train.nonfinite import diagnose
 from longgrpo.train.trainer import Trainer
 

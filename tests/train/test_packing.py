@@ -1,7 +1,8 @@
 import torch
 
 from longgrpo.rollout.engine import Completion
-from longgrpo.train.packing import Sample, micro_batches, pack
+from longgrpo.tasks.sample import Sample
+from longgrpo.train.packing import micro_batches, pack
 
 
 def sample(group, prompt, completion):

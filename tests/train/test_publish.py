@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longgrpo.train.config import build_config
-from longgrpo.train.errors import ConfigError, PublishError
+from longgrpo.config.tree import build_config
+from longgrpo.errors import ConfigError, PublishError
 from longgrpo.train.loop import step
 from longgrpo.train.trainer import Trainer
 

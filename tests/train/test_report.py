@@ -16,13 +16,13 @@ import pytest
 from own_rewards import PAYLOADS
 
 from longgrpo import cli
+from longgrpo.config.tree import build_config, dump_config
+from longgrpo.errors import DataError
 from longgrpo.report import read_run, write_report
 from longgrpo.rollout.engine import Completion
-from longgrpo.train.config import build_config, dump_config
-from longgrpo.train.data import Problem
-from longgrpo.train.errors import DataError
-from longgrpo.train.packing import Sample
-from longgrpo.train.tracking import Tracker
+from longgrpo.runs.tracking import Tracker
+from longgrpo.tasks.data import Problem
+from longgrpo.tasks.sample import Sample
 from longgrpo.train.trainer import Trainer
 
 BUILD = Path(__file__).parents[2] / "build"

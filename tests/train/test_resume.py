@@ -17,8 +17,8 @@ import pytest
 import torch
 from full_disk import limited_file_size
 
-from longgrpo.train.config import build_config
-from longgrpo.train.errors import UserError
+from longgrpo.config.tree import build_config
+from longgrpo.errors import UserError
 from longgrpo.train.trainer import Trainer
 
 OWN = Path(__file__).parent / "own_rewards.py"

@@ -8,6 +8,8 @@ import torch
 from own_rewards import digits
 from transformers import TrainerState
 
+from longgrpo.config.tree import RewardConfig
+from longgrpo.errors import ConfigError, RewardError
 from longgrpo.rewards import (
     exact_answer,
     graded_error,
@@ -20,11 +22,9 @@ from longgrpo.rewards import (
     target_length,
 )
 from longgrpo.rollout.engine import Completion
-from longgrpo.train.config import RewardConfig
-from longgrpo.train.data import Problem
-from longgrpo.train.errors import ConfigError, RewardError
-from longgrpo.train.packing import Sample
-from longgrpo.train.rewards import Reward, Rewarding, load_reward
+from longgrpo.tasks.data import Problem
+from longgrpo.tasks.rewards import Reward, Rewarding, load_reward
+from longgrpo.tasks.sample import Sample
 
 OWN = Path(__file__).parent / "own_rewards.py"
 
@@ -223,8 +223,8 @@ def test_sync_and_async_functions_log_columns_and_metrics(at_work):
 
 def test_an_async_function_works_while_others_are_sampled(tree, tmp_path, monkeypatch):
     """The second batch of the rollout waits for the reward of the first."""
+    from longgrpo.config.tree import build_config
     from longgrpo.rollout import transformers as engine_module
-    from longgrpo.train.config import build_config
     from longgrpo.train.loop import step
     from longgrpo.train.trainer import Trainer
 

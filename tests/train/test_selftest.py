@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from longgrpo.checks.selftest import selftest
+from longgrpo.config.tree import build_config
 from longgrpo.train import loop
 from longgrpo.train import policy as policy_module
-from longgrpo.train.config import build_config
-from longgrpo.train.selftest import selftest
 from longgrpo.train.trainer import Trainer
 
 OWN = Path(__file__).parent / "own_rewards.py"

@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from longgrpo.train.config import build_config
-from longgrpo.train.errors import ConfigError
+from longgrpo.config.tree import build_config
+from longgrpo.errors import ConfigError
 from longgrpo.train.trainer import Trainer
 
 OWN = Path(__file__).parent / "own_rewards.py"

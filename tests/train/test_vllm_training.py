@@ -104,7 +104,7 @@ def test_vllm_loads_what_is_exported(run, tmp_path):
     from transformers import AutoTokenizer
 
     from longgrpo.model.load import resolve_model
-    from longgrpo.train.export import export
+    from longgrpo.runs.export import export
 
     export(run, tmp_path / "model", "model")
     export(run, tmp_path / "adapter", "adapter")

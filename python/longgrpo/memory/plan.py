@@ -18,7 +18,7 @@ from longgrpo.memory.internal import Target, attention_workspace, head_workspace
 from longgrpo.memory.shape import ModelShape
 
 if TYPE_CHECKING:
-    from longgrpo.train.config import TrainConfig
+    from longgrpo.config.tree import TrainConfig
 
 NF4_BYTES = 0.5 + 4 / 64  # a weight: 4 bits, and a float32 for each 64
 FP32 = 4

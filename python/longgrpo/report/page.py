@@ -21,11 +21,11 @@ import jinja2
 from markupsafe import Markup
 
 from longgrpo import __version__
+from longgrpo.errors import DataError
 from longgrpo.report import charts
 from longgrpo.report.charts import Curve, Drawing
 from longgrpo.report.run import Run
-from longgrpo.train.checkpoint import write_file
-from longgrpo.train.errors import DataError
+from longgrpo.runs.checkpoint import write_file
 
 MOST_RUNS = 8  # that colours tell apart
 LONGEST_TEXT = 4000  # characters of a completion; of a longer one the middle is left out

@@ -1,4 +1,4 @@
-"""A run as its directory tells it: config.yaml, metrics.jsonl, completions/, summary.json (longgrpo.train.tracking)."""
+"""A run as its directory tells it: config.yaml, metrics.jsonl, completions/, summary.json (longgrpo.runs.tracking)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import yaml
 
+from longgrpo.config.tree import RewardConfig
+from longgrpo.errors import DataError
 from longgrpo.train.advantages import weighted_sum
-from longgrpo.train.config import RewardConfig
-from longgrpo.train.errors import DataError
 
 SHOWN_STEPS = 12  # of a run's completions
 SHOWN_EACH = 3  # best ones of a step, and worst ones

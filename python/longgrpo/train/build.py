@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longgrpo.config.tree import TrainConfig
 from longgrpo.model.lean_lora import use_lean_lora
 from longgrpo.model.lora import add_lora
 from longgrpo.model.masters import MasterWeights
@@ -14,7 +15,6 @@ from longgrpo.model.packed_attention import use_packed_attention
 from longgrpo.model.tiled_mlp import tile_mlp, tile_norms
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.engine import RolloutEngine
-from longgrpo.train.config import TrainConfig
 from longgrpo.train.policy import Policy
 from longgrpo.train.reference import Reference
 

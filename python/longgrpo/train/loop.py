@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from longgrpo import grpo_loss, linear_grpo_loss
+from longgrpo.errors import PublishError
 from longgrpo.loss.config import GRPOLossConfig
 from longgrpo.loss.grpo import GRPOLoss
 from longgrpo.rollout.engine import Completion
 from longgrpo.rollout.probe import EngineMismatch
 from longgrpo.rollout.sampling import seed_for
+from longgrpo.tasks.data import Problem, check_length, decode, encode
+from longgrpo.tasks.sample import Sample
 from longgrpo.train.advantages import advantages
-from longgrpo.train.data import Problem, check_length, decode, encode
-from longgrpo.train.errors import PublishError
 from longgrpo.train.metrics import (
     Agreement,
     Clock,
@@ -34,7 +35,7 @@ from longgrpo.train.metrics import (
     speed_metrics,
 )
 from longgrpo.train.nonfinite import leave_out
-from longgrpo.train.packing import MicroBatch, Sample
+from longgrpo.train.packing import MicroBatch
 from longgrpo.train.policy import (
     Policy,
     head_weight,

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longgrpo.errors import ConfigError
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.engine import RolloutConfig
-from longgrpo.train.errors import ConfigError
-from longgrpo.train.packing import MicroBatch, Sample
-from longgrpo.train.rewards import Reward
+from longgrpo.tasks.rewards import Reward
+from longgrpo.tasks.sample import Sample
+from longgrpo.train.packing import MicroBatch
 from longgrpo.train.token_weights import engine_ratio, engine_weight
 
 

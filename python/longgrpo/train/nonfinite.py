@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longgrpo.train.errors import TrainingError
-from longgrpo.train.packing import Sample
+from longgrpo.errors import TrainingError
+from longgrpo.tasks.sample import Sample
 from longgrpo.train.policy import Policy, scored
 
 log = logging.getLogger(__name__)

@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from longgrpo.model.packed_attention import PackedBatch
-from longgrpo.rollout.engine import Completion
-
-
-@dataclass
-class Sample:
-    """A completion on its way through a step."""
-
-    group: int
-    """The prompt's number within the step: samples of one group have one prompt."""
-    prompt_ids: list[int]
-    completion: Completion
-    text: str
-    advantage: float = 0.0
-    rewards: dict[str, float] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Columns that reward functions log."""
-    old_logp: Tensor | None = None  # [T] f32: of the policy that sampled, where it is trained on more than once
-    ref_logp: Tensor | None = None  # [T] f32
-    policy_weight: Tensor | None = None  # [T] f32: 0 where a token has no policy gradient
-
-    def __len__(self) -> int:
-        """Tokens of the completion."""
-        return len(self.completion.token_ids)
+from longgrpo.tasks.sample import Sample
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longgrpo import LogProb, linear_logprob
+from longgrpo.config.tree import TrainConfig
 from longgrpo.model.load import lm_head
 from longgrpo.model.masters import MasterWeights
 from longgrpo.model.packed_attention import packed_hidden
@@ -17,12 +18,12 @@ from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.engine import RolloutEngine
 from longgrpo.rollout.probe import Probe
 from longgrpo.rollout.support import sampled_logprob
+from longgrpo.tasks.data import PromptStream
+from longgrpo.tasks.rewards import Rewarding
+from longgrpo.tasks.sample import Sample
 from longgrpo.train.advantages import groups_with_spread, weighted_sum
-from longgrpo.train.config import TrainConfig
-from longgrpo.train.data import PromptStream
-from longgrpo.train.packing import MicroBatch, Sample, micro_batches
+from longgrpo.train.packing import MicroBatch, micro_batches
 from longgrpo.train.reference import Reference
-from longgrpo.train.rewards import Rewarding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerState

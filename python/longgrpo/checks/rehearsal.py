@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from longgrpo._ops.offload import host_budget
+from longgrpo.config.tree import TrainConfig
+from longgrpo.errors import ConfigError
 from longgrpo.memory.cards import GIB, card
 from longgrpo.memory.dryrun import MetaEngine
 from longgrpo.memory.internal import CPU, Internal, Target
@@ -20,11 +22,10 @@ from longgrpo.memory.plan import Phase, Plan, Rows, plan_memory
 from longgrpo.memory.shape import UnknownArchitecture, config_file, model_shape
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.engine import Completion
+from longgrpo.tasks.sample import Sample
 from longgrpo.train.build import make_policy
-from longgrpo.train.config import TrainConfig
-from longgrpo.train.errors import ConfigError
 from longgrpo.train.loop import loss_and_backward, optimiser_step, score
-from longgrpo.train.packing import Sample, pack, split
+from longgrpo.train.packing import pack, split
 from longgrpo.train.policy import Policy
 
 log = logging.getLogger(__name__)

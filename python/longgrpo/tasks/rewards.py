@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longgrpo.config.tree import RewardConfig
+from longgrpo.errors import ConfigError, RewardError
 from longgrpo.rewards import BUILT_IN
-from longgrpo.train.config import RewardConfig
-from longgrpo.train.data import Problem, Prompt, Reply, as_reply, columns_of
-from longgrpo.train.errors import ConfigError, RewardError
-from longgrpo.train.isolated import Notes, Worker
-from longgrpo.train.packing import Sample
-from longgrpo.train.user_code import load_function
+from longgrpo.tasks.data import Problem, Prompt, Reply, as_reply, columns_of
+from longgrpo.tasks.isolated import Notes, Worker
+from longgrpo.tasks.sample import Sample
+from longgrpo.tasks.user_code import load_function
 
 log = logging.getLogger(__name__)
 

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longgrpo.errors import PublishError, UserError
 from longgrpo.loss.reference import kl_estimate
 from longgrpo.model.load import end_token_ids, resolve_model
+from longgrpo.runs.checkpoint import generator_states, set_generator_states
+from longgrpo.tasks.data import Problem
+from longgrpo.tasks.rewards import Rewarding
+from longgrpo.tasks.sample import Sample
 from longgrpo.train import loop
-from longgrpo.train.checkpoint import generator_states, set_generator_states
-from longgrpo.train.data import Problem
-from longgrpo.train.errors import PublishError, UserError
-from longgrpo.train.packing import Sample
 from longgrpo.train.policy import Policy, reward_values, scored, spread_of
-from longgrpo.train.rewards import Rewarding
 
 ROUNDS = 4  # rollouts until a group has spread
 GROUPS = 4  # of those with spread, that are trained on

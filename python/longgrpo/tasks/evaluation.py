@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longgrpo.errors import DataError
 from longgrpo.rollout.engine import RolloutEngine
 from longgrpo.rollout.sampling import Sampling
-from longgrpo.train.data import Problem, as_reply, check_length, columns_of, decode, encode
-from longgrpo.train.errors import DataError
-from longgrpo.train.rewards import Reward
+from longgrpo.tasks.data import Problem, as_reply, check_length, columns_of, decode, encode
+from longgrpo.tasks.rewards import Reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
-from longgrpo.train.errors import ConfigError
+from longgrpo.errors import ConfigError
 
 
 @dataclass

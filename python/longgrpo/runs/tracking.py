@@ -19,11 +19,11 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from longgrpo.train.checkpoint import writing
-from longgrpo.train.config import TrainConfig, config_tree
-from longgrpo.train.data import Problem
-from longgrpo.train.errors import ConfigError
-from longgrpo.train.packing import Sample
+from longgrpo.config.tree import TrainConfig, config_tree
+from longgrpo.errors import ConfigError
+from longgrpo.runs.checkpoint import writing
+from longgrpo.tasks.data import Problem
+from longgrpo.tasks.sample import Sample
 
 PHASES = {
     "rollout": ("roll_out",),

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from longgrpo.train.errors import ConfigError
+from longgrpo.errors import ConfigError
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from longgrpo.config.tree import TaskConfig
+from longgrpo.errors import DataError
 from longgrpo.rollout.engine import Completion
-from longgrpo.train.config import TaskConfig
-from longgrpo.train.errors import DataError
-from longgrpo.train.user_code import load_function
+from longgrpo.tasks.user_code import load_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

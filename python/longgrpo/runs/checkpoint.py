@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longgrpo.train.errors import UserError
+from longgrpo.errors import UserError
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 

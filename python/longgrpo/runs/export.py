@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from longgrpo.config.tree import load_config
+from longgrpo.errors import ConfigError
 from longgrpo.model.load import Dtype, load_model, load_tokenizer, resolve_model
-from longgrpo.train import checkpoint
-from longgrpo.train.config import load_config
-from longgrpo.train.errors import ConfigError
+from longgrpo.runs import checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from longgrpo.config.overrides import explain, field_names, parse_overrides, set_key
+from longgrpo.errors import ConfigError
 from longgrpo.loss.config import GRPOLossConfig
 from longgrpo.model.load import ModelConfig
 from longgrpo.model.lora import LoraConfig
 from longgrpo.rollout.engine import RolloutConfig
-from longgrpo.train.errors import ConfigError
-from longgrpo.train.overrides import explain, field_names, parse_overrides, set_key
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TaskConfig:
     shuffle: bool = True
     """Draw rows in a random order, a new one each epoch. A reasoning_gym task, random by itself, stays in order."""
     sampler: str | None = None
-    """A curriculum: path/to/file.py:Class, a longgrpo.train.data.Sampler that says which problem comes next."""
+    """A curriculum: path/to/file.py:Class, a longgrpo.tasks.data.Sampler that says which problem comes next."""
     chat: bool | None = None
     """Whether a prompt of plain text is sent as a user's message; default: where the model has a chat template (TRL
     leaves plain text as it is)."""

@@ -1,0 +1,1 @@
+"""The config: its tree of dataclasses, files and dotted overrides."""
