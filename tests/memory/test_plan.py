@@ -87,6 +87,7 @@ REAL = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("lora", "memory"), REAL.values(), ids=REAL)
 def test_the_planner_is_right_about_real_runs_of_smollm2(lora, memory):
     length = 480 if memory.get("offload") else 256  # offload leaves what is below 1 MiB alone
@@ -129,7 +130,15 @@ def test_a_run_that_contradicts_itself(model):
         planned(run_config(windowed, 8192), H100)
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-8b-20k-24gb", "phi-4-16k-80gb", "qwen2.5-1.5b-5gb", "qwen3-8b-128k-80gb"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-3.1-8b-20k-24gb",
+        "phi-4-16k-80gb",
+        "qwen2.5-1.5b-5gb",
+        pytest.param("qwen3-8b-128k-80gb", marks=pytest.mark.long),
+    ],
+)
 def test_a_recipe_runs_dry(model, name):
     config = load_config(EXAMPLES / f"{name}.yaml")
     if config.model.quantization:

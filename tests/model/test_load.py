@@ -44,6 +44,7 @@ def test_the_converted_model_speaks(smollm2):
     assert reply[-1] in end_token_ids(smollm2)
 
 
+@pytest.mark.long
 def test_two_processes_convert_at_once(tmp_path):
     code = f"from longgrpo.model.load import resolve_model; print(resolve_model({SMOLLM2!r}))"
     command = [sys.executable, "-c", code]

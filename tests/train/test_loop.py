@@ -104,6 +104,8 @@ def test_a_run_leaves_what_it_promises(tree, tmp_path):
     assert zero["step"] == 0
     assert 0 <= zero["groups_with_spread"] <= 1
     assert [metrics["step"] for metrics in steps] == [1, 2, 3, 4]
+    for phase in ("scoring", "training"):
+        assert steps[0][f"measured_bytes/{phase}"] == pytest.approx(steps[0][f"predicted_bytes/{phase}"], rel=0.05)
     for metrics in steps:
         assert {"reward/digits/mean", "reward/digits/std", "entropy", "clip_low", "clip_high", "kl"} < metrics.keys()
         assert {f"seconds/{phase.__name__}" for phase in PHASES} < metrics.keys()

@@ -135,7 +135,8 @@ def test_every_logged_number_has_a_place(report, two_runs, browse):
     drawn = {tuple(line[part]) for line in _lines(page) for part in ("values", "low", "high")}
     for run in two_runs:
         for name in read_run(run).names:
-            elsewhere = name.startswith("seconds/") or name.endswith(("/std", "_bytes"))  # a table; nowhere; in GiB
+            in_a_table = name.startswith(("seconds/", "predicted_bytes/", "measured_bytes/"))
+            elsewhere = in_a_table or name.endswith(("/std", "_bytes"))  # nowhere; in GiB
             assert elsewhere or tuple(r[name] for r in metrics_of(run) if name in r) in drawn, name
 
 
@@ -221,8 +222,10 @@ def test_a_number_that_is_not_finite_is_a_gap(two_runs, browse, tmp_path):
 
 def test_predicted_memory_stands_beside_measured(two_runs, browse, tmp_path):
     run = shutil.copytree(two_runs[0], tmp_path / "run")
-    record = {"step": 0, "predicted_bytes/training": 4 * 2**30, "measured_bytes/training": 3 * 2**30}
-    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n" + (run / "metrics.jsonl").read_text())
+    records = metrics_of(run)
+    assert 0 < records[1]["measured_bytes/training"] <= records[1]["predicted_bytes/training"] * 1.05
+    records[1] |= {"predicted_bytes/training": 4 * 2**30, "measured_bytes/training": 3 * 2**30}  # of a larger model
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     cli.main(["report", str(run)])
     page = browse(run / "report.html")
     row = page.locator("tr").filter(has=page.get_by_role("rowheader", name="training", exact=True))

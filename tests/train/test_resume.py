@@ -84,6 +84,7 @@ def eventful(tree):
     return tree
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lora", [True, False])
 def test_killed_anywhere_and_resumed_it_is_the_same_run(eventful, tmp_path, server, lora):
     if not lora:

@@ -99,6 +99,7 @@ print("REPLIES", json.dumps([output.outputs[0].text for output in done]))
 """
 
 
+@pytest.mark.long
 def test_vllm_loads_what_is_exported(run, tmp_path):
     """The merged model and the adapter alone, each in a vLLM of its own, give the replies of the end of the run."""
     from transformers import AutoTokenizer

@@ -122,23 +122,21 @@ class Forecast:
     def dry_run(self) -> dict[str, Phase]:
         return dry_run(self.config, self.samples, self.target)
 
-    def rehearse(self, policy: Policy) -> list[str]:
+    def rehearse(self, policy: Policy) -> dict[str, tuple[int, int]]:
         """Scores the longest micro-batch and makes its gradient: what does not fit fails now and not at step 120. No
-        weight changes. Returns a line for each phase, predicted beside measured."""
+        weight changes. Returns each phase's peak in bytes, predicted and measured."""
         phases = {
             "scoring": lambda: score(policy, self.samples),
             "training": lambda: loss_and_backward(policy, self.samples, self.samples),
         }
-        lines = []
+        peaks = {}
         for name, run in phases.items():
             measured = _peak_of(run, policy, self.target)
             phase: Phase = getattr(self.plan, name)
             apart = sum(phase.terms.get(term, 0) for term in (*NOT_TRAINERS, "optimiser"))  # there is none yet
-            lines.append(
-                f"memory, {name}: {measured / GIB:.2f} GiB measured, {(phase.device_bytes - apart) / GIB:.2f} predicted"
-            )
+            peaks[name] = phase.device_bytes - apart, measured
         policy.optimizer.zero_grad(set_to_none=True)
-        return lines
+        return peaks
 
 
 def forecast_run(config: TrainConfig, prompt_length: int, force: bool) -> Forecast | None:
@@ -189,6 +187,7 @@ def _peak_of(run: Callable[[], Any], policy: Policy, target: Target) -> int:
     with LiveStorages(Internal(target)) as live:
         live.add([*policy.model.parameters(), *policy.model.buffers()], "weights")
         live.add(policy.parameters.values(), "masters")
+        live.reset_peak()  # a phase may have nothing to do
         run()
     return live.peak
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 
 import torch
 
-from longgrpo.checks.rehearsal import forecast_run
+from longgrpo.checks.rehearsal import Forecast, forecast_run
 from longgrpo.checks.selftest import selftest
 from longgrpo.config.tree import RewardConfig, TaskConfig, TrainConfig, dump_config, load_config
 from longgrpo.errors import ConfigError, PublishError, TrainingError, UserError
+from longgrpo.memory.cards import GIB
 from longgrpo.model.load import load_tokenizer, resolve_model
 from longgrpo.model.lora import save_adapter
 from longgrpo.offload import OffloadEngine
@@ -136,10 +138,11 @@ class Trainer:
         if progress.step == 0:
             self._look_at_untrained(tracker)
             checkpoint.seed_generators(self.config.train.seed)  # whatever was looked at, step 1 begins alike
+        memory: dict[str, int] = {}
         if self._forecast and progress.step < steps and not self.stop:
-            tracker.say("\n".join(self._forecast.rehearse(self.policy)))
+            memory = self._rehearse(self._forecast, tracker)
         while progress.step < steps and not self.stop:
-            self._step(tracker)
+            self._step(tracker, memory if progress.step == 0 else {})
             if every and progress.step % every == 0 and progress.step < steps:
                 self.save()
         self.save()
@@ -148,8 +151,9 @@ class Trainer:
             return None
         return self._finish(tracker)
 
-    def _step(self, tracker: Tracker) -> None:
-        """One step. Where it fails, the state before it is saved: what failed can be put right and the run resumed."""
+    def _step(self, tracker: Tracker, also: Mapping[str, Any]) -> None:
+        """One step, with what was measured before it `also` among its metrics. Where it fails, the state before it is
+        saved: what failed can be put right and the run resumed."""
         stream, number = self.policy.stream, self.progress.step + 1
         state, generators = stream.state, checkpoint.generator_states()
         self.policy.engine.drop_caches()  # as after a resume, nothing is cached of what was sampled before
@@ -170,7 +174,7 @@ class Trainer:
         self.progress.left_out = self.policy.left_out
         self.progress.metric = best_metric(self.config.train.best_metric, result.metrics)
         self._look_at_clock()
-        tracker.step(result.metrics, result.problems, result.samples)
+        tracker.step({**result.metrics, **also}, result.problems, result.samples)
 
     # ---- built and restored
     def _build(self, config: TrainConfig, directory: Path, force: bool) -> None:
@@ -270,6 +274,14 @@ class Trainer:
                 f"warning: in {1 - spread:.0%} of the groups all completions earn the same, and teach nothing; "
                 "an easier task, more num_generations, a higher temperature or a graded reward gives more"
             )
+
+    def _rehearse(self, forecast: Forecast, tracker: Tracker) -> dict[str, int]:
+        """Runs the longest micro-batch and tells each phase's peak; returns them as metrics, in bytes."""
+        metrics: dict[str, int] = {}
+        for phase, (predicted, measured) in forecast.rehearse(self.policy).items():
+            tracker.say(f"memory, {phase}: {measured / GIB:.2f} GiB measured, {predicted / GIB:.2f} predicted")
+            metrics |= {f"predicted_bytes/{phase}": predicted, f"measured_bytes/{phase}": measured}
+        return metrics
 
     def _evaluation(self, name: str, tracker: Tracker, prefill: str | None = None) -> Evaluation:
         """Evaluates and keeps every reply in eval_NAME.json; what an earlier process evaluated is read from there."""
