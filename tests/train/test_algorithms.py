@@ -250,6 +250,20 @@ def test_the_exact_kl_is_the_sum_over_the_vocabulary(make, lora, kind):
     assert metrics["engine_trainer_logprob_diff_max"] < 5e-4
 
 
+def test_reverse_kl_compares_runs_whatever_the_loss_estimates(make):
+    policy = make(loss={"beta": 0.1, "kl": "article_forward"}, learning_rate=0.02)
+    step(policy, 1)
+    result = step(policy, 2)
+    ratios = []
+    for sample in result.samples:
+        with policy.reference() as model:
+            rows = plain_logp(model, sample)
+        ids = torch.tensor(sample.completion.token_ids)
+        ratios.append(torch.tensor(sample.completion.logprobs) - rows.gather(-1, ids[:, None])[:, 0])
+    assert result.metrics["reverse_kl"] == pytest.approx(torch.cat(ratios).mean().item(), rel=1e-3)
+    assert result.metrics["reverse_kl"] != pytest.approx(result.metrics["kl"], rel=0.1)
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_reference_moves_towards_the_policy(make, lora):
     policy = make(loss={"beta": 0.05}, lora=lora, reference_sync_steps=2, reference_mixup=0.25, learning_rate=0.02)

@@ -46,7 +46,12 @@ class Panel:
 
 
 PANELS = (
-    Panel("KL to the reference", {"kl": "KL"}, unit="nats a token", about="not measured where loss.beta is 0"),
+    Panel(
+        "KL to the reference",
+        {"kl": "as in the loss", "reverse_kl": "reverse KL"},
+        unit="nats a token",
+        about="not measured where loss.beta is 0; reverse KL: the mean of logp - ref_logp, unbiased",
+    ),
     Panel("Entropy", {"entropy": "entropy"}, unit="nats a token", about="near 0: all completions are the same"),
     Panel(
         "Completion length",

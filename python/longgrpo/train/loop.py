@@ -31,6 +31,7 @@ from longgrpo.train.metrics import (
     offload_metrics,
     over_updates,
     peak_memory,
+    reference_metrics,
     reward_metrics,
     speed_metrics,
 )
@@ -87,6 +88,7 @@ def step(policy: Policy, number: int) -> StepResult:
         **over_updates(losses),
         **published,
         **length_metrics(samples),
+        **reference_metrics(active),
         **speed_metrics(samples, active, clock.seconds),
         **{f"seconds/{name}": value for name, value in clock.seconds.items()},
         **offload_metrics(policy.offload, offloaded),

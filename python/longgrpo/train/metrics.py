@@ -134,6 +134,13 @@ def length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
+def reference_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """The mean of logp - ref_logp over the sampled tokens, by the engine's logp: an unbiased estimate of the reverse KL
+    (k1), by which runs compare whatever loss.kl is. Nothing where no reference was scored."""
+    ratios = [torch.tensor(s.completion.logprobs) - s.ref_logp.cpu() for s in samples if s.ref_logp is not None]
+    return {"reverse_kl": torch.cat(ratios).mean().item()} if ratios else {}
+
+
 def speed_metrics(
     samples: Sequence[Sample], active: Sequence[Sample], seconds: Mapping[str, float]
 ) -> dict[str, float]:
