@@ -1,16 +1,12 @@
-import fcntl
-import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from compiled import ROOT, build, load
 
-ROOT = Path(__file__).parents[2]
-BUILD = ROOT / "build" / "native"
 CORE = ("engine.cpp", "arena.cpp", "host_backend.cpp")
 
 
@@ -56,23 +52,5 @@ def compile_stress(root: Path, into: Path, *flags: str, reuse: Path | None = Non
 @pytest.fixture(scope="session")
 def native():
     """The torch-free core as a Python module; see tests/native/offload/module.cpp."""
-    pytest.importorskip("pybind11")
-    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if cmake is None:
-        pytest.skip("needs cmake")
-    source = ROOT / "tests" / "native" / "offload"
-    commands = (
-        [cmake, "-S", source, "-B", BUILD, f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"],
-        [cmake, "--build", BUILD, "--target", "offload_native"],
-    )
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with (BUILD / "lock").open("w") as lock:  # the tests may run in several processes
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = BUILD.glob("offload_native*.so")
-    spec = importlib.util.spec_from_file_location("offload_native", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    folder = ROOT / "build" / "native" / "offload"
+    return load(build(ROOT / "tests" / "native" / "offload", folder, "-DCMAKE_BUILD_TYPE=Release"))

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
-import importlib.util
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import compiled
 import torch
+from compiled import ROOT
 from torch import Tensor
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
 BUILD = ROOT / "build" / "native" / "kernels"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of Dtype in csrc/head/types.h
 SCHEDULES = {"forward": 0, "reverse": 1, "shuffled": 2}
@@ -24,36 +20,14 @@ METRICS = 10
 
 def build(into: Path = BUILD, root: Path = ROOT, sanitize: str = "") -> Path:
     """Compiles the kernels of the tree `root` for the simulator; returns the module's path."""
-    if shutil.which("cmake") is None or importlib.util.find_spec("pybind11") is None:
-        import pytest
-
-        pytest.skip("needs cmake and pybind11")
-    configure = ["cmake", "-S", HERE, "-B", into, f"-DPython_EXECUTABLE={sys.executable}", f"-DLONGGRPO_ROOT={root}",
-                 f"-DSANITIZE={sanitize}"]  # fmt: skip
-    into.mkdir(parents=True, exist_ok=True)
-    with (into / "lock").open("w") as lock:  # the tests may run in several processes
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (configure, ["cmake", "--build", into, "-j", str(os.cpu_count())]):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = into.glob("longgrpo_kernels*.so")
-    return path
-
-
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location("longgrpo_kernels", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return compiled.build(HERE, into, f"-DLONGGRPO_ROOT={root}", f"-DSANITIZE={sanitize}")
 
 
 @functools.cache
 def kernels():
     """The module; one that is built already where SIMULATED_BUILD names its folder."""
     ready = os.environ.get("SIMULATED_BUILD")
-    return load(next(Path(ready).glob("longgrpo_kernels*.so")) if ready else build())
+    return compiled.load(next(Path(ready).glob("longgrpo_kernels*.so")) if ready else build())
 
 
 def address(x: Tensor | None) -> int | None:
