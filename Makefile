@@ -21,10 +21,10 @@ train: setup  ## set up, then run the main job
 	$(BIN)/longgrpo train $(CONFIG)
 
 test: setup $(STAMPS)/test  ## set up, then run the tests on the installed wheel
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
 test-long: setup $(STAMPS)/test  ## the tests that `make test` leaves out for their length
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m long
 
 setup: $(STAMPS)/wheel $(STAMPS)/engine  ## virtual environment, engine, model, compiled extension
 	@echo "longgrpo is ready in $(VENV)"
