@@ -4,6 +4,7 @@ import shutil
 import subprocess
 
 import pytest
+
 from conftest import ROOT, compile_stress
 
 FAULTS = sorted((ROOT / "tests" / "faults").glob("offload-*.patch"))
