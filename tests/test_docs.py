@@ -224,8 +224,45 @@ def test_a_user_types_what_takes_a_minute(user):
 
 WITHIN_THE_TEXT = re.compile(r"`((?:make|cmake|pytest|python (?:bench|scripts)/|longgrpo \w+ examples/[a-z])[^`\n>]*)`")
 LINES = {line for page in PAGES for line in WITHIN_THE_TEXT.findall(page.read_text()) if " " in line}
+HEADS = {line for line in LINES if line.endswith(" ...")}  # of tables, whose rows are run below
 
 
-@pytest.mark.parametrize("line", sorted(LINES))
+@pytest.mark.parametrize("line", sorted(LINES - HEADS))
 def test_a_command_within_the_text(line, user):
     check(line)
+
+
+# ---- predicted figures
+
+TABLE = re.compile(r"^\| `(longgrpo plan [^`]*)\.\.\.` \|(.*)\n\|[-|]+\n((?:\|.*\n)+)", flags=re.MULTILINE)
+
+
+def cells(row):
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def planned_rows():
+    """Each row of a table whose head begins with `longgrpo plan ...`: its command, and its figures by their heads."""
+    for page in PAGES:
+        for command, head, rows in TABLE.findall(page.read_text()):
+            for row in rows.splitlines():
+                first, *others = cells(row)
+                arguments = (command + first.split("`")[1]).split()[1:]
+                figures = {name: text for name, text in zip(cells(head), others, strict=True) if name}
+                yield pytest.param(arguments, figures, id=f"{page.name}: {first}")
+
+
+PLANNED = list(planned_rows())
+
+
+def test_there_are_planned_rows():
+    assert {param.id.partition(":")[0] for param in PLANNED} >= {"README.md", "memory.md", "long-context.md"}
+
+
+@pytest.mark.parametrize(("arguments", "figures"), PLANNED)
+def test_a_planned_figure_is_what_the_command_prints(arguments, figures, user, capsys):
+    assert cli.main([*arguments, "--json"]) in (0, 1)  # it fits, or it does not
+    plan = json.loads(capsys.readouterr().out)
+    peaks = {phase: plan[phase]["device_bytes"] for phase in ("rollout", "scoring", "training")}
+    peaks["host"] = max(plan[phase]["host_bytes"] for phase in peaks)
+    assert figures == {name: f"{peaks[name] / 2**30:.1f}" for name in figures}
