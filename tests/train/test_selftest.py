@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,26 @@ def test_a_cache_that_outlives_the_update(policy):
     policy.engine._attached.generate = with_old_keys
     stale.get_base_model().set_attn_implementation("sdpa")
     assert "prefix cache" in failed(policy)["engine"]
+
+
+def test_a_prefix_cache_that_vllm_does_not_drop(tree, tiny_model, tmp_path):
+    """Its own cache, with prompts of more than a block. vLLM's attention knows no head as small as the tiny model's."""
+    pytest.importorskip("vllm")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, head_dim=32)).save_pretrained(model)
+    tree["model"]["path"] = str(model)
+    tree["task"]["system_prompt"] = "You are a calculator. " * 7
+    tree["rollout"] |= {"engine": "vllm", "kv_cache_gib": 0.05}
+    trainer = Trainer(build_config(tree), tmp_path / "run")
+    try:
+        assert not failed(trainer.policy)
+        trainer.policy.engine.drop_caches = lambda: None
+        assert "prefix cache" in failed(trainer.policy)["engine"]
+    finally:
+        trainer.close()
 
 
 def test_a_constant_reward(policy):
