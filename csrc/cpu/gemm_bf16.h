@@ -39,25 +39,38 @@ void pack_columns(const Operand& b, int64_t column, int64_t columns, int64_t k, 
 void multiply(const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t rows, int64_t columns, bool accumulate,
               float* c, int64_t c_stride);
 
+// Rows [begin(i), begin(i + 1)) of C are block i: whole tiles, shared out evenly, so many blocks that each thread has
+// the same number of them.
+struct RowBlocks {
+  int64_t rows, tiles, count;
+
+  RowBlocks(int64_t rows, int64_t threads) : rows(rows), tiles((rows + kTileRows - 1) / kTileRows) {
+    const int64_t fewest = (rows + kBlockRows - 1) / kBlockRows;
+    count = std::min(tiles, (fewest + threads - 1) / threads * threads);
+  }
+  int64_t begin(int64_t i) const { return std::min(rows, tiles * i / count * kTileRows); }
+};
+
 template <class Runtime>
 void gemm(Runtime& runtime, const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, bool accumulate,
           float* c, int64_t c_stride, void* workspace) {
   uint32_t* packed_b = static_cast<uint32_t*>(workspace);
   constexpr int64_t panel = kBlockK / 2 * kTileColumns;
-  const int64_t row_blocks = (m + kBlockRows - 1) / kBlockRows;
+  const RowBlocks blocks(m, runtime.threads());
   const int64_t depths = (k + kBlockK - 1) / kBlockK, block_k = ((k + depths - 1) / depths + 31) / 32 * 32;
   for (int64_t j = 0; j < n; j += kBlockColumns) {
     const int64_t columns = std::min(kBlockColumns, n - j), panels = (columns + kTileColumns - 1) / kTileColumns;
     // Few rows: the columns are shared out as well, at the price of packing A for each share.
-    const int64_t shares = std::clamp<int64_t>(8 / row_blocks, 1, panels);
+    const int64_t shares = std::clamp<int64_t>((runtime.threads() + blocks.count - 1) / blocks.count, 1, panels);
     for (int64_t p = 0; p < k; p += block_k) {
       const int64_t depth = std::min(block_k, k - p), pairs = (depth + 1) / 2;
       runtime.parallel_for(panels, [&](int64_t q) {
         pack_columns(b, j + q * kTileColumns, std::min(kTileColumns, columns - q * kTileColumns), p, depth,
                      packed_b + q * panel);
       });
-      runtime.parallel_for(row_blocks * shares, [&](int64_t task) {
-        const int64_t i = task / shares * kBlockRows, rows = std::min(kBlockRows, m - i), share = task % shares;
+      runtime.parallel_for(blocks.count * shares, [&](int64_t task) {
+        const int64_t block = task / shares, share = task % shares;
+        const int64_t i = blocks.begin(block), rows = blocks.begin(block + 1) - i;
         alignas(64) uint32_t packed_a[kBlockRows * kRowStride];
         pack_rows(a, i, rows, p, depth, packed_a);
         for (int64_t q = panels * share / shares; q < panels * (share + 1) / shares; ++q) {

@@ -2,6 +2,7 @@
 // in the benchmark binary.
 //   runtime.gemm(a, b, c)                 c = a b, fp32, any strides
 //   runtime.parallel_for(n, f)            f(i) for i in [0, n)
+//   runtime.threads()
 #pragma once
 
 #include <cmath>
@@ -26,6 +27,11 @@ inline Matrix row_major(float* data, int64_t rows, int64_t columns, int64_t stri
 }
 inline Matrix transposed(const Matrix& m) { return {m.data, m.columns, m.rows, m.column_stride, m.row_stride}; }
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+inline float* aligned(float* x) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(x) + kLine - 1) & ~uintptr_t{kLine - 1});
+}
+
 // Whether the GEMMs run on the bf16 operands as they are; otherwise they are upcast, block by block.
 inline bool native_bf16(const HeadInputs& in) {
   return in.hidden_dtype == Dtype::bf16 && in.weight_dtype == Dtype::bf16 && bf16::supported();
@@ -35,7 +41,7 @@ inline bool native_bf16(const HeadInputs& in) {
 inline int64_t weight_chunk(const HeadShape& shape) { return std::min<int64_t>(shape.vocabulary, 4096); }
 
 inline int64_t staging_bytes(const HeadShape& shape, const HeadInputs& in, bool weight_gradient) {
-  constexpr int64_t alignment = 64;
+  constexpr int64_t alignment = 2 * kLine;  // of the logits and of what is staged
   if (native_bf16(in)) return alignment + bf16::kWorkspaceBytes;
   const bool staged = in.weight_dtype != Dtype::f32 || weight_gradient;
   return alignment + (staged ? 4 * weight_chunk(shape) * shape.hidden : 0);
@@ -59,17 +65,18 @@ class CpuHead {
         loss_(loss),
         logits_kept_(logits_kept || in.transform.softcap > 0 || plan.reference),
         bf16_(native_bf16(in)),
+        stride_(logits_stride(shape)),
         slots_(size_t(plan.tile_rows)) {
     const int64_t tile = plan.tile_rows;
-    logits_ = workspace;
-    hidden_ = logits_ + tile * shape.vocabulary;
+    logits_ = aligned(workspace);
+    hidden_ = logits_ + tile * stride_;
     float* next = hidden_ + tile * shape.hidden;
     if (plan.hidden_gradient) direction_ = next, next += tile * shape.hidden;
     if (plan.reference) {
-      reference_logits_ = next, next += tile * shape.vocabulary;
+      reference_logits_ = next, next += tile * stride_;
       reference_hidden_ = next, next += tile * shape.hidden;
     }
-    staged_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(next) + 63) & ~uintptr_t{63});
+    staged_ = aligned(next);
   }
 
   void logits(int64_t begin, int64_t rows) {
@@ -87,12 +94,12 @@ class CpuHead {
   void hidden_gradient(int64_t rows) {
     const int64_t h = shape_.hidden, v = shape_.vocabulary;
     if (bf16_) {
-      bf16::gemm(runtime_, {logits_, true, v, true, nullptr}, {in_.weight, false, h, false, nullptr}, rows, h, v, false,
-                 direction_, h, staged_);
+      bf16::gemm(runtime_, {logits_, true, stride_, true, nullptr}, {in_.weight, false, h, false, nullptr}, rows, h, v,
+                 false, direction_, h, staged_);
     } else {
       weight_chunks(in_.weight, [&](int64_t j, int64_t n, float* weight, bool first) {
         float* product = first ? direction_ : hidden_;  // torch's GEMM does not accumulate; the hidden tile is free now
-        runtime_.gemm({logits_ + j, rows, n, v, 1}, row_major(weight, n, h, h), row_major(product, rows, h, h));
+        runtime_.gemm({logits_ + j, rows, n, stride_, 1}, row_major(weight, n, h, h), row_major(product, rows, h, h));
         if (!first) add(direction_, product, rows * h);
       });
     }
@@ -108,14 +115,14 @@ class CpuHead {
     std::vector<float> factors(size_t(rows), 0.0f);
     for (int64_t i = 0; i < rows; ++i) factors[size_t(i)] = slots_[i].scale * slots_[i].factor;
     if (out_.dweight && bf16_) {
-      bf16::gemm(runtime_, {logits_, true, v, false, factors.data()}, {hidden_, false, h, false, nullptr}, v, h, rows,
-                 true, out_.dweight, h, staged_);
+      bf16::gemm(runtime_, {logits_, true, stride_, false, factors.data()}, {hidden_, false, h, false, nullptr}, v, h,
+                 rows, true, out_.dweight, h, staged_);
     } else if (out_.dweight) {
       runtime_.parallel_for(
           rows, [&](int64_t i) { from_float(hidden_ + i * h, factors[size_t(i)], hidden_ + i * h, Dtype::f32, h); });
       for (int64_t j = 0; j < v; j += weight_chunk(shape_)) {
         const int64_t n = std::min(weight_chunk(shape_), v - j);
-        runtime_.gemm(transposed({logits_ + j, rows, n, v, 1}), row_major(hidden_, rows, h, h),
+        runtime_.gemm(transposed({logits_ + j, rows, n, stride_, 1}), row_major(hidden_, rows, h, h),
                       row_major(staged_, n, h, h));
         add(out_.dweight + j * h, staged_, n * h);
       }
@@ -125,7 +132,8 @@ class CpuHead {
       runtime_.parallel_for((v + columns - 1) / columns, [&](int64_t block) {
         const int64_t end = std::min(v, (block + 1) * columns);
         for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t j = block * columns; j < end; ++j) out_.dbias[j] += factors[size_t(i)] * logits_[i * v + j];
+          for (int64_t j = block * columns; j < end; ++j)
+            out_.dbias[j] += factors[size_t(i)] * logits_[i * stride_ + j];
         }
       });
     }
@@ -147,7 +155,7 @@ class CpuHead {
       uint16_t* gathered = reinterpret_cast<uint16_t*>(tile);
       for (int64_t i = 0; i < rows; ++i) std::memcpy(gathered + i * h, source(i), size_t(h) * 2);
       bf16::gemm(runtime_, {gathered, false, h, true, nullptr}, {weight, false, h, true, nullptr}, rows, v, h, false,
-                 logits, v, staged_);
+                 logits, stride_, staged_);
       return;
     }
     const int64_t padded = std::max(rows, kMinTileRows);
@@ -158,7 +166,7 @@ class CpuHead {
     });
     weight_chunks(weight, [&](int64_t j, int64_t n, float* chunk, bool) {
       runtime_.gemm(row_major(tile, padded, h, h), transposed(row_major(chunk, n, h, h)),
-                    row_major(logits + j, padded, n, v));
+                    row_major(logits + j, padded, n, stride_));
     });
   }
 
@@ -179,7 +187,7 @@ class CpuHead {
   }
 
   Slot row(int64_t i, int64_t token, bool gradient) {
-    float* x = logits_ + i * shape_.vocabulary;
+    float* x = logits_ + i * stride_;
     const int64_t v = shape_.vocabulary, target = in_.target[token];
     const float temperature = in_.token_temperature ? in_.token_temperature[token] : in_.temperature;
     const float factor = prepare_row(in_.transform, temperature, x);
@@ -212,7 +220,7 @@ class CpuHead {
                               const RowStatistics& row) {
     ReferenceRow reference;
     if (!plan_.reference) return reference;
-    float* x = reference_logits_ + i * shape_.vocabulary;
+    float* x = reference_logits_ + i * stride_;
     const float factor = prepare_row(in_.transform, temperature, x);
     const RowStatistics statistics = read_row(x, shape_.vocabulary, in_.target[token], factor, false, false);
     reference = {in_.exact_kl, x, statistics, 0};
@@ -222,14 +230,14 @@ class CpuHead {
 
   // Rows with a gradient to the front. Moving a row costs 1 / hidden of the GEMM that it saves.
   int64_t compact(int64_t rows) {
-    const int64_t v = shape_.vocabulary, h_bytes = shape_.hidden * (bf16_ ? 2 : 4);
+    const int64_t h_bytes = shape_.hidden * (bf16_ ? 2 : 4);
     char* hidden = reinterpret_cast<char*>(hidden_);
     int64_t end = rows;
     for (int64_t i = 0; i < end; ++i) {
       if (slots_[i].scale != 0) continue;
       while (end > i + 1 && slots_[end - 1].scale == 0) --end;
       if (--end <= i) break;
-      std::copy(logits_ + end * v, logits_ + (end + 1) * v, logits_ + i * v);
+      std::copy_n(logits_ + end * stride_, shape_.vocabulary, logits_ + i * stride_);
       if (plan_.weight_gradient) std::memcpy(hidden + i * h_bytes, hidden + end * h_bytes, size_t(h_bytes));
       slots_[i] = slots_[end];
     }
@@ -253,6 +261,7 @@ class CpuHead {
   const std::vector<int64_t>& rows_;
   const RowLoss& loss_;
   const bool logits_kept_, bf16_;
+  const int64_t stride_;  // of the rows of logits
   std::vector<Slot> slots_;
   float *logits_, *hidden_, *direction_ = nullptr, *reference_logits_ = nullptr, *reference_hidden_ = nullptr, *staged_;
 };

@@ -28,6 +28,8 @@ struct TorchRuntime {
     torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
   }
 
+  int64_t threads() { return torch::stable::get_num_threads(); }
+
   template <class F>
   void parallel_for(int64_t n, F&& f) {
     torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
