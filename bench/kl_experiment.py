@@ -5,18 +5,21 @@ it (curves, held-out accuracy) goes to docs/experiments/kl.json; a run that stan
 distance of each estimator's expected gradient from the divergence's own is worked out, over the whole vocabulary, on
 what a trained policy samples, and the tables and curves of docs/experiments/kl.md are drawn anew.
 
-    python bench/kl_experiment.py [--seeds 0 1 2] [--betas 0.04 1.0] [--steps 30] [--only-draw]
+    python bench/kl_experiment.py [--seeds 0 1 2] [--betas 0.04 1.0] [--steps 30] [--jobs 2] [--only-draw]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import fmean
 from typing import Any
 
@@ -50,7 +53,31 @@ LAST = 5  # steps of a curve whose mean stands in the table
 
 
 # ---- training
-def train(directory: Path, variant: str, beta: float, seed: int, steps: int) -> dict[str, Any]:
+def train_all(wanted: Sequence[tuple[int, float, str]], jobs: int, runs: Path, steps: int) -> Iterator[dict[str, Any]]:
+    """What is kept of each (seed, beta, variant), as it ends: `jobs` at once, each on cores of its own."""
+    cores: SimpleQueue[list[int]] = SimpleQueue()
+    here = sorted(os.sched_getaffinity(0))
+    for i in range(min(jobs, len(here))):
+        cores.put(here[i::jobs])
+
+    def run(seed: int, beta: float, variant: str) -> dict[str, Any]:
+        mine = cores.get()
+        try:
+            return train(directory_of(runs, variant, beta, seed, steps), variant, beta, seed, steps, mine)
+        finally:
+            cores.put(mine)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in as_completed([pool.submit(run, *one) for one in wanted]):
+            yield future.result()
+
+
+def directory_of(runs: Path, variant: str, beta: float, seed: int, steps: int) -> Path:
+    slug = "".join(c for c in variant.replace(" ", "-") if c not in "(),")
+    return runs / f"{slug}-{beta:g}-{seed}-{steps}"
+
+
+def train(directory: Path, variant: str, beta: float, seed: int, steps: int, cores: Sequence[int]) -> dict[str, Any]:
     """One run, from its last checkpoint where there is one; returns what is kept of it."""
     if not (directory / "summary.json").exists():
         options = {f"loss.{name}": value for name, value in VARIANTS[variant].items()}
@@ -60,7 +87,8 @@ def train(directory: Path, variant: str, beta: float, seed: int, steps: int) -> 
         }  # fmt: skip
         new = ["train", EXAMPLE, *(f"--{name}={value}" for name, value in options.items())]
         command = ["train", "--resume", directory] if (directory / "config.yaml").exists() else new
-        subprocess.run([sys.executable, "-m", "longgrpo.cli", *map(str, command)], check=True)
+        pinned = ["taskset", "--cpu-list", ",".join(map(str, cores)), sys.executable, "-m", "longgrpo.cli"]
+        subprocess.run([*pinned, *map(str, command)], check=True)
     return {"variant": variant, "beta": beta, "seed": seed, "steps": steps, **kept(directory)}
 
 
@@ -204,6 +232,7 @@ def main() -> None:
     parser.add_argument("--betas", type=float, nargs="+", default=[0.04, 1.0])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--runs", type=Path, default=Path("runs/kl"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of 5 GiB and a share of the cores each")
     parser.add_argument("--only-draw", action="store_true", help="from what docs/experiments/kl.json holds")
     args = parser.parse_args()
     data = PAGE.with_suffix(".json")
@@ -212,17 +241,15 @@ def main() -> None:
     def save() -> None:
         data.write_text(json.dumps(results) + "\n")
 
-    wanted = [] if args.only_draw else list(product(args.seeds, args.betas, VARIANTS))
-    for seed, beta, variant in wanted:
-        key = {"variant": variant, "beta": beta, "seed": seed, "steps": args.steps}
-        if any(key.items() <= record.items() for record in results["runs"]):
-            continue
-        slug = "".join(c for c in variant.replace(" ", "-") if c not in "(),")
-        directory = args.runs / f"{slug}-{beta:g}-{seed}-{args.steps}"
-        results["runs"].append(train(directory, variant, beta, seed, args.steps))
-        save()
+    done = {(r["seed"], r["beta"], r["variant"]) for r in results["runs"] if r["steps"] == args.steps}
+    if not args.only_draw:
+        wanted = [one for one in product(args.seeds, args.betas, VARIANTS) if one not in done]
+        for record in train_all(wanted, args.jobs, args.runs, args.steps):
+            results["runs"].append(record)
+            save()
         if "distances" not in results:
-            results["distances"] = distances(directory)
+            reference = directory_of(args.runs, "k3 (reference)", args.betas[0], args.seeds[0], args.steps)
+            results["distances"] = distances(reference)
             save()
     write_page(results)
 

@@ -44,6 +44,11 @@ def test_engine_and_trainer_agree_after_every_update(steps):
         assert 0 < metrics["engine_trainer_logprob_diff_max"] <= 5e-4
 
 
+@pytest.mark.parametrize("phase", ["rollout", "scoring", "training"])
+def test_the_peak_of_each_phase_is_the_predicted_one(phase, steps):
+    assert steps[0][f"measured_bytes/{phase}"] == pytest.approx(steps[0][f"predicted_bytes/{phase}"], rel=0.05)
+
+
 def test_the_summary(run):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["engine"] == "vllm"

@@ -22,6 +22,7 @@ from longgrpo.memory.plan import Phase, Plan, Rows, plan_memory
 from longgrpo.memory.shape import UnknownArchitecture, config_file, model_shape
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.engine import Completion
+from longgrpo.rollout.sampling import Sampling
 from longgrpo.tasks.sample import Sample
 from longgrpo.train.build import make_policy
 from longgrpo.train.loop import loss_and_backward, optimiser_step, score
@@ -123,20 +124,33 @@ class Forecast:
         return dry_run(self.config, self.samples, self.target)
 
     def rehearse(self, policy: Policy) -> dict[str, tuple[int, int]]:
-        """Scores the longest micro-batch and makes its gradient: what does not fit fails now and not at step 120. No
-        weight changes. Returns each phase's peak in bytes, predicted and measured."""
-        phases = {
+        """Reads a step's prompts at their longest, scores the longest micro-batch and makes its gradient: what does not
+        fit fails now and not at step 120. No weight changes. Returns each phase's peak in bytes, predicted and
+        measured; none of the rollout where the engine has no cache of its own, which grows with what it samples."""
+        phases: dict[str, Callable[[], Any]] = {
             "scoring": lambda: score(policy, self.samples),
             "training": lambda: loss_and_backward(policy, self.samples, self.samples),
         }
+        cache = policy.engine.cache_bytes
+        if cache:
+            phases = {"rollout": lambda: self._read_prompts(policy), **phases}
+        apart = ("context", "optimiser") if cache else (*NOT_TRAINERS, "optimiser")  # there is no state yet
         peaks = {}
         for name, run in phases.items():
-            measured = _peak_of(run, policy, self.target)
+            released = name != "rollout" and self.config.rollout.release_kv_cache
+            measured = _peak_of(run, policy, self.target, 0 if released else cache)
             phase: Phase = getattr(self.plan, name)
-            apart = sum(phase.terms.get(term, 0) for term in (*NOT_TRAINERS, "optimiser"))  # there is none yet
-            peaks[name] = phase.device_bytes - apart, measured
+            peaks[name] = phase.device_bytes - sum(phase.terms.get(term, 0) for term in apart), measured
         policy.optimizer.zero_grad(set_to_none=True)
         return peaks
+
+    def _read_prompts(self, policy: Policy) -> None:
+        """The rollout of a step, a token each: the cache has its size from the start. No group shares a prefix."""
+        train, group = self.config.train, self.config.rollout.num_generations
+        length = len(self.samples[0].prompt_ids)
+        prompts = [[i, *[0] * (length - 1)] for i in range(train.prompts_per_step) for _ in range(group)]
+        policy.engine.generate(prompts, Sampling(max_tokens=1), range(len(prompts)))
+        policy.engine.drop_caches()
 
 
 def forecast_run(config: TrainConfig, prompt_length: int, force: bool) -> Forecast | None:
@@ -178,8 +192,8 @@ def _capacity(card_name: str | None) -> tuple[int, Target]:
     return host_budget(), CPU
 
 
-def _peak_of(run: Callable[[], Any], policy: Policy, target: Target) -> int:
-    """Bytes: by torch's allocator on a GPU, else in live storages."""
+def _peak_of(run: Callable[[], Any], policy: Policy, target: Target, cache: int) -> int:
+    """Bytes: by torch's allocator on a GPU, else in live storages and the `cache` bytes of the engine."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         run()
@@ -187,6 +201,7 @@ def _peak_of(run: Callable[[], Any], policy: Policy, target: Target) -> int:
     with LiveStorages(Internal(target)) as live:
         live.add([*policy.model.parameters(), *policy.model.buffers()], "weights")
         live.add(policy.parameters.values(), "masters")
+        live.hold(cache, "KV cache")
         live.reset_peak()  # a phase may have nothing to do
         run()
     return live.peak

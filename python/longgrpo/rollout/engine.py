@@ -108,6 +108,8 @@ class RolloutEngine(Protocol):
     shares_weights: bool
     model: PreTrainedModel
     """The model to train. Where shares_weights holds, its parameters are views of the engine's storage."""
+    cache_bytes: int
+    """Of the key-value cache that a rollout has, whatever its length; 0 where it grows with what is sampled."""
 
     def attach(self, model: PreTrainedModel | PeftModel) -> None:
         """From now on generate() samples from `model`: engine.model itself, or engine.model wrapped by PEFT."""

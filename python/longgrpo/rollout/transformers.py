@@ -26,6 +26,7 @@ class TransformersEngine:
 
     name = "transformers"
     shares_weights = True
+    cache_bytes = 0
 
     def __init__(self, config: RolloutConfig, model: ModelConfig) -> None:
         self.directory = resolve_model(model.path, model.quantization)

@@ -28,6 +28,7 @@ class VllmEngine:
 
     def __init__(self, config: RolloutConfig, model: ModelConfig, lora: LoraConfig | None = None) -> None:
         self.config = config
+        self.cache_bytes = int(config.kv_cache_gib * 2**30)
         self.directory = resolve_model(model.path, model.quantization)
         self._max_length = max_length(config, self.directory)
         self._end_tokens = end_token_ids(self.directory)
@@ -81,7 +82,7 @@ class VllmEngine:
             skip_tokenizer_init=not any(name in config.sampling for name in NEED_TOKENIZER),
             generation_config="vllm",  # a model's own sampling defaults must not leak into training
             max_model_len=self._max_length,
-            kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
+            kv_cache_memory_bytes=self.cache_bytes,
             kv_cache_dtype=config.kv_cache_dtype,
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and truncation included
             enable_prefix_caching=True,
