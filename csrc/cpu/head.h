@@ -91,6 +91,9 @@ class CpuHead {
     return gradient ? compact(rows) : 0;
   }
 
+  // Whether any row had a gradient: dweight is written by the first such tile.
+  bool dweight_begun() const { return dweight_begun_; }
+
   void hidden_gradient(int64_t rows) {
     const int64_t h = shape_.hidden, v = shape_.vocabulary;
     if (bf16_) {
@@ -116,17 +119,19 @@ class CpuHead {
     for (int64_t i = 0; i < rows; ++i) factors[size_t(i)] = slots_[i].scale * slots_[i].factor;
     if (out_.dweight && bf16_) {
       bf16::gemm(runtime_, {logits_, true, stride_, false, factors.data()}, {hidden_, false, h, false, nullptr}, v, h,
-                 rows, true, out_.dweight, h, staged_);
+                 rows, dweight_begun_, out_.dweight, h, staged_);
     } else if (out_.dweight) {
       runtime_.parallel_for(
           rows, [&](int64_t i) { from_float(hidden_ + i * h, factors[size_t(i)], hidden_ + i * h, Dtype::f32, h); });
       for (int64_t j = 0; j < v; j += weight_chunk(shape_)) {
         const int64_t n = std::min(weight_chunk(shape_), v - j);
+        float* product = dweight_begun_ ? staged_ : out_.dweight + j * h;
         runtime_.gemm(transposed({logits_ + j, rows, n, stride_, 1}), row_major(hidden_, rows, h, h),
-                      row_major(staged_, n, h, h));
-        add(out_.dweight + j * h, staged_, n * h);
+                      row_major(product, n, h, h));
+        if (dweight_begun_) add(out_.dweight + j * h, product, n * h);
       }
     }
+    dweight_begun_ = true;
     if (out_.dbias) {
       constexpr int64_t columns = 4096;
       runtime_.parallel_for((v + columns - 1) / columns, [&](int64_t block) {
@@ -262,6 +267,7 @@ class CpuHead {
   const RowLoss& loss_;
   const bool logits_kept_, bf16_;
   const int64_t stride_;  // of the rows of logits
+  bool dweight_begun_ = false;
   std::vector<Slot> slots_;
   float *logits_, *hidden_, *direction_ = nullptr, *reference_logits_ = nullptr, *reference_hidden_ = nullptr, *staged_;
 };

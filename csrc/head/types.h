@@ -39,7 +39,7 @@ struct HeadOutputs {          // null where not wanted
   float* kl = nullptr;        // [tokens]
   void* direction = nullptr;  // [tokens, hidden] in the hidden states' dtype: dL/dhidden = scale * direction
   float* scale = nullptr;     // [tokens]; null: direction is dL/dhidden itself
-  float* dweight = nullptr;   // [vocabulary, hidden], zeroed
+  float* dweight = nullptr;   // [vocabulary, hidden]; zeroed on CUDA, written by the first active tile on the CPU
   float* dbias = nullptr;     // [vocabulary], zeroed
 };
 

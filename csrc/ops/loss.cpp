@@ -48,9 +48,14 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-Tensor zeros(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
+Tensor empty(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
   Tensor tensor = torch::stable::new_empty(like, size, dtype);
   advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * int64_t(tensor.element_size()));
+  return tensor;
+}
+
+Tensor zeros(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
+  Tensor tensor = empty(like, size, dtype);
   return torch::stable::zero_(tensor);
 }
 
@@ -92,7 +97,14 @@ struct Head {
 
   void pass(const std::vector<int64_t>& rows, int64_t active, const HeadOutputs& out, const RowLoss& loss,
             bool logits_kept) const {
-    if (rows.empty()) return;
+    const bool dweight_begun = !rows.empty() && tiles(rows, active, out, loss, logits_kept);
+    if (out.dweight && !dweight_begun) std::fill_n(out.dweight, shape.vocabulary * shape.hidden, 0.0f);
+  }
+
+ private:
+  // -> whether any row had a gradient
+  bool tiles(const std::vector<int64_t>& rows, int64_t active, const HeadOutputs& out, const RowLoss& loss,
+             bool logits_kept) const {
     HeadPlan plan{int64_t(rows.size()),
                   active,
                   0,
@@ -108,6 +120,7 @@ struct Head {
     CpuHead<TorchRuntime> head(runtime, shape, plan, in, out, rows, loss, logits_kept,
                                static_cast<float*>(space.mutable_data_ptr()));
     head_pass(head, plan);
+    return head.dweight_begun();
   }
 };
 
@@ -137,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(const Tensor& hidden,
   const Head head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, workspace);
   const auto [n, h, v] = head.shape;
   Tensor dhidden = zeros(hidden, {need_hidden ? n : 0, h}, hidden.scalar_type());
-  Tensor dweight = zeros(hidden, {need_weight ? v : 0, h}, ScalarType::Float);
+  Tensor dweight = empty(hidden, {need_weight ? v : 0, h}, ScalarType::Float);
   Tensor dbias = zeros(hidden, {need_bias ? v : 0}, ScalarType::Float);
   const HeadOutputs out{.direction = need_hidden ? dhidden.mutable_data_ptr() : nullptr,
                         .dweight = need_weight ? data(dweight) : nullptr,
@@ -230,7 +243,7 @@ class FusedLoss {
     logp_ = f32(true, n), entropy_ = f32(true, n), kl_ = f32(exact(), n), c_ = f32(true, n),
     scale = f32(need_hidden, n);
     direction = zeros(head.like, {need_hidden ? n : 0, h}, head.like.scalar_type());
-    dweight = zeros(head.like, {need_weight ? v : 0, h}, ScalarType::Float);
+    dweight = empty(head.like, {need_weight ? v : 0, h}, ScalarType::Float);
     dbias = f32(need_bias, v);
     gradients_ = {.kl = exact() ? data(kl_) : nullptr,
                   .direction = need_hidden ? direction.mutable_data_ptr() : nullptr,

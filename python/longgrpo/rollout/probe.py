@@ -16,7 +16,7 @@ from longgrpo.rollout.sampling import Sampling
 LENGTH = (
     72  # tokens of the prompt: whole blocks of a prefix cache (32 on the CPU, 16 on CUDA), so that a stale one shows
 )
-SAMPLED = 8  # tokens
+SAMPLED = 4  # tokens
 # The mean |difference| that rounding explains, with a margin of ten or so: see docs/rollout.md for what is measured.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}
 FP8_TOLERANCE = 0.5
