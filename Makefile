@@ -54,7 +54,7 @@ bench-integrations: setup $(STAMPS)/test $(STAMPS)/hosts  ## other trainers with
 	$(BIN)/python -m pytest -n 0 tests/integrations
 	$(BIN)/python bench/integrations.py
 
-experiment: setup $(STAMPS)/test  ## docs/experiments: 36 runs, about four hours on two cores; goes on where it was stopped
+experiment: setup $(STAMPS)/test  ## docs/experiments: 36 runs, about an hour and a half on two cores; goes on where it was stopped
 	$(BIN)/python bench/kl_experiment.py
 
 docs: $(STAMPS)/test  ## the guide, in build/docs; every link is checked
