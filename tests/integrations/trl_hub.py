@@ -90,8 +90,10 @@ def qwen_tokenizer(vocabulary: str) -> Qwen2Tokenizer:
         halves = [(token[:i], token[i:]) for i in range(1, len(token))]
         known = sorted((ranks[a], ranks[b], a, b) for a, b in halves if a in ranks and b in ranks)
         merges += [(text(a), text(b)) for *_, a, b in known]
+    ids = {text(token): rank for token, rank in ranks.items()}
+    ids |= {token: len(ranks) + i for i, token in enumerate(QWEN_TOKENS)}  # before eos_token and pad_token take an id
     tokenizer = Qwen2Tokenizer(
-        {text(token): rank for token, rank in ranks.items()}, merges,
+        ids, merges,
         eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
     )  # fmt: skip
     tokenizer.add_tokens([AddedToken(token, special=token[1] == "|", normalized=False) for token in QWEN_TOKENS])
