@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,7 @@ CURVES = {
     "entropy": "entropy, nats a token",
 }
 EXPECTED = ("k1", "k2", "k3", "article_reverse", "forward", "article_forward", "forward_unbiased")
+UNTRAINED = "eval_before.json"  # of every run the same
 LAST = 5  # steps of a curve whose mean stands in the table
 
 
@@ -85,8 +87,12 @@ def train(directory: Path, variant: str, beta: float, seed: int, steps: int, cor
             "loss.beta": beta, "train.seed": seed, "train.steps": steps, "train.save_steps": 10,
             "train.probe_prompts": 0, "task.eval_prefill": "null", "output_dir": directory,
         }  # fmt: skip
-        new = ["train", EXAMPLE, *(f"--{name}={value}" for name, value in options.items())]
-        command = ["train", "--resume", directory] if (directory / "config.yaml").exists() else new
+        command = ["train", EXAMPLE, *(f"--{name}={value}" for name, value in options.items())]
+        if (directory / "config.yaml").exists():
+            command = ["train", "--resume", directory]
+        elif not directory.exists() and (known := next(directory.parent.glob(f"*/{UNTRAINED}"), None)):
+            directory.mkdir()
+            shutil.copy(known, directory)  # a run takes it from there
         pinned = ["taskset", "--cpu-list", ",".join(map(str, cores)), sys.executable, "-m", "longgrpo.cli"]
         subprocess.run([*pinned, *map(str, command)], check=True)
     return {"variant": variant, "beta": beta, "seed": seed, "steps": steps, **kept(directory)}

@@ -97,7 +97,7 @@ bench::Case matmul(bench::HostRuntime& runtime, int64_t n, Dtype dtype) {
   };
   auto x = std::make_shared<Buffers>(Buffers{random_numbers(n * n, 1, 1), random_numbers(n * n, 1, 2),
                                              std::vector<float>(size_t(n * n)),
-                                             std::vector<char>(size_t(bf16::kWorkspaceBytes + 64))});
+                                             std::vector<char>(size_t(bf16::workspace_bytes(runtime.threads()) + 64))});
   const auto run = [=, &runtime](int) {
     if (!native)
       return runtime.gemm(row_major(x->a.data(), n, n, n), row_major(x->b.data(), n, n, n),
@@ -208,7 +208,7 @@ bench::Case head_case(bench::HostRuntime& runtime, const std::shared_ptr<HeadBuf
     HeadPlan plan{b->shape.tokens,
                   gradient ? b->shape.tokens : 0,
                   0,
-                  staging_bytes(b->shape, in, trains_head),
+                  staging_bytes(b->shape, in, trains_head, runtime.threads()),
                   gradient,
                   trains_head,
                   false};

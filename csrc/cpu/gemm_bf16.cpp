@@ -9,6 +9,11 @@
 namespace longgrpo::bf16 {
 namespace {
 
+constexpr int64_t kBlockRows = 8 * kTileRows;
+constexpr int64_t kCached = 8 << 20;  // bytes of C, per thread, that may still be in a cache when they are read next
+
+enum class Store { write, stream, add };
+
 LONGGRPO_AVX512_BF16 inline __mmask16 first(int64_t n) {
   return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1);
 }
@@ -83,7 +88,7 @@ LONGGRPO_AVX512_BF16 inline __m512i load_interleaved(const Operand& x, int64_t i
 }
 
 template <int Rows>
-LONGGRPO_AVX512_BF16 void tile(const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t columns, bool accumulate,
+LONGGRPO_AVX512_BF16 void tile(const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t columns, Store store,
                                float* c, int64_t c_stride) {
   __m512 sums[Rows][2];
 #pragma GCC unroll 14
@@ -104,27 +109,23 @@ LONGGRPO_AVX512_BF16 void tile(const uint32_t* a, const uint32_t* b, int64_t pai
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       float* to = c + r * c_stride + 16 * half;
-      const __m512 before = accumulate ? _mm512_maskz_loadu_ps(masks[half], to) : _mm512_setzero_ps();
+      if (store == Store::stream && masks[half] == 0xffff && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+        _mm512_stream_ps(to, sums[r][half]);
+        continue;
+      }
+      const __m512 before = store == Store::add ? _mm512_maskz_loadu_ps(masks[half], to) : _mm512_setzero_ps();
       _mm512_mask_storeu_ps(to, masks[half], _mm512_add_ps(before, sums[r][half]));
     }
   }
 }
 
 template <int Rows>
-void tile_of(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t columns, bool accumulate,
-             float* c, int64_t c_stride) {
+void multiply_tile(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t columns, Store store,
+                   float* c, int64_t c_stride) {
   if constexpr (Rows > 0) {
-    if (rows == Rows) return tile<Rows>(a, b, pairs, columns, accumulate, c, c_stride);
-    tile_of<Rows - 1>(rows, a, b, pairs, columns, accumulate, c, c_stride);
+    if (rows == Rows) return tile<Rows>(a, b, pairs, columns, store, c, c_stride);
+    multiply_tile<Rows - 1>(rows, a, b, pairs, columns, store, c, c_stride);
   }
-}
-
-}  // namespace
-
-bool supported() {
-  static const bool yes = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return yes;
 }
 
 LONGGRPO_AVX512_BF16 void pack_rows(const Operand& a, int64_t row, int64_t rows, int64_t k, int64_t k_count,
@@ -144,8 +145,6 @@ LONGGRPO_AVX512_BF16 void pack_rows(const Operand& a, int64_t row, int64_t rows,
       __m512i block[16];
       for (int q = 0; q < 16; ++q) {
         const int64_t at = p + 2 * q;
-        prefetch(a, row + r, k + at + 32);
-        prefetch(a, row + r, k + at + 33);
         block[q] = at < k_count ? load_interleaved(a, row + r, rows - r, k + at, k_count - at) : _mm512_setzero_si512();
       }
       transpose(block);
@@ -155,20 +154,11 @@ LONGGRPO_AVX512_BF16 void pack_rows(const Operand& a, int64_t row, int64_t rows,
   }
 }
 
-LONGGRPO_AVX512_BF16 void pack_columns(const Operand& b, int64_t column, int64_t columns, int64_t k, int64_t k_count,
-                                       uint32_t* packed) {
+// One panel of kTileColumns columns of B, k contiguous -> [k / 2][kTileColumns] pairs.
+LONGGRPO_AVX512_BF16 void pack_panel(const Operand& b, int64_t column, int64_t columns, int64_t k, int64_t k_count,
+                                     uint32_t* packed) {
   for (int64_t half = 0; half < kTileColumns; half += 16) {
-    const int64_t count = std::min<int64_t>(16, columns - half);
-    if (!b.k_contiguous) {
-      for (int64_t p = 0; p < k_count; p += 2) {
-        prefetch(b, column + half, k + p + 16);
-        prefetch(b, column + half, k + p + 17);
-        _mm512_store_si512(
-            packed + p / 2 * kTileColumns + half,
-            count > 0 ? load_interleaved(b, column + half, count, k + p, k_count - p) : _mm512_setzero_si512());
-      }
-      continue;
-    }
+    const int64_t count = columns - half;
     for (int64_t p = 0; p < k_count; p += 32) {
       __m512i block[16];
       for (int q = 0; q < 16; ++q) {
@@ -182,9 +172,63 @@ LONGGRPO_AVX512_BF16 void pack_columns(const Operand& b, int64_t column, int64_t
   }
 }
 
-void multiply(const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t rows, int64_t columns, bool accumulate,
-              float* c, int64_t c_stride) {
-  tile_of<kTileRows>(rows, a, b, pairs, columns, accumulate, c, c_stride);
+// Columns of B, k not contiguous -> the same panels, kPanelStride apart; all of them at once, because one panel's
+// columns are a cache line of each k, and from one k to the next is often a page.
+LONGGRPO_AVX512_BF16 void pack_panels(const Operand& b, int64_t column, int64_t columns, int64_t k, int64_t k_count,
+                                      uint32_t* packed) {
+  for (int64_t p = 0; p < k_count; p += 2) {
+    uint32_t* to = packed + p / 2 * kTileColumns;
+    for (int64_t q = 0; q < columns; q += kTileColumns, to += kPanelStride) {
+      for (int64_t half = 0; half < kTileColumns; half += 16) {
+        const int64_t count = columns - q - half;
+        _mm512_store_si512(to + half, count > 0 ? load_interleaved(b, column + q + half, count, k + p, k_count - p)
+                                                : _mm512_setzero_si512());
+      }
+    }
+  }
+}
+
+void pack_columns(const Operand& b, int64_t column, int64_t columns, int64_t k, int64_t k_count, uint32_t* packed) {
+  if (!b.k_contiguous) return pack_panels(b, column, columns, k, k_count, packed);
+  for (int64_t q = 0; q < columns; q += kTileColumns)
+    pack_panel(b, column + q, columns - q, k, k_count, packed + q / kTileColumns * kPanelStride);
+}
+
+}  // namespace
+
+bool supported() {
+  static const bool yes = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return yes;
+}
+
+void multiply(const Operand& a, const Operand& b, Range rows, Range columns, int64_t k, bool accumulate, float* c,
+              int64_t c_stride, uint32_t* packed_b, int64_t panels) {
+  alignas(64) uint32_t packed_a[kBlockRows * kRowStride];
+  const int64_t depths = (k + kBlockK - 1) / kBlockK, block_k = ((k + depths - 1) / depths + 31) / 32 * 32;
+  const int64_t block_columns = panels * kTileColumns;
+  const int64_t bytes = (rows.end - rows.begin) * (columns.end - columns.begin) * int64_t(sizeof(float));
+  const Store once = depths == 1 && bytes > kCached ? Store::stream : Store::write;
+  for (int64_t j = columns.begin; j < columns.end; j += block_columns) {
+    const int64_t width = std::min(block_columns, columns.end - j);
+    for (int64_t p = 0; p < k; p += block_k) {
+      const int64_t depth = std::min(block_k, k - p);
+      pack_columns(b, j, width, p, depth, packed_b);
+      for (int64_t i = rows.begin; i < rows.end; i += kBlockRows) {
+        const int64_t height = std::min(kBlockRows, rows.end - i);
+        pack_rows(a, i, height, p, depth, packed_a);
+        for (int64_t q = 0; q < width; q += kTileColumns) {
+          for (int64_t r = 0; r < height; r += kTileRows) {
+            multiply_tile<kTileRows>(std::min(kTileRows, height - r), packed_a + r * kRowStride,
+                                     packed_b + q / kTileColumns * kPanelStride, (depth + 1) / 2,
+                                     std::min(kTileColumns, width - q), accumulate || p > 0 ? Store::add : once,
+                                     c + (i + r) * c_stride + j + q, c_stride);
+          }
+        }
+      }
+    }
+  }
+  _mm_sfence();  // streamed stores are in no order that another thread's reads could rely on
 }
 
 }  // namespace longgrpo::bf16
@@ -193,9 +237,7 @@ void multiply(const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t rows,
 
 namespace longgrpo::bf16 {
 bool supported() { return false; }
-void pack_rows(const Operand&, int64_t, int64_t, int64_t, int64_t, uint32_t*) {}
-void pack_columns(const Operand&, int64_t, int64_t, int64_t, int64_t, uint32_t*) {}
-void multiply(const uint32_t*, const uint32_t*, int64_t, int64_t, int64_t, bool, float*, int64_t) {}
+void multiply(const Operand&, const Operand&, Range, Range, int64_t, bool, float*, int64_t, uint32_t*, int64_t) {}
 }  // namespace longgrpo::bf16
 
 #endif

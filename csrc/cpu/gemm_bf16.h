@@ -2,9 +2,9 @@
 // give: its bf16 output would round the logits, and fp32 operands cost twice the time. AVX512-BF16 (Zen 4, Cooper Lake
 // and later); elsewhere the head upcasts and uses the fp32 GEMM.
 //
-// Blocks of k and n of B are packed once for all threads; each task packs a block of rows of A on its stack and runs a
-// 14 x 32 register tile over them. A product is summed in the order of k whatever the shape of the call is, so a row
-// of C depends on nothing but its operands.
+// Each thread has a rectangle of C and packs what it reads by itself: packed operands that threads share are written by
+// one core and read by another, which took a third of the time where the two have no cache in common. A product is
+// summed in the order of k whatever the shape of the call is, so a row of C depends on nothing but its operands.
 #pragma once
 
 #include <algorithm>
@@ -13,12 +13,6 @@
 namespace longgrpo::bf16 {
 
 bool supported();
-
-constexpr int64_t kTileRows = 14, kTileColumns = 32;  // 28 accumulators of 32 registers
-constexpr int64_t kBlockK = 1024;                     // deep: C, which may be larger than any cache, is visited seldom
-constexpr int64_t kBlockRows = 8 * kTileRows, kBlockColumns = 1024;
-constexpr int64_t kRowStride = kBlockK / 2 + 16;  // pairs; the rows of a tile fall into different cache sets
-constexpr int64_t kWorkspaceBytes = kBlockK * kBlockColumns * 2;  // one packed block of B
 
 // Element (i, k) of an operand: i is a row of A or a column of B.
 struct Operand {
@@ -29,60 +23,63 @@ struct Operand {
   const float* k_scale;  // multiplies element (i, k) before it is rounded; fp32 only, or null
 };
 
-// rows <= kBlockRows and k <= kBlockK of A -> [rows padded to kTileRows][kRowStride] pairs of bf16
-void pack_rows(const Operand& a, int64_t row, int64_t rows, int64_t k, int64_t k_count, uint32_t* packed);
+constexpr int64_t kTileRows = 14, kTileColumns = 32;  // 28 accumulators of 32 registers
+constexpr int64_t kBlockK = 1024;                     // deep: C, which may be larger than any cache, is visited seldom
+// Pairs of bf16 from one row of packed A, and from one panel of packed B, to the next: no power of two, so that they
+// fall into different sets of the cache.
+constexpr int64_t kRowStride = kBlockK / 2 + 16;
+constexpr int64_t kPanelStride = kBlockK / 2 * kTileColumns + 32;
+constexpr int64_t kPanels = 32, kPanelsInAll = 256;  // of packed B that a thread has: fewer, if there are many threads
 
-// kTileColumns columns and k <= kBlockK of B -> [k / 2][kTileColumns] pairs of bf16
-void pack_columns(const Operand& b, int64_t column, int64_t columns, int64_t k, int64_t k_count, uint32_t* packed);
+inline int64_t workspace_bytes(int64_t threads) {
+  return std::min(threads * kPanels, kPanelsInAll) * kPanelStride * int64_t(sizeof(uint32_t));
+}
 
-// C [rows <= kTileRows, columns <= kTileColumns] of one packed panel each.
-void multiply(const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t rows, int64_t columns, bool accumulate,
-              float* c, int64_t c_stride);
-
-// Rows [begin(i), begin(i + 1)) of C are block i: whole tiles, shared out evenly, so many blocks that each thread has
-// the same number of them.
-struct RowBlocks {
-  int64_t rows, tiles, count;
-
-  RowBlocks(int64_t rows, int64_t threads) : rows(rows), tiles((rows + kTileRows - 1) / kTileRows) {
-    const int64_t fewest = (rows + kBlockRows - 1) / kBlockRows;
-    count = std::min(tiles, (fewest + threads - 1) / threads * threads);
-  }
-  int64_t begin(int64_t i) const { return std::min(rows, tiles * i / count * kTileRows); }
+struct Range {
+  int64_t begin, end;
 };
 
+// C[rows, columns] of the product, in one thread, with room for so many packed panels of B.
+void multiply(const Operand& a, const Operand& b, Range rows, Range columns, int64_t k, bool accumulate, float* c,
+              int64_t c_stride, uint32_t* packed_b, int64_t panels);
+
+// Into how many ranges of rows and of columns C is cut: whole tiles, a rectangle a thread.
+struct Grid {
+  int64_t rows, columns;
+
+  Grid(int64_t m, int64_t n, int64_t threads) {
+    int64_t best = INT64_MAX;
+    for (int64_t r = 1; r <= threads; ++r) {
+      const int64_t height = size(m, kTileRows, r), width = size(n, kTileColumns, threads / r);
+      // Of a step in k: 32 products take about as long as one element that is packed.
+      const int64_t cost = height * width / 32 + height + width;
+      if (cost < best) best = cost, rows = r, columns = threads / r;
+    }
+  }
+
+  // Of n, the i-th of `count` ranges of whole tiles.
+  static Range range(int64_t n, int64_t tile, int64_t count, int64_t i) {
+    const int64_t tiles = (n + tile - 1) / tile;
+    return {std::min(n, tiles * i / count * tile), std::min(n, tiles * (i + 1) / count * tile)};
+  }
+
+ private:
+  static int64_t size(int64_t n, int64_t tile, int64_t count) {
+    return ((n + tile - 1) / tile + count - 1) / count * tile;
+  }
+};
+
+// `workspace`: workspace_bytes(runtime.threads()), in whole cache lines.
 template <class Runtime>
 void gemm(Runtime& runtime, const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, bool accumulate,
           float* c, int64_t c_stride, void* workspace) {
-  uint32_t* packed_b = static_cast<uint32_t*>(workspace);
-  constexpr int64_t panel = kBlockK / 2 * kTileColumns;
-  const RowBlocks blocks(m, runtime.threads());
-  const int64_t depths = (k + kBlockK - 1) / kBlockK, block_k = ((k + depths - 1) / depths + 31) / 32 * 32;
-  for (int64_t j = 0; j < n; j += kBlockColumns) {
-    const int64_t columns = std::min(kBlockColumns, n - j), panels = (columns + kTileColumns - 1) / kTileColumns;
-    // Few rows: the columns are shared out as well, at the price of packing A for each share.
-    const int64_t shares = std::clamp<int64_t>((runtime.threads() + blocks.count - 1) / blocks.count, 1, panels);
-    for (int64_t p = 0; p < k; p += block_k) {
-      const int64_t depth = std::min(block_k, k - p), pairs = (depth + 1) / 2;
-      runtime.parallel_for(panels, [&](int64_t q) {
-        pack_columns(b, j + q * kTileColumns, std::min(kTileColumns, columns - q * kTileColumns), p, depth,
-                     packed_b + q * panel);
-      });
-      runtime.parallel_for(blocks.count * shares, [&](int64_t task) {
-        const int64_t block = task / shares, share = task % shares;
-        const int64_t i = blocks.begin(block), rows = blocks.begin(block + 1) - i;
-        alignas(64) uint32_t packed_a[kBlockRows * kRowStride];
-        pack_rows(a, i, rows, p, depth, packed_a);
-        for (int64_t q = panels * share / shares; q < panels * (share + 1) / shares; ++q) {
-          for (int64_t r = 0; r < rows; r += kTileRows) {
-            multiply(packed_a + r * kRowStride, packed_b + q * panel, pairs, std::min(kTileRows, rows - r),
-                     std::min(kTileColumns, columns - q * kTileColumns), accumulate || p > 0,
-                     c + (i + r) * c_stride + j + q * kTileColumns, c_stride);
-          }
-        }
-      });
-    }
-  }
+  const Grid grid(m, n, std::min(runtime.threads(), kPanelsInAll));
+  const int64_t count = grid.rows * grid.columns, panels = std::min(kPanels, kPanelsInAll / count);
+  runtime.parallel_for(count, [&](int64_t i) {
+    multiply(a, b, Grid::range(m, kTileRows, grid.rows, i / grid.columns),
+             Grid::range(n, kTileColumns, grid.columns, i % grid.columns), k, accumulate, c, c_stride,
+             static_cast<uint32_t*>(workspace) + i * panels * kPanelStride, panels);
+  });
 }
 
 }  // namespace longgrpo::bf16

@@ -40,9 +40,9 @@ inline bool native_bf16(const HeadInputs& in) {
 // Vocabulary rows whose fp32 copy or gradient is staged at once.
 inline int64_t weight_chunk(const HeadShape& shape) { return std::min<int64_t>(shape.vocabulary, 4096); }
 
-inline int64_t staging_bytes(const HeadShape& shape, const HeadInputs& in, bool weight_gradient) {
+inline int64_t staging_bytes(const HeadShape& shape, const HeadInputs& in, bool weight_gradient, int64_t threads) {
   constexpr int64_t alignment = 2 * kLine;  // of the logits and of what is staged
-  if (native_bf16(in)) return alignment + bf16::kWorkspaceBytes;
+  if (native_bf16(in)) return alignment + bf16::workspace_bytes(threads);
   const bool staged = in.weight_dtype != Dtype::f32 || weight_gradient;
   return alignment + (staged ? 4 * weight_chunk(shape) * shape.hidden : 0);
 }

@@ -105,10 +105,11 @@ struct Head {
   // -> whether any row had a gradient
   bool tiles(const std::vector<int64_t>& rows, int64_t active, const HeadOutputs& out, const RowLoss& loss,
              bool logits_kept) const {
+    TorchRuntime runtime;
     HeadPlan plan{int64_t(rows.size()),
                   active,
                   0,
-                  staging_bytes(shape, in, out.dweight),
+                  staging_bytes(shape, in, out.dweight, runtime.threads()),
                   out.direction != nullptr,
                   out.dweight || out.dbias,
                   in.exact_kl != ExactKl::none && in.reference_hidden};
@@ -116,7 +117,6 @@ struct Head {
     const int64_t bytes = workspace_bytes(plan, shape, plan.tile_rows);
     Tensor space = torch::stable::new_empty(like, {bytes / 4 + 1}, ScalarType::Float);
     advise_huge_pages(space.mutable_data_ptr(), bytes);
-    TorchRuntime runtime;
     CpuHead<TorchRuntime> head(runtime, shape, plan, in, out, rows, loss, logits_kept,
                                static_cast<float*>(space.mutable_data_ptr()));
     head_pass(head, plan);

@@ -21,7 +21,9 @@ int64_t head_workspace(int64_t tokens, int64_t hidden, int64_t vocabulary, Scala
   const HeadShape shape{tokens, hidden, vocabulary};
   const Dtype h = dtype_of(hidden_dtype), w = dtype_of(weight_dtype);
   if (tokens == 0) return 0;
-  if (multiprocessors == 0) return head_bytes(shape, h, w, hidden_gradient, weight_gradient, reference, workspace);
+  if (multiprocessors == 0)
+    return head_bytes(shape, h, w, hidden_gradient, weight_gradient, reference, torch::stable::get_num_threads(),
+                      workspace);
   return plan_gpu({shape, h, w, reference, weight_gradient, beyond_logp}, workspace, {int(multiprocessors), 0}).bytes();
 }
 

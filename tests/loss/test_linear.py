@@ -108,6 +108,19 @@ def test_tiles_change_nothing(workspace_rows):
     assert torch.equal(whole.logp, one)
 
 
+@pytest.mark.parametrize("threads", [1, 3, 7])
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 500), (40, 3001), (333, 70)])
+def test_any_number_of_threads(threads, tokens, vocabulary):
+    """Each has a rectangle of the logits and of the gradients: tall ones, wide ones, fewer than threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        head = make_head(6, tokens, 100, vocabulary, torch.bfloat16, bias=True)
+        check(head, train_head=True, entropy=False, bound=2 * EPS[torch.bfloat16] + 5e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"softcap": 10.0}, {"temperature": 0.7}])
 def test_scoring_and_training_give_the_same_bits(options):
     head = make_head(4, 60, 32, 700, **options)
