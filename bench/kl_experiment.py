@@ -5,7 +5,7 @@ it (curves, held-out accuracy) goes to docs/experiments/kl.json; a run that stan
 distance of each estimator's expected gradient from the divergence's own is worked out, over the whole vocabulary, on
 what a trained policy samples, and the tables and curves of docs/experiments/kl.md are drawn anew.
 
-    python bench/kl_experiment.py [--seeds 0 1 2] [--betas 0.04 1.0] [--steps 30] [--jobs 2] [--only-draw]
+    python bench/kl_experiment.py [--seeds 0 1 2] [--betas 0.04 1.0] [--steps 20] [--jobs 2] [--only-draw]
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def train(directory: Path, variant: str, beta: float, seed: int, steps: int, cor
         options = {f"loss.{name}": value for name, value in VARIANTS[variant].items()}
         options |= {
             "loss.beta": beta, "train.seed": seed, "train.steps": steps, "train.save_steps": 10,
-            "train.probe_prompts": 0, "task.eval_prefill": "null", "output_dir": directory,
+            "train.token_budget": 2048, "train.probe_prompts": 0, "task.eval_prefill": "null", "output_dir": directory,
         }  # fmt: skip
         command = ["train", EXAMPLE, *(f"--{name}={value}" for name, value in options.items())]
         if (directory / "config.yaml").exists():
@@ -236,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--betas", type=float, nargs="+", default=[0.04, 1.0])
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--runs", type=Path, default=Path("runs/kl"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of 5 GiB and a share of the cores each")
     parser.add_argument("--only-draw", action="store_true", help="from what docs/experiments/kl.json holds")

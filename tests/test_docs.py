@@ -148,7 +148,9 @@ RULES = [
     Rule("cmake *--preset *", is_a_preset, "a build; tests/bench makes it"),
     Rule("build/bench/bench/bench_loss *", has_benchmark_options, "a measurement; tests/bench runs it on small shapes"),
     Rule("apt-get install *", is_known, "changes the system"),
-    Rule("pip install dist/longgrpo-*.whl", is_known, "needs what make wheel builds; tests/test_wheel.py takes it apart"),
+    Rule(
+        "pip install dist/longgrpo-*.whl", is_known, "needs what make wheel builds; tests/test_wheel.py takes it apart"
+    ),
     Rule("cmake *", has_cmake_options, "needs a cross compiler"),
     Rule("qemu-aarch64-static *", has_benchmark_options, "needs a cross compiler"),
 ]
