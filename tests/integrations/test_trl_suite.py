@@ -39,6 +39,7 @@ def trained(tmp_path, **options):
     trainer.train()
     return trainer
 
+@pytest.mark.slow
 def test_train(tmp_path):
     trainer = trained(tmp_path)
     assert trainer.fused_loss
@@ -63,12 +64,16 @@ def test_a_suite_runs_on_what_stands_for_the_hub(tmp_path, monkeypatch):
     checkout = tmp_path / "checkout"
     (checkout / "tests").mkdir(parents=True)
     (checkout / "scripts").mkdir()
+    options = "[tool.pytest.ini_options]\nmarkers = ['slow']\naddopts = '--strict-markers'"
+    (checkout / "pyproject.toml").write_text(options)
+    (checkout / "trl").mkdir()
+    (checkout / "trl" / "__init__.py").write_text("raise AssertionError('not the installed TRL')")
     (checkout / "tests" / "test_grpo_trainer.py").write_text(TESTS)
     for name in ("zen", "zen_image", "zen_multi_image"):
         (checkout / "scripts" / f"generate_{name}_dataset.py").write_text(SCRIPT)
     trl_hub.make_hub(checkout, VOCABULARY, tmp_path / "Qwen3")
     monkeypatch.setattr(trl_suite, "HUBS", {"Qwen3": ""})
-    results = trl_suite.run("longgrpo-fused", checkout, tmp_path, ["-p", "no:cacheprovider"])
+    results = trl_suite.run("longgrpo-fused", checkout, tmp_path, ["-p", "no:cacheprovider", "-n", "1"])
     assert results == {
         "test_grpo_trainer::test_train": "passed",
         "test_grpo_trainer::test_a_refused_option": "skipped",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -93,16 +94,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def run(trainer: str, checkout: Path, out: Path, arguments: list[str]) -> dict[str, str]:
     """Test -> passed, failed or skipped, of the checkout's test_grpo_trainer.py with that class."""
+    # Away from the checkout's own trl, which xdist's processes would import in place of the installed one.
+    shutil.copytree(checkout / "tests", out / "tests", dirs_exist_ok=True)
+    shutil.copy(checkout / "pyproject.toml", out)  # pytest's options
     path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
     results = {}
     for hub, selection in HUBS.items():
         report = out / f"{trainer}-{hub}.xml"
         report.unlink(missing_ok=True)
-        # -P: the installed TRL is what runs, not the checkout's.
-        command = [sys.executable, "-P", "-m", "pytest", "-p", "trl_suite", f"--grpo-trainer={trainer}"]
+        command = [sys.executable, "-m", "pytest", "-p", "trl_suite", f"--grpo-trainer={trainer}"]
         command += ["-k", selection, f"--junitxml={report}", "-q", "--tb=short", "-rs", *arguments]
-        command += [str(checkout / "tests/test_grpo_trainer.py")]
+        command += [str(out / "tests/test_grpo_trainer.py")]
         subprocess.run(command, env={**environment, "HF_HOME": str(out / hub)}, check=False)
         results |= read_report(report)
     return results
@@ -145,7 +148,7 @@ def main() -> int:
         vocabulary = wheel.read("dashscope/resources/qwen.tiktoken").decode()
     for hub in HUBS:
         trl_hub.make_hub(options.trl, vocabulary, out / hub, whole_for=hub)
-    results = {trainer: run(trainer, options.trl.resolve(), out, arguments) for trainer in TRAINERS}
+    results = {trainer: run(trainer, options.trl, out, arguments) for trainer in TRAINERS}
     table, worse = compare(results)
     print(table, "Passes with TRL's class and fails with ours:", *(worse or ["none"]), sep="\n")
     return bool(worse)
