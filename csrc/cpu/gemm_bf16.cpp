@@ -9,7 +9,15 @@
 namespace longgrpo::bf16 {
 namespace {
 
+// Of k at once: all of it, so that C is written once, or little enough for many columns to stay packed. It depends on k
+// alone, for it decides how a product is summed.
+constexpr int64_t kWholeK = 2048, kBlockK = 1024;
 constexpr int64_t kBlockRows = 8 * kTileRows;
+// Pairs of bf16 from one row of packed A, and from one panel of packed B, to the next: no power of two, so that they
+// fall into different sets of the cache.
+constexpr int64_t kRowStride = kWholeK / 2 + 16;
+constexpr int64_t panel_stride(int64_t k) { return k / 2 * kTileColumns + 32; }
+static_assert(kPackedPairsInAll / kMostThreads / 16 * 16 >= panel_stride(kWholeK));
 constexpr int64_t kCached = 8 << 20;  // bytes of C, per thread, that may still be in a cache when they are read next
 
 enum class Store { write, stream, add };
@@ -172,13 +180,13 @@ LONGGRPO_AVX512_BF16 void pack_panel(const Operand& b, int64_t column, int64_t c
   }
 }
 
-// Columns of B, k not contiguous -> the same panels, kPanelStride apart; all of them at once, because one panel's
+// Columns of B, k not contiguous -> the same panels, `stride` apart; all of them at once, because one panel's
 // columns are a cache line of each k, and from one k to the next is often a page.
 LONGGRPO_AVX512_BF16 void pack_panels(const Operand& b, int64_t column, int64_t columns, int64_t k, int64_t k_count,
-                                      uint32_t* packed) {
+                                      int64_t stride, uint32_t* packed) {
   for (int64_t p = 0; p < k_count; p += 2) {
     uint32_t* to = packed + p / 2 * kTileColumns;
-    for (int64_t q = 0; q < columns; q += kTileColumns, to += kPanelStride) {
+    for (int64_t q = 0; q < columns; q += kTileColumns, to += stride) {
       for (int64_t half = 0; half < kTileColumns; half += 16) {
         const int64_t count = columns - q - half;
         _mm512_store_si512(to + half, count > 0 ? load_interleaved(b, column + q + half, count, k + p, k_count - p)
@@ -188,10 +196,11 @@ LONGGRPO_AVX512_BF16 void pack_panels(const Operand& b, int64_t column, int64_t 
   }
 }
 
-void pack_columns(const Operand& b, int64_t column, int64_t columns, int64_t k, int64_t k_count, uint32_t* packed) {
-  if (!b.k_contiguous) return pack_panels(b, column, columns, k, k_count, packed);
+void pack_columns(const Operand& b, int64_t column, int64_t columns, int64_t k, int64_t k_count, int64_t stride,
+                  uint32_t* packed) {
+  if (!b.k_contiguous) return pack_panels(b, column, columns, k, k_count, stride, packed);
   for (int64_t q = 0; q < columns; q += kTileColumns)
-    pack_panel(b, column + q, columns - q, k, k_count, packed + q / kTileColumns * kPanelStride);
+    pack_panel(b, column + q, columns - q, k, k_count, packed + q / kTileColumns * stride);
 }
 
 }  // namespace
@@ -203,24 +212,25 @@ bool supported() {
 }
 
 void multiply(const Operand& a, const Operand& b, Range rows, Range columns, int64_t k, bool accumulate, float* c,
-              int64_t c_stride, uint32_t* packed_b, int64_t panels) {
+              int64_t c_stride, uint32_t* packed_b, int64_t pairs) {
   alignas(64) uint32_t packed_a[kBlockRows * kRowStride];
-  const int64_t depths = (k + kBlockK - 1) / kBlockK, block_k = ((k + depths - 1) / depths + 31) / 32 * 32;
-  const int64_t block_columns = panels * kTileColumns;
+  const int64_t depths = k <= kWholeK ? 1 : (k + kBlockK - 1) / kBlockK;
+  const int64_t block_k = ((k + depths - 1) / depths + 31) / 32 * 32, stride = panel_stride(block_k);
+  const int64_t block_columns = pairs / stride * kTileColumns;
   const int64_t bytes = (rows.end - rows.begin) * (columns.end - columns.begin) * int64_t(sizeof(float));
   const Store once = depths == 1 && bytes > kCached ? Store::stream : Store::write;
   for (int64_t j = columns.begin; j < columns.end; j += block_columns) {
     const int64_t width = std::min(block_columns, columns.end - j);
     for (int64_t p = 0; p < k; p += block_k) {
       const int64_t depth = std::min(block_k, k - p);
-      pack_columns(b, j, width, p, depth, packed_b);
+      pack_columns(b, j, width, p, depth, stride, packed_b);
       for (int64_t i = rows.begin; i < rows.end; i += kBlockRows) {
         const int64_t height = std::min(kBlockRows, rows.end - i);
         pack_rows(a, i, height, p, depth, packed_a);
         for (int64_t q = 0; q < width; q += kTileColumns) {
           for (int64_t r = 0; r < height; r += kTileRows) {
             multiply_tile<kTileRows>(std::min(kTileRows, height - r), packed_a + r * kRowStride,
-                                     packed_b + q / kTileColumns * kPanelStride, (depth + 1) / 2,
+                                     packed_b + q / kTileColumns * stride, (depth + 1) / 2,
                                      std::min(kTileColumns, width - q), accumulate || p > 0 ? Store::add : once,
                                      c + (i + r) * c_stride + j + q, c_stride);
           }

@@ -24,24 +24,20 @@ struct Operand {
 };
 
 constexpr int64_t kTileRows = 14, kTileColumns = 32;  // 28 accumulators of 32 registers
-constexpr int64_t kBlockK = 1024;                     // deep: C, which may be larger than any cache, is visited seldom
-// Pairs of bf16 from one row of packed A, and from one panel of packed B, to the next: no power of two, so that they
-// fall into different sets of the cache.
-constexpr int64_t kRowStride = kBlockK / 2 + 16;
-constexpr int64_t kPanelStride = kBlockK / 2 * kTileColumns + 32;
-constexpr int64_t kPanels = 32, kPanelsInAll = 256;  // of packed B that a thread has: fewer, if there are many threads
+// A thread's packed columns of B, in pairs of bf16: 1,024 columns of 1,024 elements, fewer if there are many threads.
+constexpr int64_t kPackedPairs = 1024 * 1024 / 2 + 1024, kPackedPairsInAll = 8 * kPackedPairs, kMostThreads = 128;
 
 inline int64_t workspace_bytes(int64_t threads) {
-  return std::min(threads * kPanels, kPanelsInAll) * kPanelStride * int64_t(sizeof(uint32_t));
+  return std::min(threads * kPackedPairs, kPackedPairsInAll) * int64_t(sizeof(uint32_t));
 }
 
 struct Range {
   int64_t begin, end;
 };
 
-// C[rows, columns] of the product, in one thread, with room for so many packed panels of B.
+// C[rows, columns] of the product, in one thread, with room for so many packed pairs of B.
 void multiply(const Operand& a, const Operand& b, Range rows, Range columns, int64_t k, bool accumulate, float* c,
-              int64_t c_stride, uint32_t* packed_b, int64_t panels);
+              int64_t c_stride, uint32_t* packed_b, int64_t pairs);
 
 // Into how many ranges of rows and of columns C is cut: whole tiles, a rectangle a thread.
 struct Grid {
@@ -73,12 +69,12 @@ struct Grid {
 template <class Runtime>
 void gemm(Runtime& runtime, const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, bool accumulate,
           float* c, int64_t c_stride, void* workspace) {
-  const Grid grid(m, n, std::min(runtime.threads(), kPanelsInAll));
-  const int64_t count = grid.rows * grid.columns, panels = std::min(kPanels, kPanelsInAll / count);
+  const Grid grid(m, n, std::min(runtime.threads(), kMostThreads));
+  const int64_t count = grid.rows * grid.columns, pairs = std::min(kPackedPairs, kPackedPairsInAll / count / 16 * 16);
   runtime.parallel_for(count, [&](int64_t i) {
     multiply(a, b, Grid::range(m, kTileRows, grid.rows, i / grid.columns),
              Grid::range(n, kTileColumns, grid.columns, i % grid.columns), k, accumulate, c, c_stride,
-             static_cast<uint32_t*>(workspace) + i * panels * kPanelStride, panels);
+             static_cast<uint32_t*>(workspace) + i * pairs, pairs);
   });
 }
 

@@ -109,13 +109,16 @@ def test_tiles_change_nothing(workspace_rows):
 
 
 @pytest.mark.parametrize("threads", [1, 3, 7])
-@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 500), (40, 3001), (333, 70)])
-def test_any_number_of_threads(threads, tokens, vocabulary):
-    """Each has a rectangle of the logits and of the gradients: tall ones, wide ones, fewer than threads."""
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "vocabulary"),
+    [(1, 100, 500), (40, 100, 3001), (333, 100, 70), (20, 1500, 300), (20, 2500, 300)],
+)
+def test_any_number_of_threads(threads, tokens, hidden, vocabulary):
+    """Each has a rectangle of the logits and of the gradients: tall ones, wide and deep ones, fewer than threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        head = make_head(6, tokens, 100, vocabulary, torch.bfloat16, bias=True)
+        head = make_head(6, tokens, hidden, vocabulary, torch.bfloat16, bias=True)
         check(head, train_head=True, entropy=False, bound=2 * EPS[torch.bfloat16] + 5e-6)
     finally:
         torch.set_num_threads(before)
