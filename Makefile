@@ -92,13 +92,15 @@ $(STAMPS)/test: $(STAMPS)/build requirements/test.txt requirements/docs.txt requ
 	@scripts/setup.sh step "test tools" $(PIP) install -q -r requirements/test.txt -r requirements/cuda-test.txt
 	@touch $@
 
+# Liger is a peer, and where it is installed without Triton verl cannot be imported: one or the other is there.
 $(STAMPS)/peers: $(STAMPS)/engine requirements/peers.txt
 	@scripts/setup.sh step "peers of the benchmark" $(PIP) install -q --no-deps -r requirements/peers.txt
-	@touch $@
+	@rm -f $(STAMPS)/hosts && touch $@
 
-$(STAMPS)/hosts: $(STAMPS)/peers requirements/hosts.txt
-	@scripts/setup.sh step "what verl imports" $(PIP) install -q --no-deps -r requirements/hosts.txt
-	@touch $@
+$(STAMPS)/hosts: $(STAMPS)/engine requirements/hosts.txt
+	@scripts/setup.sh step "Liger goes" $(PIP) uninstall -q -y liger-kernel
+	@scripts/setup.sh step "verl and what it imports" $(PIP) install -q --no-deps -r requirements/hosts.txt
+	@rm -f $(STAMPS)/peers && touch $@
 
 $(STAMPS)/wheel: $(STAMPS)/build $(SOURCES)
 	@rm -rf dist build/wheel
