@@ -17,12 +17,9 @@ TEMPLATE = (
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(set_threads):
     """The tensors are tiny; a team of threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    set_threads(1)
 
 
 @pytest.fixture(scope="session")

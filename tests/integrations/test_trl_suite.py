@@ -73,7 +73,8 @@ def test_a_suite_runs_on_what_stands_for_the_hub(tmp_path, monkeypatch):
         (checkout / "scripts" / f"generate_{name}_dataset.py").write_text(SCRIPT)
     trl_hub.make_hub(checkout, VOCABULARY, tmp_path / "Qwen3")
     monkeypatch.setattr(trl_suite, "HUBS", {"Qwen3": ""})
-    results = trl_suite.run("longgrpo-fused", checkout, tmp_path, ["-p", "no:cacheprovider", "-n", "1"])
+    trl_suite.copy_tests(checkout, tmp_path)
+    results = trl_suite.run("longgrpo-fused", tmp_path, ["-p", "no:cacheprovider", "-n", "1"])
     assert results == {
         "test_grpo_trainer::test_train": "passed",
         "test_grpo_trainer::test_a_refused_option": "skipped",

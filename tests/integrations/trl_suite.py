@@ -92,11 +92,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # ---- control and ours ----
 
 
-def run(trainer: str, checkout: Path, out: Path, arguments: list[str]) -> dict[str, str]:
-    """Test -> passed, failed or skipped, of the checkout's test_grpo_trainer.py with that class."""
-    # Away from the checkout's own trl, which xdist's processes would import in place of the installed one.
+def copy_tests(checkout: Path, out: Path) -> None:
+    """Away from the checkout's own trl, which xdist's processes would import in place of the installed one."""
     shutil.copytree(checkout / "tests", out / "tests", dirs_exist_ok=True)
     shutil.copy(checkout / "pyproject.toml", out)  # pytest's options
+
+
+def run(trainer: str, out: Path, arguments: list[str]) -> dict[str, str]:
+    """Test -> passed, failed or skipped, of the copied test_grpo_trainer.py with that class."""
     path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
     results = {}
@@ -148,7 +151,8 @@ def main() -> int:
         vocabulary = wheel.read("dashscope/resources/qwen.tiktoken").decode()
     for hub in HUBS:
         trl_hub.make_hub(options.trl, vocabulary, out / hub, whole_for=hub)
-    results = {trainer: run(trainer, options.trl, out, arguments) for trainer in TRAINERS}
+    copy_tests(options.trl, out)
+    results = {trainer: run(trainer, out, arguments) for trainer in TRAINERS}
     table, worse = compare(results)
     print(table, "Passes with TRL's class and fails with ours:", *(worse or ["none"]), sep="\n")
     return bool(worse)

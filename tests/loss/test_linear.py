@@ -113,15 +113,11 @@ def test_tiles_change_nothing(workspace_rows):
     ("tokens", "hidden", "vocabulary"),
     [(1, 100, 500), (40, 100, 3001), (333, 100, 70), (20, 1500, 300), (20, 2500, 300)],
 )
-def test_any_number_of_threads(threads, tokens, hidden, vocabulary):
+def test_any_number_of_threads(threads, tokens, hidden, vocabulary, set_threads):
     """Each has a rectangle of the logits and of the gradients: tall ones, wide and deep ones, fewer than threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        head = make_head(6, tokens, hidden, vocabulary, torch.bfloat16, bias=True)
-        check(head, train_head=True, entropy=False, bound=2 * EPS[torch.bfloat16] + 5e-6)
-    finally:
-        torch.set_num_threads(before)
+    set_threads(threads)
+    head = make_head(6, tokens, hidden, vocabulary, torch.bfloat16, bias=True)
+    check(head, train_head=True, entropy=False, bound=2 * EPS[torch.bfloat16] + 5e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"softcap": 10.0}, {"temperature": 0.7}])

@@ -4,7 +4,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 from compiled import ROOT, build, load
 
 CORE = ("engine.cpp", "arena.cpp", "host_backend.cpp")
@@ -15,12 +14,9 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(set_threads):
     """The tensors are tiny; a team of threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    set_threads(1)
 
 
 def compile_stress(root: Path, into: Path, *flags: str, reuse: Path | None = None) -> Path:
