@@ -131,35 +131,43 @@ def expected_gradient(slope: Tensor, logp: Tensor) -> Tensor:
     return weighted - logp.exp() * weighted.sum(-1, keepdim=True)
 
 
-def divergence_gradients(logp: Tensor, ref: Tensor) -> dict[str, Tensor]:
-    """[M, V]: of KL(policy || ref) and KL(ref || policy) by the policy's logits, by autograd."""
+def divergence_gradients(logp: Tensor, ref: Tensor) -> list[Tensor]:
+    """[M, V] each: of KL(policy || ref) and of KL(ref || policy) by the policy's logits, by autograd."""
     x = logp.clone().requires_grad_()
     p = x.log_softmax(-1)
-    divergences = {"reverse": (p.exp() * (p - ref)).sum(), "forward": (ref.exp() * (ref - p)).sum()}
-    return {name: torch.autograd.grad(value, x, retain_graph=True)[0] for name, value in divergences.items()}
+    divergences = [(p.exp() * (p - ref)).sum(), (ref.exp() * (ref - p)).sum()]
+    return [torch.autograd.grad(value, x, retain_graph=True)[0] for value in divergences]
 
 
 def distances(run: Path) -> dict[str, dict[str, float]]:
-    """Of each estimator's expected gradient on policy to the gradient of the divergence that it is named for: the norm
-    of the difference over the truth's, and its own norm over the truth's. Over 64 completions of the run's policy."""
+    """Of each estimator's expected gradient on policy to the gradient of either divergence: the norm of the difference
+    over that of the divergence's gradient; and the norm itself over that of the divergence which it is named for. Over
+    64 completions of the run's policy."""
     trainer = Trainer.resume(run)
     policy = trainer.policy
     assert policy.reference
     samples = roll_out(policy, sample_prompts(policy, 8), policy.config.train.steps + 1)
-    squares = {kl: torch.zeros(3, dtype=torch.float64) for kl in EXPECTED}
+    squares = {kl: torch.zeros(3, dtype=torch.float64) for kl in EXPECTED}  # to reverse, to forward, its own
+    true = torch.zeros(2, dtype=torch.float64)  # reverse, forward
     for batch in micro_batches_of(policy, samples):
         logp = logprobs(policy, policy.model, batch)
         with policy.reference() as model:
             ref = logprobs(policy, model, batch)
-        truth = divergence_gradients(logp, ref)
+        truths = divergence_gradients(logp, ref)
+        true += torch.stack([truth.square().sum() for truth in truths])
         for kl in EXPECTED:
             x = logp.clone().requires_grad_()
             (slope,) = torch.autograd.grad(kl_estimate(kl, x, ref).sum(), x)
-            found, true = expected_gradient(slope, logp), truth["forward" if "forward" in kl else "reverse"]
-            squares[kl] += torch.stack([(found - true).square().sum(), found.square().sum(), true.square().sum()])
+            found = expected_gradient(slope, logp)
+            squares[kl] += torch.stack([v.square().sum() for v in (*(found - truth for truth in truths), found)])
     trainer.close()
+    reverse, forward = true.sqrt().tolist()
     norms = {kl: total.sqrt().tolist() for kl, total in squares.items()}
-    return {kl: {"distance": off / true, "length": own / true} for kl, (off, own, true) in norms.items()}
+    return {
+        kl: {"reverse": to_reverse / reverse, "forward": to_forward / forward, "length": own / named}
+        for kl, (to_reverse, to_forward, own) in norms.items()
+        for named in [forward if "forward" in kl else reverse]
+    }
 
 
 # ---- the page
@@ -190,8 +198,8 @@ def table(records: Sequence[dict[str, Any]], beta: float) -> list[str]:
 
 
 def gradient_table(found: dict[str, dict[str, float]]) -> list[str]:
-    lines = ["| `kl` | distance | length |", "|---|---|---|"]
-    return lines + [f"| `{kl}` | {row['distance']:.3g} | {row['length']:.3g} |" for kl, row in found.items()]
+    lines = ["| `kl` | from the reverse KL's | from the forward KL's | length |", "|---|---|---|---|"]
+    return lines + [f"| `{kl}` | {' | '.join(f'{value:.2g}' for value in row.values())} |" for kl, row in found.items()]
 
 
 def draw(records: Sequence[dict[str, Any]], beta: float, path: Path) -> None:
