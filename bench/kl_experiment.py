@@ -199,7 +199,7 @@ def table(records: Sequence[dict[str, Any]], beta: float) -> list[str]:
 
 def gradient_table(found: dict[str, dict[str, float]]) -> list[str]:
     lines = ["| `kl` | from the reverse KL's | from the forward KL's | length |", "|---|---|---|---|"]
-    return lines + [f"| `{kl}` | {' | '.join(f'{value:.2g}' for value in row.values())} |" for kl, row in found.items()]
+    return lines + [f"| `{kl}` | {' | '.join(f'{value:.3g}' for value in row.values())} |" for kl, row in found.items()]
 
 
 def draw(records: Sequence[dict[str, Any]], beta: float, path: Path) -> None:
