@@ -98,8 +98,8 @@ $(STAMPS)/peers: $(STAMPS)/engine requirements/peers.txt
 	@rm -f $(STAMPS)/hosts && touch $@
 
 $(STAMPS)/hosts: $(STAMPS)/engine requirements/hosts.txt requirements/peers.txt
-	@scripts/setup.sh step "verl and what it imports" $(PIP) install -q --no-deps -r requirements/hosts.txt
 	@scripts/setup.sh step "Liger goes" $(PIP) uninstall -q -y liger-kernel
+	@scripts/setup.sh step "verl and what it imports" $(PIP) install -q --no-deps -r requirements/hosts.txt
 	@rm -f $(STAMPS)/peers && touch $@
 
 $(STAMPS)/wheel: $(STAMPS)/build $(SOURCES)

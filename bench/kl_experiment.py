@@ -36,8 +36,9 @@ from longgrpo.train.trainer import Trainer
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "smollm2-arithmetic.yaml"
 PAGE = ROOT / "docs" / "experiments" / "kl.md"
+REFERENCE = "k3 (reference)"
 VARIANTS: dict[str, dict[str, Any]] = {
-    "k3 (reference)": {"kl": "k3"},
+    REFERENCE: {"kl": "k3"},
     "k3, no detach": {"kl": "k3", "detach": False},
     "article_reverse": {"kl": "article_reverse"},
     "article_forward": {"kl": "article_forward"},
@@ -100,10 +101,12 @@ def train(directory: Path, variant: str, beta: float, seed: int, steps: int, cor
 
 def reference_run(runs: Path, beta: float, seeds: Sequence[int], steps: int) -> Path:
     """The directory of a trained k3 run: records outlive it, so that one may have to be trained anew."""
-    directories = {seed: directory_of(runs, "k3 (reference)", beta, seed, steps) for seed in seeds}
-    seed = next((s for s, path in directories.items() if (path / "summary.json").exists()), seeds[0])
-    train(directories[seed], "k3 (reference)", beta, seed, steps, sorted(os.sched_getaffinity(0)))
-    return directories[seed]
+    directories = [directory_of(runs, REFERENCE, beta, seed, steps) for seed in seeds]
+    for directory in directories:
+        if (directory / "summary.json").exists():
+            return directory
+    train(directories[0], REFERENCE, beta, seeds[0], steps, sorted(os.sched_getaffinity(0)))
+    return directories[0]
 
 
 def kept(directory: Path) -> dict[str, Any]:
@@ -139,6 +142,11 @@ def divergence_gradients(logp: Tensor, ref: Tensor) -> list[Tensor]:
     return [torch.autograd.grad(value, x, retain_graph=True)[0] for value in divergences]
 
 
+def squared_norms(*gradients: Tensor) -> Tensor:
+    """[n]"""
+    return torch.stack([gradient.square().sum() for gradient in gradients])
+
+
 def distances(run: Path) -> dict[str, dict[str, float]]:
     """Of each estimator's expected gradient on policy to the gradient of either divergence: the norm of the difference
     over that of the divergence's gradient; and the norm itself over that of the divergence which it is named for. Over
@@ -148,26 +156,26 @@ def distances(run: Path) -> dict[str, dict[str, float]]:
     assert policy.reference
     samples = roll_out(policy, sample_prompts(policy, 8), policy.config.train.steps + 1)
     squares = {kl: torch.zeros(3, dtype=torch.float64) for kl in EXPECTED}  # to reverse, to forward, its own
-    true = torch.zeros(2, dtype=torch.float64)  # reverse, forward
+    true_squares = torch.zeros(2, dtype=torch.float64)  # reverse, forward
     for batch in micro_batches_of(policy, samples):
         logp = logprobs(policy, policy.model, batch)
         with policy.reference() as model:
             ref = logprobs(policy, model, batch)
         truths = divergence_gradients(logp, ref)
-        true += torch.stack([truth.square().sum() for truth in truths])
+        true_squares += squared_norms(*truths)
         for kl in EXPECTED:
             x = logp.clone().requires_grad_()
             (slope,) = torch.autograd.grad(kl_estimate(kl, x, ref).sum(), x)
             found = expected_gradient(slope, logp)
-            squares[kl] += torch.stack([v.square().sum() for v in (*(found - truth for truth in truths), found)])
+            squares[kl] += squared_norms(*(found - truth for truth in truths), found)
     trainer.close()
-    reverse, forward = true.sqrt().tolist()
-    norms = {kl: total.sqrt().tolist() for kl, total in squares.items()}
-    return {
-        kl: {"reverse": to_reverse / reverse, "forward": to_forward / forward, "length": own / named}
-        for kl, (to_reverse, to_forward, own) in norms.items()
-        for named in [forward if "forward" in kl else reverse]
-    }
+    reverse, forward = true_squares.sqrt().tolist()
+    rows = {}
+    for kl, total in squares.items():
+        to_reverse, to_forward, own = total.sqrt().tolist()
+        named = forward if "forward" in kl else reverse
+        rows[kl] = {"reverse": to_reverse / reverse, "forward": to_forward / forward, "length": own / named}
+    return rows
 
 
 # ---- the page
@@ -199,7 +207,9 @@ def table(records: Sequence[dict[str, Any]], beta: float) -> list[str]:
 
 def gradient_table(found: dict[str, dict[str, float]]) -> list[str]:
     lines = ["| `kl` | from the reverse KL's | from the forward KL's | length |", "|---|---|---|---|"]
-    return lines + [f"| `{kl}` | {' | '.join(f'{value:.3g}' for value in row.values())} |" for kl, row in found.items()]
+    for kl, row in found.items():
+        lines.append(f"| `{kl}` | {row['reverse']:.3g} | {row['forward']:.3g} | {row['length']:.3g} |")
+    return lines
 
 
 def draw(records: Sequence[dict[str, Any]], beta: float, path: Path) -> None:
