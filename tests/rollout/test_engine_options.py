@@ -34,11 +34,33 @@ def test_the_cache_is_given_back_between_rollouts(directory):
         assert vllm_private.kv_cache_bytes(engine.llm) == held
 
 
+@pytest.mark.skipif(
+    not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
+    reason="vLLM keeps a cache in fp8 on processors with AVX-512 or AMX",
+)
 def test_the_gap_of_an_fp8_cache_is_seen(directory):
     with running(directory, kv_cache_dtype="fp8") as (engine, model):
         completions = sample(engine)
         gap = (trainer_logprobs(model, PROMPTS, completions) - sampled_logprobs(completions)).abs().mean()
         assert 1e-4 < gap < 0.3
+
+
+def test_an_fp8_cache_that_the_processor_cannot_keep(directory, monkeypatch):
+    for feature in ("_is_avx512_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, feature, lambda: False)
+    with (
+        pytest.raises(ValueError, match=r"rollout.kv_cache_dtype = fp8: .*AVX-512"),
+        running(directory, kv_cache_dtype="fp8"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_in_half_precision(directory, dtype):
+    with running(directory, dtype=dtype) as (engine, model):
+        completions = sample(engine)
+        gap = (trainer_logprobs(model, PROMPTS, completions) - sampled_logprobs(completions)).abs().mean()
+        assert 0 < gap < 0.2
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, mode="merge"), LoraConfig(rank=8, alpha=8, mode="views")])

@@ -2,6 +2,9 @@
 name stands in the failure."""
 
 import inspect
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -52,6 +55,23 @@ def test_every_linear_of_the_engine_runs_on_its_live_weight(llm):
     linears = [m for m in vllm_private.engine_module(llm).modules() if "cpu_linear" in vars(m)]
     assert len(linears) == 2 * 4 + 2  # qkv, o, gate_up, down of two layers; the embedding and the head
     assert {module.cpu_linear for module in linears} == {vllm_private._linear}
+
+
+LINEARS = """
+import torch
+from longgrpo.rollout import vllm_private
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((5, 64), (48, 64), (48,)))
+    expected = torch.addmm(bias.double(), x.double(), weight.double().T)
+    found, epsilon = vllm_private._linear(x, weight, bias), torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, atol=64 * epsilon, rtol=epsilon)
+"""
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "DEFAULT"])
+def test_linears_on_a_processor_that_lacks_a_type(isa):
+    """oneDNN computes bfloat16 and float16 on some processors alone."""
+    subprocess.run([sys.executable, "-c", LINEARS], env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa}, check=True)
 
 
 def test_model_runner(runner):

@@ -44,7 +44,7 @@ class RolloutConfig:
     kv_cache_gib: float = 1.0
     """The engine's key-value cache in GiB."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    """Of the cache; auto: the model's own."""
+    """Of the cache; auto: the model's own. fp8 on a CPU needs AVX-512 or AMX."""
     release_kv_cache: bool = False
     """Give the cache's memory back whenever no rollout runs."""
     sleep_level: int = 0

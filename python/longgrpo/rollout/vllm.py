@@ -48,10 +48,11 @@ class VllmEngine:
         try:
             with vllm_private.no_dynamo(), vllm_private.no_side_effects(), vllm_private.live_linears():
                 self.llm = vllm.LLM(**options)
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:
             raise ValueError(
                 f"vLLM does not start with rollout.max_model_len = {self._max_length}, "
-                f"rollout.kv_cache_gib = {config.kv_cache_gib}: {error}"
+                f"rollout.kv_cache_gib = {config.kv_cache_gib}, rollout.kv_cache_dtype = {config.kv_cache_dtype}: "
+                f"{error}"
             ) from error
         vllm_private.accurate_logprobs(self.llm)
         views = vllm_private.weight_views(vllm_private.engine_module(self.llm), self._vocabulary)
