@@ -21,6 +21,7 @@ from longgrpo.rollout.sampling import seed_for
 from longgrpo.tasks.data import Problem, check_length, decode, encode
 from longgrpo.tasks.sample import Sample
 from longgrpo.train.advantages import advantages
+from longgrpo.train.loss_scale import loss_scales, unscale
 from longgrpo.train.metrics import (
     Agreement,
     Clock,
@@ -207,11 +208,19 @@ def score(policy: Policy, active: Sequence[Sample]) -> None:
 
 # ---- 6
 def loss_and_backward(policy: Policy, samples: Sequence[Sample], active: Sequence[Sample]) -> dict[str, float]:
-    """Accumulates the gradient of an update's loss, micro-batch by micro-batch, under one normaliser for the whole
-    update. samples: all of the update; active: those with a gradient.
+    """The gradient of an update's loss. samples: all of the update; active: those with a gradient.
 
     Where no sample has one, a micro-batch is still looked at without: every step compares engine and trainer.
     """
+    for scale in loss_scales(policy.config.model.dtype):
+        metrics = _accumulate(policy, samples, active, scale)
+        if unscale(policy.parameters.values(), scale):
+            break
+    return metrics
+
+
+def _accumulate(policy: Policy, samples: Sequence[Sample], active: Sequence[Sample], scale: float) -> dict[str, float]:
+    """Adds up the gradient, times `scale`, micro-batch by micro-batch, under one normaliser for the whole update."""
     config = policy.config
     normaliser = step_normaliser(
         config.loss, len(samples), in_loss(policy, samples), config.rollout.max_completion_length
@@ -225,7 +234,7 @@ def loss_and_backward(policy: Policy, samples: Sequence[Sample], active: Sequenc
                 else _loss(policy, batch, normaliser)
             )
         if active:
-            result.loss.backward()
+            (result.loss * scale).backward()
         agreement.add(batch, logp)
         meter.add(result.loss, result.metrics, len(batch.target))
     return meter.metrics() | agreement.metrics()
