@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from longgrpo.loss.reference import kl_estimate
+from longgrpo.model.head import head_of
 from longgrpo.tasks.evaluation import paired_interval
 from longgrpo.train.loop import roll_out, sample_prompts
-from longgrpo.train.policy import head_weight, hidden_states, micro_batches_of
+from longgrpo.train.policy import hidden_states, micro_batches_of
 from longgrpo.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +125,7 @@ def kept(directory: Path) -> dict[str, Any]:
 @torch.no_grad()
 def logprobs(policy: Any, model: Any, batch: Any) -> Tensor:
     """[M, V] f64: of every token at every position of the loss."""
-    rows = hidden_states(model, batch).double() @ head_weight(model).double().T / policy.config.rollout.temperature
+    rows = hidden_states(model, batch).double() @ head_of(model).weight.double().T / policy.config.rollout.temperature
     return rows.log_softmax(-1)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 import torch
 
-from longgrpo.model.load import SMOLLM2, ModelConfig, lm_head
+from longgrpo.model.head import head_of
+from longgrpo.model.load import SMOLLM2, ModelConfig
 from longgrpo.model.lora import LoraConfig, add_lora, trainable_parameters
 from longgrpo.model.packed_attention import packed_hidden, use_packed_attention
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine
@@ -58,7 +59,7 @@ def measure(name: str, counts: list[int]) -> None:
     batch = pack([Sample(i, p, c, "") for i, (p, c) in enumerate(zip(prompts, completions, strict=False))][:8])
     with torch.no_grad():
         hidden = packed_hidden(model, batch.packed)[batch.rows]
-        logp = sampled_logprob(hidden, lm_head(model).weight, batch.target, sampling).logp  # type: ignore[arg-type]
+        logp = sampled_logprob(hidden, head_of(model), batch.target, sampling).logp
     gap = (logp - batch.engine_logp).abs()
     ratio = (logp - batch.engine_logp).exp().mean()
     rss = psutil.Process().memory_info().rss / 2**30

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from longgrpo.integrations.huggingface import CausalLMLogProb, causal_lm_logprob, head_options
+from longgrpo.integrations.huggingface import CausalLMLogProb, causal_lm_logprob
+from longgrpo.model.head import logit_options
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "model"))
@@ -45,7 +46,7 @@ def test_any_architecture(architecture):
 
 
 def test_options_of_a_plain_config_are_neutral():
-    assert head_options(tiny_model("llama").config) == {"softcap": None, "logit_scale": 1.0}
+    assert logit_options(tiny_model("llama").config) == {"softcap": None, "logit_scale": 1.0}
 
 
 def test_labels_and_attention_mask():

@@ -3,7 +3,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from longgrpo.model.load import backbone, lm_head
+from longgrpo.model.head import head_of
+from longgrpo.model.load import backbone
 from longgrpo.model.lora import LoraConfig, add_lora, save_adapter, trainable_parameters
 
 TOKENS = torch.tensor([[1, 5, 9, 30]])
@@ -35,7 +36,7 @@ def test_all_linear_layers_but_the_head_are_trained():
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(names) == 2 * 7 * 2  # layers x linears x (A, B)
     assert not any("lm_head" in name for name in names)
-    assert lm_head(model).weight.shape == (97, 32)
+    assert head_of(model).weight.shape == (97, 32)
     assert backbone(model) is model.get_base_model().model
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     assert layer.scaling == {"default": 2.0}

@@ -2,7 +2,7 @@
 
 import torch
 
-from longgrpo.model.load import ModelConfig, lm_head
+from longgrpo.model.load import ModelConfig, base_model
 from longgrpo.model.packed_attention import PackedBatch, packed_hidden, use_packed_attention
 
 SMOLLM2 = ModelConfig("smollm2-135m-instruct")
@@ -28,7 +28,7 @@ def trainer_logprobs(model, prompts, completions, temperature=1.0):
     """What the trainer computes for the sampled tokens, one flat tensor in order."""
     hidden, target = packed(model, prompts, completions)
     with torch.no_grad():
-        logits = lm_head(model)(hidden) / temperature
+        logits = base_model(model).get_output_embeddings()(hidden) / temperature
     # float64: in float32 log_softmax itself is 1e-5 too high at this vocabulary.
     return logits.double().log_softmax(-1).gather(1, target[:, None])[:, 0]
 

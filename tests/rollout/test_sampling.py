@@ -6,7 +6,7 @@ from agreement import packed, sampled_logprobs
 from tiny_engines import PROMPTS, running, write_model
 
 from longgrpo import linear_logprob
-from longgrpo.model.load import lm_head
+from longgrpo.model.head import Head, head_of
 from longgrpo.rollout import RolloutConfig, Sampling, seed_for
 from longgrpo.rollout.sampling import ENGINES_OWN, FIELDS, OWNED
 from longgrpo.rollout.support import processed_logits, sampled_logprob
@@ -37,7 +37,7 @@ def tiny(tmp_path_factory):
 
 def trainer_logprob(engine, completions, sampling):
     hidden, target = packed(engine.model, PROMPTS * 8, completions)
-    return sampled_logprob(hidden, lm_head(engine.model).weight, target, sampling)
+    return sampled_logprob(hidden, head_of(engine.model), target, sampling)
 
 
 def ask(engine, sampling):
@@ -87,7 +87,7 @@ def test_the_support_is_that_of_transformers(fields):
 
 def test_the_sampled_token_is_never_left_out():
     weight = torch.tensor([[3.0], [2.0], [0.0], [1.0]])  # the logits of hidden 1
-    logp = sampled_logprob(torch.ones(2, 1), weight, torch.tensor([0, 2]), Sampling(top_k=1)).logp
+    logp = sampled_logprob(torch.ones(2, 1), Head(weight), torch.tensor([0, 2]), Sampling(top_k=1)).logp
     torch.testing.assert_close(logp, torch.tensor([0.0, 0.0 - torch.tensor([3.0, 0.0]).logsumexp(0)]))
 
 
@@ -96,7 +96,7 @@ def test_the_engines_own_support_is_taken_where_it_tells():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (3, 40))
     target, support = torch.tensor([4, 9, 1]), [[4, 5], [9], [0, 1, 39]]
-    logp = sampled_logprob(hidden, weight, target, Sampling(top_k=2, temperature=0.5), support).logp
+    logp = sampled_logprob(hidden, Head(weight), target, Sampling(top_k=2, temperature=0.5), support).logp
     logits = hidden @ weight.T / 0.5
     expected = torch.stack(
         [logits[i, t] - logits[i, s].logsumexp(0) for i, (t, s) in enumerate(zip(target, support, strict=True))]
@@ -117,7 +117,7 @@ def test_logprobs_entropy_and_gradients():
         return torch.autograd.grad((logp * torch.arange(6)).sum() + entropy.sum(), (hidden, weight))
 
     expected = linear_logprob(hidden, weight, target, temperature=0.7, entropy=True)
-    got = sampled_logprob(hidden, weight, target, Sampling(temperature=0.7))
+    got = sampled_logprob(hidden, Head(weight), target, Sampling(temperature=0.7))
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(gradients(*got), gradients(*expected))
 
@@ -127,7 +127,7 @@ def test_logprobs_entropy_and_gradients():
     )
     p = torch.where(left, logits.exp(), 0) / torch.where(left, logits.exp(), 0).sum(1, keepdim=True)
     logp, entropy = p.gather(1, target[:, None])[:, 0].log(), -(p * (p + ~left).log()).sum(1)
-    got = sampled_logprob(hidden, weight, target, Sampling(top_k=5))
+    got = sampled_logprob(hidden, Head(weight), target, Sampling(top_k=5))
     torch.testing.assert_close(got.logp, logp)
     torch.testing.assert_close(got.entropy, entropy)
     torch.testing.assert_close(gradients(*got), gradients(logp, entropy))
@@ -137,9 +137,9 @@ def test_chunks_change_nothing(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(7, 16, generator=generator), torch.randn(40, 16, generator=generator)
     target = torch.arange(7)
-    whole = sampled_logprob(hidden, weight, target, Sampling(top_p=0.7))
+    whole = sampled_logprob(hidden, Head(weight), target, Sampling(top_p=0.7))
     monkeypatch.setattr("longgrpo.rollout.support.CHUNK", 3 * 40 * 4)
-    torch.testing.assert_close(sampled_logprob(hidden, weight, target, Sampling(top_p=0.7)), whole)
+    torch.testing.assert_close(sampled_logprob(hidden, Head(weight), target, Sampling(top_p=0.7)), whole)
 
 
 def test_every_field_of_vllm_is_known():

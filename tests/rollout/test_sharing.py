@@ -41,8 +41,11 @@ def lora_storages(engine):
     return storages(t for pair in vllm_private.lora_slots(engine.llm).values() for t in pair)
 
 
-# Untied heads, biases, q and k norms, norms by 1 + weight with a scaled and tied embedding.
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3_text"])
+# Untied heads, biases, q and k norms, norms by 1 + weight with a scaled and tied embedding, fused projections.
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_full_fine_tuning_and_merged_lora(architecture, models):
     directory, names = models(architecture)
     with running(directory, LoraConfig(rank=4, mode="merge")) as (engine, model):
@@ -65,7 +68,7 @@ def test_full_fine_tuning_and_merged_lora(architecture, models):
         assert_agrees(whole, PROMPTS, sample(engine))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_lora_on_views_is_never_copied(architecture, models):
     directory, _ = models(architecture)
     with running(directory, LoraConfig(rank=8, alpha=8, mode="views")) as (engine, model):

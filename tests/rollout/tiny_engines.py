@@ -29,6 +29,7 @@ def write_model(architecture, directory, **sizes):
         initializer_range=0.2,
         bos_token_id=1,
         eos_token_id=2,
+        pad_token_id=0,
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -14,25 +14,8 @@ from torch import Tensor, nn
 
 from longgrpo.loss import LogProb, linear_logprob
 from longgrpo.loss.linear import DEFAULT_WORKSPACE
-
-# What a config calls the factor of its logits: Cohere, Muse Glimmer, Falcon-H1.
-_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-# What it calls the C of C tanh(logits / C): Gemma and nanochat, RecurrentGemma.
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-
-
-def head_options(config: Any) -> dict[str, float | None]:
-    """What a model does to its logits, by its config: linear_logprob's `softcap` and `logit_scale`."""
-    config = config.get_text_config()
-
-    def first(names: tuple[str, ...]) -> float | None:
-        return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-
-    factor = first(_FACTORS)
-    divisor = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
-    if factor is None and divisor is not None:
-        factor = divisor if config.model_type.startswith("hyperclovax") else 1 / divisor
-    return {"softcap": first(_SOFTCAPS), "logit_scale": 1.0 if factor is None else factor}
+from longgrpo.model.head import head_of
+from longgrpo.model.load import base_model
 
 
 def causal_lm_logprob(
@@ -65,10 +48,7 @@ def causal_lm_logprob(
         ValueError: a PEFT adapter on the head, whose weight alone would be the wrong head.
         ValueError, TypeError: as linear_logprob's.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = base.get_output_embeddings()
-    if hasattr(head, "base_layer"):
-        raise ValueError("the head carries a PEFT adapter: leave lm_head out of target_modules, or merge the adapter")
+    base, head = base_model(model), head_of(model)
     if labels is None:
         labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
     hidden = base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)[0]
@@ -76,11 +56,10 @@ def causal_lm_logprob(
         hidden[:, :-1],  # [B, T - 1, H]
         head.weight,
         labels[:, 1:],
-        bias=getattr(head, "bias", None),
         temperature=temperature,
         entropy=entropy,
         workspace=workspace,
-        **head_options(base.config),  # type: ignore[arg-type]
+        **head.options,
     )
 
 

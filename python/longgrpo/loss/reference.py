@@ -25,14 +25,19 @@ def log_softmax_rows(
     logit_scale: float = 1.0,
 ) -> Tensor:
     """hidden [N, H], weight [V, H] -> log-probabilities [N, V]."""
-    logits = hidden @ weight.T
+    logits = transformed(hidden @ weight.T, bias, softcap, logit_scale)
+    divisor = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    return torch.log_softmax(logits / divisor, dim=-1)
+
+
+def transformed(
+    logits: Tensor, bias: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0
+) -> Tensor:
+    """What models do to the product with their head: cap(logit_scale (logits + bias)), cap(x) = C tanh(x / C)."""
     if bias is not None:
         logits = logits + bias
     logits = logits * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    divisor = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
-    return torch.log_softmax(logits / divisor, dim=-1)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def logprob_and_entropy(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -152,11 +152,6 @@ def backbone(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
     return base_model(model).base_model
 
 
-def lm_head(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
-    """The head, PEFT or not: its `weight` is [V, H]."""
-    return base_model(model).get_output_embeddings()
-
-
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model itself, whose linears PEFT has replaced where it wraps it."""
     wrapped: Any = model

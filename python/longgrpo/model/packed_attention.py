@@ -49,12 +49,21 @@ class PackedBatch:
 
 def use_packed_attention(model: PreTrainedModel | PeftModel) -> None:
     """Makes packed_hidden possible on `model`, PEFT or not. Until another implementation is set
-    (model.set_attn_implementation), the model takes packed batches alone."""
+    (model.set_attn_implementation), the model takes packed batches alone.
+
+    Raises NotImplementedError for Gemma 2's attention, whose scores are capped: the flash kernel has no cap.
+    """
     from transformers import AttentionInterface
 
+    base = base_model(model)
+    if cap := getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
+        raise NotImplementedError(
+            f"{type(base).__name__} caps its attention's scores (attn_logit_softcapping = {cap}), which packed "
+            "attention does not: take a model without"
+        )
     # Without a mask function of this name transformers makes no mask, and does not look for packed sequences itself.
     AttentionInterface.register(NAME, _attention)
-    base_model(model).set_attn_implementation(NAME)
+    base.set_attn_implementation(NAME)
 
 
 def packed_hidden(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> Tensor:

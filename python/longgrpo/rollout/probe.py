@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from longgrpo import linear_logprob
-from longgrpo.model.load import lm_head
+from longgrpo.model.head import head_of
 from longgrpo.model.packed_attention import PackedBatch, packed_hidden
 from longgrpo.rollout.engine import RolloutConfig, RolloutEngine
 from longgrpo.rollout.sampling import Sampling
@@ -46,8 +46,9 @@ class Probe:
         ends = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
         hidden = packed_hidden(model, PackedBatch(tokens, torch.arange(len(tokens), device=tokens.device), ends))
         start = len(self.prompt)
-        weight: Any = lm_head(model).weight
-        logp, _ = linear_logprob(hidden[start - 1 : -1], weight, tokens[start:])  # row i predicts token i + 1
+        head = head_of(model)
+        # Row i predicts token i + 1.
+        logp, _ = linear_logprob(hidden[start - 1 : -1], head.weight, tokens[start:], **head.options)
         difference = (logp - torch.tensor(completion.logprobs, device=logp.device)).abs().mean().item()
         if not difference <= self.tolerance:  # not a number is a mismatch too
             raise EngineMismatch(

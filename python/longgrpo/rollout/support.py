@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longgrpo import LogProb
+from longgrpo.loss.reference import transformed
+from longgrpo.model.head import Head
 from longgrpo.rollout.sampling import Sampling
 
 CHUNK = 64 << 20  # bytes of float32 logits at a time
@@ -58,19 +60,19 @@ def _outside(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sampled_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, sampling: Sampling, support: Sequence[Sequence[int]] | None = None
+    hidden: Tensor, head: Head, target: Tensor, sampling: Sampling, support: Sequence[Sequence[int]] | None = None
 ) -> LogProb:
-    """logp and entropy [N] float32 of `target` [N] under processed_logits(hidden @ weight.T, sampling), differentiable
-    in hidden [N, H] and weight [V, H].
+    """logp and entropy [N] float32 of `target` [N] under processed_logits of the head's logits, differentiable in
+    hidden [N, H] and in the head.
 
     `support`: the tokens that each of the N was sampled from, as the engine tells them; None: they are found again, and
     the sampled one is of them whatever rounding says. The general path, in plain torch: a chunk of logits at a time,
     computed again in the backward.
     """
-    rows = max(1, CHUNK // (4 * len(weight)))
+    rows = max(1, CHUNK // (4 * len(head.weight)))
     parts = [
         checkpoint(
-            _chunk, hidden[i : i + rows], weight, target[i : i + rows], sampling,
+            _chunk, hidden[i : i + rows], head, target[i : i + rows], sampling,
             support and support[i : i + rows], use_reentrant=False,
         )
         for i in range(0, len(target), rows)
@@ -80,9 +82,9 @@ def sampled_logprob(
 
 
 def _chunk(
-    hidden: Tensor, weight: Tensor, target: Tensor, sampling: Sampling, support: Sequence[Sequence[int]] | None
+    hidden: Tensor, head: Head, target: Tensor, sampling: Sampling, support: Sequence[Sequence[int]] | None
 ) -> tuple[Tensor, Tensor]:
-    logits = (hidden @ weight.T).float()  # [N, V]
+    logits = transformed((hidden @ head.weight.T).float(), **head.options)  # [N, V]
     with torch.no_grad():
         if support is None:
             inside = processed_logits(logits, sampling).isfinite().scatter_(1, target[:, None], True)

@@ -156,7 +156,7 @@ def weight_views(module: torch.nn.Module, vocab_size: int) -> dict[str, Tensor]:
         owner, _, kind = name.rpartition(".")
         parent, _, leaf = owner.rpartition(".")
         data = parameter.data
-        if leaf in packed:
+        if len(packed.get(leaf, ())) > 1:  # where the checkpoint has it fused too it is one of one, as in Phi-3
             sizes: Any = module.get_submodule(engine_name.rpartition(".")[0]).output_sizes
             parts = data.split(sizes)
             views |= {f"{parent}.{part}.{kind}": view for part, view in zip(packed[leaf], parts, strict=True)}

@@ -15,6 +15,7 @@ from longgrpo import grpo_loss, linear_grpo_loss
 from longgrpo.errors import PublishError
 from longgrpo.loss.config import GRPOLossConfig
 from longgrpo.loss.grpo import GRPOLoss
+from longgrpo.model.head import head_of
 from longgrpo.rollout.engine import Completion
 from longgrpo.rollout.probe import EngineMismatch
 from longgrpo.rollout.sampling import seed_for
@@ -40,7 +41,6 @@ from longgrpo.train.nonfinite import leave_out
 from longgrpo.train.packing import MicroBatch
 from longgrpo.train.policy import (
     Policy,
-    head_weight,
     hidden_states,
     in_loss,
     logprob,
@@ -262,12 +262,13 @@ def _exact_kl_loss(policy: Policy, batch: MicroBatch, normaliser: float) -> tupl
     """As _loss; the KL term, a sum over the vocabulary, needs the reference's hidden states and head."""
     assert policy.reference
     with torch.no_grad(), policy.reference() as model:
-        ref_hidden, ref_weight = hidden_states(model, batch), head_weight(model).data
+        ref_hidden, ref_weight = hidden_states(model, batch), head_of(model).weight.data
     old_logp = batch.per_token("old_logp")
     assert old_logp is not None
+    head = head_of(policy.model)
     result = linear_grpo_loss(
         hidden_states(policy.model, batch),
-        head_weight(policy.model),
+        head.weight,
         batch.target,
         batch.advantages,
         cu_seqlens=batch.cu_seqlens,
@@ -278,6 +279,7 @@ def _exact_kl_loss(policy: Policy, batch: MicroBatch, normaliser: float) -> tupl
         normaliser=normaliser,
         config=policy.config.loss,
         temperature=policy.config.rollout.temperature,
+        **head.options,
     )
     return old_logp, result
 

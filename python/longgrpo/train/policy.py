@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longgrpo import LogProb, linear_logprob
 from longgrpo.config.tree import TrainConfig
-from longgrpo.model.load import lm_head
+from longgrpo.model.head import head_of
 from longgrpo.model.masters import MasterWeights
 from longgrpo.model.packed_attention import packed_hidden
 from longgrpo.offload import OffloadEngine
@@ -99,19 +99,14 @@ def scored(policy: Policy, model: Any, samples: Sequence[Sample]) -> Iterator[tu
 
 def logprob(policy: Policy, model: Any, batch: MicroBatch) -> LogProb:
     """logp and entropy [M] f32 of the completion tokens: only the rows that predict one reach the head."""
-    hidden, weight, sampling = hidden_states(model, batch), head_weight(model), policy.config.rollout.request()
+    hidden, head, sampling = hidden_states(model, batch), head_of(model), policy.config.rollout.request()
     if sampling.reshapes:
-        return sampled_logprob(hidden, weight, batch.target, sampling, batch.support)
-    return linear_logprob(hidden, weight, batch.target, temperature=sampling.temperature, entropy=True)
+        return sampled_logprob(hidden, head, batch.target, sampling, batch.support)
+    return linear_logprob(
+        hidden, head.weight, batch.target, temperature=sampling.temperature, entropy=True, **head.options
+    )
 
 
 def hidden_states(model: Any, batch: MicroBatch) -> Tensor:
     """[M, H]. The backward of hidden[rows] would add in no fixed order."""
     return packed_hidden(model, batch.packed).index_select(0, batch.rows)
-
-
-def head_weight(model: Any) -> Tensor:
-    """[V, H]"""
-    weight = lm_head(model).weight
-    assert isinstance(weight, Tensor)
-    return weight

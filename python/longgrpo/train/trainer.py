@@ -206,9 +206,14 @@ class Trainer:
             check_length(ids, problem, engine.max_length())
         offload = OffloadEngine() if config.memory.offload else None
         probe = Probe(prompts[0], engine, config.rollout, config.model.dtype)
-        self.policy = make_policy(
-            config, engine, offload, tokenizer=tokenizer, probe=probe, rewarding=Rewarding(rewards), stream=stream
-        )
+        rewarding = Rewarding(rewards)
+        try:
+            self.policy = make_policy(
+                config, engine, offload, tokenizer=tokenizer, probe=probe, rewarding=rewarding, stream=stream
+            )
+        except (ValueError, NotImplementedError) as error:
+            engine.close()
+            raise ConfigError(str(error)) from error
 
     def _restore(self, saved: Path) -> None:
         state = checkpoint.load(saved, self._weights(), self.policy.optimizer)
