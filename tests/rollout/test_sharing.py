@@ -178,6 +178,13 @@ def test_a_mode_that_cannot_be_is_refused(lora, message):
         choose_mode(lora, mergeable=False, ranks=RANKS)
 
 
+def test_slots_that_the_engine_refuses():
+    lora, slots = LoraConfig(rank=8, alpha=8), "vLLM's LoRA layers on a GPU take"
+    assert choose_mode(lora, mergeable=True, ranks=RANKS, slots=slots) == "merge"
+    with pytest.raises(ValueError, match=f"not merge: .*; not views: {slots}.*; not copy: {slots}"):
+        choose_mode(lora, mergeable=False, ranks=RANKS, slots=slots)
+
+
 def test_the_head_is_no_linear_layer_of_an_adapter(models):
     assert linear_names(Path(models("llama")[0])) == [
         "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"

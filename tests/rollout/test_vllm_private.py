@@ -74,6 +74,17 @@ def test_linears_on_a_processor_that_lacks_a_type(isa):
     subprocess.run([sys.executable, "-c", LINEARS], env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa}, check=True)
 
 
+def test_scheduler_and_its_queue(llm):
+    """settle steps until both are empty, which release_kv_cache_memory() wants on a GPU."""
+    core = llm.llm_engine.engine_core.engine_core
+    request = {"prompt_token_ids": [5] * 40}
+    llm.generate([request], use_tqdm=False)
+    assert core.scheduler.has_requests()  # the outputs are out, and it has not looked yet
+    vllm_private.settle(llm)
+    assert not core.scheduler.has_requests()
+    assert not core.batch_queue
+
+
 def test_model_runner(runner):
     assert runner.get_model() is runner.model
 

@@ -22,7 +22,6 @@ from longgrpo.memory.plan import Phase, Plan, Rows, plan_memory
 from longgrpo.memory.shape import UnknownArchitecture, config_file, model_shape
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.engine import Completion
-from longgrpo.rollout.sampling import Sampling
 from longgrpo.tasks.sample import Sample
 from longgrpo.train.build import make_policy
 from longgrpo.train.loop import loss_and_backward, optimiser_step, score
@@ -149,7 +148,8 @@ class Forecast:
         train, group = self.config.train, self.config.rollout.num_generations
         length = len(self.samples[0].prompt_ids)
         prompts = [[i, *[0] * (length - 1)] for i in range(train.prompts_per_step) for _ in range(group)]
-        policy.engine.generate(prompts, Sampling(max_tokens=1), range(len(prompts)))
+        sampling = replace(self.config.rollout.request(), max_tokens=1, others={})
+        policy.engine.generate(prompts, sampling, range(len(prompts)))
         policy.engine.drop_caches()
 
 
@@ -197,7 +197,8 @@ def _peak_of(run: Callable[[], Any], policy: Policy, target: Target, cache: int)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         run()
-        return torch.cuda.max_memory_allocated()
+        # vLLM unmaps the pages of a cache that it gives back; to the allocator they stay its own.
+        return torch.cuda.max_memory_allocated() - (policy.engine.cache_bytes - cache)
     with LiveStorages(Internal(target)) as live:
         live.add([*policy.model.parameters(), *policy.model.buffers()], "weights")
         live.add(policy.parameters.values(), "masters")

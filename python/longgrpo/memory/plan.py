@@ -16,6 +16,7 @@ from longgrpo.loss.linear import DEFAULT_WORKSPACE
 from longgrpo.memory.cards import CONTEXT, GIB
 from longgrpo.memory.internal import Target, attention_workspace, head_workspace, ring_bytes
 from longgrpo.memory.shape import ModelShape
+from longgrpo.rollout.engine import batched_tokens
 
 if TYPE_CHECKING:
     from longgrpo.config.tree import TrainConfig
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 NF4_BYTES = 0.5 + 4 / 64  # a weight: 4 bits, and a float32 for each 64
 FP32 = 4
 KEPT_RECORDS = 3  # sources that the offload engine still holds when the backward begins: keep_last + inflight
-ENGINE_TOKENS = 8192  # of a forward of the rollout engine
 MIN_RECORD = 1 << 20  # smaller layer inputs stay on the device (OffloadEngine's min_bytes)
 
 
@@ -178,9 +178,11 @@ class _Memory:
             # float32 scores, logp, its exponential and sum in float64, the forced choice
             logits = batch * shape.vocabulary * (3 * FP32 + 2 * 8)
             return Phase("rollout", self.resident() | {"KV cache": cache, "logits": logits})
-        tokens = min(ENGINE_TOKENS, max(self.rows.longest, 2048))
-        forward = tokens * self.element * (2 * shape.hidden + 3 * shape.mlp)
-        live = min(256, self.config.train.prompts_per_step * rollout.num_generations)
+        longest, live = self.rows.longest, self.config.train.prompts_per_step * rollout.num_generations
+        if self.target.is_cuda:  # vLLM tries itself out with all that it was told to expect
+            longest, live = rollout.max_model_len or shape.context, rollout.max_num_seqs
+        forward = batched_tokens(longest) * self.element * (2 * shape.hidden + 3 * shape.mlp)
+        live = min(rollout.max_num_seqs, live)
         logits = live * shape.vocabulary * 3 * FP32
         cache = int(rollout.kv_cache_gib * GIB)
         return Phase("rollout", self.resident() | {"KV cache": cache, "engine's forward and logits": forward + logits})

@@ -117,12 +117,19 @@ def _attention(
         raise NotImplementedError(f"{type(module).__name__}: attention with dropout, a softcap or sinks")
     if shared_rows is not None:  # a prefix is laid before each of its sequences: plain causal attention needs no mask
         query, key, value = (x.index_select(2, shared_rows) for x in (query, key, value))
-    # The flash kernel behind varlen_attn takes the half types alone. On meta a dry run counts what a GPU would hold.
-    if query.is_meta or (query.is_cuda and query.dtype != torch.float32):
+    if _takes_varlen(query):
         out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None]
     else:
         out = _one_by_one(query, key, value, cu_seq_lens_q, scaling)
     return (out if own_rows is None else out.index_select(1, own_rows)), None
+
+
+def _takes_varlen(query: Tensor) -> bool:
+    """The flash kernel behind varlen_attn takes the half types alone, from Ampere on. On meta a dry run counts what a
+    GPU would hold."""
+    if query.is_meta or not query.is_cuda:
+        return query.is_meta
+    return query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None) -> Tensor:

@@ -38,13 +38,13 @@ class Adapter(Protocol):
         """What a rollout runs in."""
 
 
-def choose_mode(lora: LoraConfig, *, mergeable: bool, ranks: Sequence[int]) -> Mode:
+def choose_mode(lora: LoraConfig, *, mergeable: bool, ranks: Sequence[int], slots: str = "") -> Mode:
     """The mode to run in: lora.mode, or the fastest safe one, said in one line.
 
-    `mergeable`: the base is in float32. `ranks`: those of the engine's own LoRA tensors. Raises ValueError for a mode
-    that cannot be.
+    `mergeable`: the base is in float32. `ranks`: those of the engine's own LoRA tensors. `slots`: what stands against
+    them altogether. Raises ValueError for a mode that cannot be.
     """
-    obstacles = _obstacles(lora, mergeable, ranks)
+    obstacles = _obstacles(lora, mergeable, ranks, slots)
     if lora.mode != "auto":
         if obstacle := obstacles[lora.mode]:
             raise ValueError(f"lora.mode = {lora.mode}: {obstacle}")
@@ -58,7 +58,7 @@ def choose_mode(lora: LoraConfig, *, mergeable: bool, ranks: Sequence[int]) -> M
     return mode
 
 
-def _obstacles(lora: LoraConfig, mergeable: bool, ranks: Sequence[int]) -> dict[Mode, str]:
+def _obstacles(lora: LoraConfig, mergeable: bool, ranks: Sequence[int], slots: str) -> dict[Mode, str]:
     """What stands against each mode ("": nothing), the fastest mode first."""
     merge = "" if mergeable else "B A would be rounded away in a base below float32"
     views = ""
@@ -67,7 +67,7 @@ def _obstacles(lora: LoraConfig, mergeable: bool, ranks: Sequence[int]) -> dict[
     elif lora.alpha != lora.rank:
         views = f"the engine has no scale of its own, so lora.alpha = {lora.alpha} must be lora.rank = {lora.rank}"
     copy = "" if lora.rank <= max(ranks) else f"lora.rank = {lora.rank}, and the engine takes at most {max(ranks)}"
-    return {"merge": merge, "views": views, "copy": copy}
+    return {"merge": merge, "views": slots or views, "copy": slots or copy}
 
 
 class LoraSlots:

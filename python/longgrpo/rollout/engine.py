@@ -51,6 +51,8 @@ class RolloutConfig:
     """vLLM's. Above 0 it moves or drops the weights, which the trainer works on: refused."""
     repack_weights: bool = False
     """Let vLLM keep its linears in a layout of its own: a second copy of them, for a faster rollout on a CPU."""
+    max_num_seqs: int = 256
+    """Completions that vLLM works on at a time. A GPU's memory for logits and CUDA graphs grows with it."""
     max_model_len: int | None = None
     """Tokens of prompt and completion together; defaults to the model's own context."""
 
@@ -98,6 +100,11 @@ class Completion:
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
     support: list[list[int]] | None = None
+
+
+def batched_tokens(max_length: int) -> int:
+    """Tokens of one forward of the engine on a GPU, for a context of `max_length`."""
+    return min(8192, max(2048, max_length))
 
 
 Finished = Callable[[int, Completion], None]

@@ -12,7 +12,7 @@ from longgrpo.model.load import ModelConfig, base_model, end_token_ids, model_on
 from longgrpo.model.lora import LoraConfig, linear_names
 from longgrpo.rollout import vllm_private
 from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode
-from longgrpo.rollout.engine import Completion, Finished, RolloutConfig, check_prompts, max_length
+from longgrpo.rollout.engine import Completion, Finished, RolloutConfig, batched_tokens, check_prompts, max_length
 from longgrpo.rollout.sampling import NEED_TOKENIZER, Sampling
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ class VllmEngine:
         if lora:
             ranks = vllm_private.lora_ranks()
             mergeable = model.dtype == "float32" and model.quantization is None
-            self.lora_mode = choose_mode(lora, mergeable=mergeable, ranks=ranks)
+            refused = model.dtype == "float32" and not vllm_private.is_cpu()
+            slots = "vLLM's LoRA layers on a GPU take model.dtype: bfloat16 or float16 alone" if refused else ""
+            self.lora_mode = choose_mode(lora, mergeable=mergeable, ranks=ranks, slots=slots)
             if self.lora_mode != "merge":
                 options |= self._lora_options(min(rank for rank in ranks if rank >= lora.rank))
         try:
@@ -85,6 +87,7 @@ class VllmEngine:
             max_model_len=self._max_length,
             kv_cache_memory_bytes=self.cache_bytes,
             kv_cache_dtype=config.kv_cache_dtype,
+            max_num_seqs=config.max_num_seqs,
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and truncation included
             enable_prefix_caching=True,
             disable_log_stats=True,
@@ -104,6 +107,9 @@ class VllmEngine:
             # vLLM rewinds the generator of a request whose prompt it has read in part, which the CPU's generators
             # refuse ("CPU Generator does not use offset"): a prompt is read whole or waits for the next pass.
             options |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(2048, self._max_length))
+        else:
+            # What the planner counts. The cache has its size: of the utilization vLLM only checks that as much is free.
+            options |= dict(max_num_batched_tokens=batched_tokens(self._max_length), gpu_memory_utilization=0.01)
         return options
 
     def _lora_options(self, rank: int) -> dict[str, Any]:

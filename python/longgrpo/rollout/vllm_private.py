@@ -35,6 +35,8 @@ def import_vllm() -> Any:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are about what is chosen here
+    # In float32 a GPU's attention is Triton's, whose products are TF32 by default: 7e-4 nats a token off the trainer's.
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     with no_dynamo(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of its own use of torch
         import vllm
@@ -67,11 +69,13 @@ def no_dynamo() -> Iterator[None]:
 
 @contextmanager
 def no_side_effects() -> Iterator[None]:
-    """Building an engine seeds the global generators, disarms torch.set_num_threads and sets LD_PRELOAD, with which
-    every later child process (a reward's sandbox, a compiler) would start: all are put back."""
+    """Building an engine seeds the global generators, disarms torch.set_num_threads, on a GPU sets threads and matmul
+    precision, and sets LD_PRELOAD, with which every later child process (a reward's sandbox, a compiler) would start:
+    all are put back."""
     import numpy
 
     python_state, numpy_state, set_num_threads = random.getstate(), numpy.random.get_state(), torch.set_num_threads
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     preload = os.environ.get("LD_PRELOAD")
     try:
         with torch.random.fork_rng():
@@ -80,6 +84,9 @@ def no_side_effects() -> Iterator[None]:
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
         torch.set_num_threads = set_num_threads
+        if not is_cpu():
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)
         os.environ.pop("LD_PRELOAD", None)
         if preload is not None:
             os.environ["LD_PRELOAD"] = preload
@@ -235,6 +242,7 @@ def repack(llm: LLM) -> None:
 
 def release_kv_cache(llm: LLM) -> None:
     """Gives the memory of the key-value cache back. Nothing may be generated until restore_kv_cache."""
+    settle(llm)
     if is_cpu():
         llm.reset_prefix_cache()
         for storage in _kv_storages(llm):
@@ -242,6 +250,13 @@ def release_kv_cache(llm: LLM) -> None:
     else:  # read in vLLM 0.32.0, not yet run
         llm.sleep(level=0)
         llm.release_kv_cache_memory()
+
+
+def settle(llm: LLM) -> None:
+    """Steps on until the scheduler has let go of the last requests, whose outputs are out before that."""
+    core: Any = llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+    while core.scheduler.has_requests() or core.batch_queue:
+        llm.llm_engine.step()
 
 
 def restore_kv_cache(llm: LLM, nbytes: Sequence[int]) -> None:

@@ -211,6 +211,7 @@ def generator_states() -> dict[str, Any]:
         "python": [version, list(keys), gauss],
         "numpy": [name, numpy.asarray(array).tolist(), *rest],
         "torch": torch.get_rng_state().tolist(),
+        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()],
     }
 
 
@@ -219,6 +220,8 @@ def set_generator_states(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(keys), gauss))
     numpy.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    cuda = states["cuda"][: torch.cuda.device_count()]
+    torch.cuda.set_rng_state_all([torch.tensor(state, dtype=torch.uint8) for state in cuda])
 
 
 def seed_generators(seed: int) -> None:
