@@ -232,7 +232,7 @@ bench::Case head_case(CublasRuntime& runtime, const std::shared_ptr<HeadBuffers>
                           .direction = gradient ? b->direction.data() : nullptr,
                           .scale = gradient ? scores + b->shape.tokens : nullptr,
                           .dweight = trains_head ? b->dweight.data<float>() : nullptr};
-    gpu_pass(runtime, b->shape, in, out, RowLoss{}, gradient, workspace);
+    gpu_pass(runtime, b->shape, in, out, RowLoss{}, gradient ? b->shape.tokens : 0, workspace);
   };
   const double hidden_bytes = double(b->direction.bytes()), weight_bytes = double(b->weight.bytes());
   const double bytes =

@@ -53,7 +53,8 @@ inline int64_t rows_of_a_tile(int64_t rows, int64_t bytes_per_row, int64_t fixed
     throw std::invalid_argument("workspace of " + std::to_string(limit_bytes) + " bytes is too small for a tile of " +
                                 std::to_string(kMinTileRows) + " rows of this head: give workspace >= " +
                                 std::to_string(kMinTileRows * bytes_per_row + fixed_bytes));
-  if (limit >= unit) limit = limit / unit * unit;
+  if (limit < unit) unit = 1;
+  limit = limit / unit * unit;
   const int64_t tiles = std::max<int64_t>(1, (rows + limit - 1) / limit);
   const int64_t even = (rows + tiles - 1) / tiles;
   return std::max(kMinTileRows, tiles == 1 ? even : std::min(limit, (even + unit - 1) / unit * unit));

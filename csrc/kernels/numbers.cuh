@@ -70,6 +70,12 @@ struct alignas(8) Words2 {
   uint32_t x, y;
 };
 
+// Whether load4 and store4 may begin at p. What callers hand in may begin anywhere; a workspace is aligned.
+template <class T>
+DEVICE bool is_aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (4 * sizeof(T)) == 0;
+}
+
 DEVICE void load4(const float* from, float (&to)[4]) {
   const Words4 words = *reinterpret_cast<const Words4*>(from);
   memcpy(to, &words, sizeof words);

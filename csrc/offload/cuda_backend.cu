@@ -18,12 +18,14 @@ void check(cudaError_t error, const char* what) {
 }
 
 struct DeviceGuard {
-  explicit DeviceGuard(int device) {
+  explicit DeviceGuard(int device) : wanted(device) {
     cudaGetDevice(&before);
-    if (before != device) check(cudaSetDevice(device), "cudaSetDevice");
+    if (before != wanted) check(cudaSetDevice(wanted), "cudaSetDevice");
   }
-  ~DeviceGuard() { cudaSetDevice(before); }
-  int before = 0;
+  ~DeviceGuard() {
+    if (before != wanted) cudaSetDevice(before);
+  }
+  int wanted, before = 0;
 };
 
 class Events : public std::enable_shared_from_this<Events> {

@@ -23,6 +23,7 @@ Engine::Engine(std::unique_ptr<Backend> backend, Options options, DeviceAlloc de
   if (options.prefetch < 0 || options.inflight < 1 || options.keep_last < 0)
     throw std::invalid_argument("offload: prefetch and keep_last must be >= 0 and inflight >= 1");
   if (!device_alloc_) device_alloc_ = [this](size_t bytes) { return backend_->device_alloc(bytes); };
+  for (auto& buffer : bounce_) buffer = pinned_buffer(kBounce);
 }
 
 Engine::~Engine() {
@@ -314,7 +315,7 @@ template <class Copy>
 void Engine::copy_pieces(Lane lane, char* host, size_t bytes, Copy&& copy) {
   auto piece = [&](size_t offset, size_t n, bool pinned) {
     if (pinned) return copy(host + offset, offset, n);
-    char* middle = bounce(lane);
+    char* middle = bounce_[int(lane)].get();
     for (size_t end = offset + n; offset < end; offset += kBounce) {
       size_t part = std::min(kBounce, end - offset);
       if (lane == Lane::in) backend_->host_copy(backend_->lane(lane), middle, host + offset, part);
@@ -328,18 +329,18 @@ void Engine::copy_pieces(Lane lane, char* host, size_t bytes, Copy&& copy) {
     piece(0, bytes, false);
 }
 
-char* Engine::bounce(Lane lane) {
-  auto& buffer = bounce_[int(lane)];
-  if (!buffer) {
-    char* p = static_cast<char*>(std::aligned_alloc(4096, kBounce));
-    if (!p) throw std::bad_alloc();
-    bool pinned = backend_->pin(p, kBounce);  // even unpinned it is correct, only slower
-    buffer = {p, [this, pinned](char* q) {
-                if (pinned) backend_->unpin(q);
-                std::free(q);
-              }};
-  }
-  return buffer.get();
+// Taken before the arena pins all that the driver allows: a copy from pageable memory may read it at once, and not
+// when the stream's own host function has filled it.
+std::shared_ptr<char> Engine::pinned_buffer(size_t bytes) {
+  std::unique_ptr<char, decltype(&std::free)> memory(static_cast<char*>(std::aligned_alloc(4096, bytes)), &std::free);
+  if (!memory) throw std::bad_alloc();
+  if (!backend_->pin(memory.get(), bytes))
+    throw std::runtime_error("offload: the driver does not pin even " + count(bytes) +
+                             " of host memory; raise its limit, or do without offload");
+  return {memory.release(), [this](char* p) {
+            backend_->unpin(p);
+            std::free(p);
+          }};
 }
 
 // ---- accounts ----

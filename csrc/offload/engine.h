@@ -127,7 +127,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void reap();
   template <class Copy>
   void copy_pieces(Lane, char* host, size_t bytes, Copy&&);
-  char* bounce(Lane);
+  std::shared_ptr<char> pinned_buffer(size_t bytes);
   void account(int64_t device_bytes);
 
   std::unique_ptr<Backend> backend_;

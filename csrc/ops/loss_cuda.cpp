@@ -65,7 +65,7 @@ class CudaRuntime {
     return torch::stable::from_blob(data, {rows, columns}, {row_stride, column_stride}, device_, scalar_type_of(dtype));
   }
   static void call(const char* overload, StableIValue* stack) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", overload, stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", overload, stack, TORCH_ABI_VERSION));
     to<Tensor>(stack[0]);  // takes the returned reference
   }
 

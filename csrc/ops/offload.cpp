@@ -35,8 +35,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Device;
 using torch::stable::Tensor;
 
-std::mutex registry_mutex;
-std::unordered_map<int64_t, std::shared_ptr<Engine>> registry;
+// Never destroyed: at exit the CUDA runtime may be gone before an engine that nobody closed.
+std::mutex& registry_mutex = *new std::mutex;
+std::unordered_map<int64_t, std::shared_ptr<Engine>>& registry =
+    *new std::unordered_map<int64_t, std::shared_ptr<Engine>>;
 
 std::shared_ptr<Engine> find(int64_t handle) {
   std::lock_guard lock(registry_mutex);
@@ -104,7 +106,7 @@ Tensor empty_strided(const std::vector<int64_t>& size, const std::vector<int64_t
   std::array<StableIValue, 6> stack{
       from(size),        from(stride), from(std::optional(dtype)), from(std::nullopt), from(std::optional(device)),
       from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -24,7 +24,7 @@ struct TorchRuntime {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(as_tensor(a)),
                                       torch::stable::detail::from(as_tensor(b)),
                                       torch::stable::detail::from(as_tensor(c))};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
   }
 

@@ -155,14 +155,18 @@ def test_full_arena_raises_with_the_numbers(native, schedule):
 
 
 def test_refused_pinning_goes_through_the_bounce_buffer(native, schedule):
-    world = native.World(schedule, host_bytes=32 << 20)
-    world.limit_pinned(5 << 20)
+    world = native.World(schedule, host_bytes=32 << 20, pin_limit=(8 << 20) + (5 << 20))  # two bounce buffers, and 5
     for record in [world.pack(3 << 20) for _ in range(5)][::-1]:
         world.unpack(record)
     stats = world.stats
     assert 0 < stats["host_pinned"] <= 5 << 20 < stats["host_committed"]
     world.finish()
     assert world.wrong == 0
+
+
+def test_pinning_that_is_refused_from_the_start(native, schedule):
+    with pytest.raises(RuntimeError, match="does not pin even 4194304 bytes"):
+        native.World(schedule, pin_limit=6 << 20)
 
 
 def test_copy_that_fails(native, schedule):

@@ -194,9 +194,10 @@ def test_the_rule_of_the_tiling():
         kernels.set_chip(*CHIPS["a part kept"])
 
 
+@pytest.mark.parametrize("begin", [0, 1])  # a vector access at 1 is for the sanitized build to see
 @pytest.mark.parametrize(("columns", "dtype"), [(7, torch.float32), (64, torch.bfloat16), (1030, torch.float16)])
-def test_scale_rows(columns, dtype, schedule):
-    x, scale = torch.randn(5000, columns).to(dtype), torch.randn(5000)
+def test_scale_rows(columns, dtype, begin, schedule):
+    x, scale = torch.empty(begin + 5000 * columns, dtype=dtype)[begin:].view(5000, columns).normal_(), torch.randn(5000)
     scale[3] = 0
     x[3] = float("nan")
     wanted = (x.float() * scale[:, None]).to(dtype)

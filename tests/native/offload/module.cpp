@@ -49,12 +49,13 @@ PYBIND11_MODULE(offload_native, m) {
 
   py::class_<World>(m, "World")
       .def(py::init([](Schedule schedule, uint64_t seed, size_t host_bytes, int prefetch, int inflight, int keep_last,
-                       OnFull on_full) {
-             return std::make_unique<World>(Options{host_bytes, prefetch, inflight, keep_last, on_full}, schedule,
-                                            seed);
+                       OnFull on_full, size_t pin_limit) {
+             return std::make_unique<World>(Options{host_bytes, prefetch, inflight, keep_last, on_full}, schedule, seed,
+                                            pin_limit);
            }),
            py::arg("schedule"), py::arg("seed") = 0, py::arg("host_bytes") = size_t(1) << 20, py::arg("prefetch") = 1,
-           py::arg("inflight") = 2, py::arg("keep_last") = 1, py::arg("on_full") = OnFull::keep)
+           py::arg("inflight") = 2, py::arg("keep_last") = 1, py::arg("on_full") = OnFull::keep,
+           py::arg("pin_limit") = SIZE_MAX)
       .def("pack", &World::pack, py::arg("bytes"), py::arg("group") = -1, NoGil())
       .def("unpack", &World::unpack, NoGil())
       .def("give_back", &World::give_back, NoGil())
@@ -64,7 +65,6 @@ PYBIND11_MODULE(offload_native, m) {
       .def_property_readonly("reads", [](World& w) { return w.reads.load(); })
       .def_property_readonly("wrong", [](World& w) { return w.wrong.load(); })
       .def("fail_copy", [](World& w, int n) { w.backend->copies_until_failure = n; })
-      .def("limit_pinned", [](World& w, size_t bytes) { w.backend->pin_limit = bytes; })
       .def("limit_device", [](World& w, size_t bytes) { w.backend->device_limit = bytes; })
       .def_property_readonly("stats", [](World& w) {
         Stats s = w.engine->stats();

@@ -75,7 +75,7 @@ void random_program(Schedule schedule, uint64_t seed) {
   Options options{below(4) ? size_t(1) << 20 : size_t(20000), int(below(4)), int(1 + below(3)), int(below(3)),
                   OnFull(below(3))};
   World world(options, schedule, seed);
-  if (below(4) == 0) world.backend->pin_limit = below(30000);
+  if (below(4) == 0) world.backend->pin_limit = world.backend->pinned + below(30000);
   if (below(8) == 0) world.backend->device_limit = below(20000);
   std::vector<int64_t> packed, lent;
   int64_t group = 0;

@@ -43,8 +43,9 @@ class FaultyBackend : public HostBackend {
 
 class World {
  public:
-  World(Options options, Schedule schedule, uint64_t seed) {
+  World(Options options, Schedule schedule, uint64_t seed, size_t pin_limit = SIZE_MAX) {
     auto owned = std::make_unique<FaultyBackend>(schedule, seed, /*poison=*/true, /*async_compute=*/true);
+    owned->pin_limit = pin_limit;
     backend = owned.get();
     engine = std::make_shared<Engine>(std::move(owned), options);
   }
