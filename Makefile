@@ -67,8 +67,8 @@ experiment: setup $(STAMPS)/test  ## docs/experiments: 36 runs, about two hours 
 docs: $(STAMPS)/test  ## the guide, in build/docs; every link is checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-gpu:  ## build for the GPU that is here, test, benchmark; PYTHON's own torch (CUDA), nothing is downloaded
-	bench/gpu.sh $(PYTHON)
+gpu:  ## build for the GPU that is here, test, benchmark; PYTHON's own torch (CUDA); STAGE: see bench/gpu.sh
+	bench/gpu.sh $(PYTHON) $(STAGE)
 
 clean:
 	rm -rf $(VENV) build dist

@@ -60,7 +60,8 @@ struct SteadyClock {
 // Writing more than the last-level cache holds leaves nothing else in it.
 class CacheFlush {
  public:
-  CacheFlush() : lines_(size_t(std::clamp<int64_t>(2 * sysconf(_SC_LEVEL3_CACHE_SIZE), 16 << 20, 256 << 20))) {}
+  explicit CacheFlush(int64_t bytes = std::clamp<int64_t>(2 * sysconf(_SC_LEVEL3_CACHE_SIZE), 16 << 20, 256 << 20))
+      : lines_(size_t(bytes)) {}
   void operator()() { std::fill(lines_.begin(), lines_.end(), ++value_); }
 
  private:

@@ -245,7 +245,7 @@ bench::Case head_case(CublasRuntime& runtime, const std::shared_ptr<HeadBuffers>
 int main(int argc, char** argv) try {
   const Options o = parse(argc, argv);
   CublasRuntime runtime(o.cublas);
-  bench::CacheFlush flush;
+  bench::CacheFlush flush(0);  // of the host's cache, which no case reads: each flushes the device's own
   const bench::Effort effort{10, 1.0};
   const auto measure = [&](const bench::Case& c) { return bench::measure<EventClock>(c, effort, flush); };
 

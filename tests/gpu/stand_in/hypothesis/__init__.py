@@ -6,7 +6,6 @@ import functools
 import inspect
 import random
 
-
 HealthCheck = ()  # there is none to suppress
 
 
