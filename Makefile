@@ -61,7 +61,7 @@ trl-suite: setup $(STAMPS)/test $(STAMPS)/peers  ## TRL's own tests of its GRPOT
 	@scripts/setup.sh step "vocabulary for TRL's tests" $(PIP) download -q --no-deps -d build/trl-suite dashscope==2.0.2
 	$(BIN)/python tests/integrations/trl_suite.py --trl $(TRL) --vocabulary build/trl-suite/dashscope-2.0.2-*.whl -n 2
 
-experiment: setup $(STAMPS)/test  ## docs/experiments: 36 runs, about two hours on two cores; goes on where it was stopped
+experiment: setup $(STAMPS)/test  ## docs/experiments: 36 runs, about four hours on two cores; goes on where it was stopped
 	$(BIN)/python bench/kl_experiment.py
 
 docs: $(STAMPS)/test  ## the guide, in build/docs; every link is checked

@@ -274,7 +274,13 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="every case on every shape, with all its tokens")
     parser.add_argument("--targets", action="store_true", help="only the cases with a target")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shape", type=lambda s: tuple(map(int, s.split(","))), help="only this B,T,H,V")
+    parser.add_argument(
+        "--shape",
+        type=lambda s: tuple(map(int, s.split(","))),
+        help="only this B,T,H,V of "
+        + ", ".join(",".join(map(str, shape)) for shape in SHAPES)
+        + "; the large vocabularies are cut to 4 x 64 tokens, --full is without",
+    )
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--mode", choices=MODES)
     parser.add_argument("--rounds", type=int, default=9)

@@ -19,7 +19,7 @@ One YAML file; `longgrpo train CONFIG.yaml --group.key VALUE` overrides any key 
 list: `--rewards.0.weight 0.5`), `--print-config` shows the whole config with its defaults, and a typo is answered with
 the nearest key. This page is rendered from the dataclasses by `python scripts/config_docs.py > docs/config.md`.
 
-Defaults are those of TRL 1.16's `GRPOConfig` unless the table says what TRL has. The differences:
+Defaults of the loss and the algorithm are those of TRL 1.16's `GRPOConfig` unless the table says what TRL has:
 
 | key | here | TRL 1.16 | why |
 |---|---|---|---|

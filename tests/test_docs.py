@@ -151,6 +151,7 @@ RULES = [
     Rule(
         "pip install dist/longgrpo-*.whl", is_known, "needs what make wheel builds; tests/test_wheel.py takes it apart"
     ),
+    Rule("pip install --find-links dist *", is_known, "installs gigabytes; make setup does the same, step by step"),
     Rule("cmake *", has_cmake_options, "needs a cross compiler"),
     Rule("qemu-aarch64-static *", has_benchmark_options, "needs a cross compiler"),
 ]

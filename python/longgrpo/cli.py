@@ -32,6 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"longgrpo: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("longgrpo"):
+            raise
+        print(f"longgrpo: {error.name} is not installed: pip install 'longgrpo[train]'", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("longgrpo: stopped at once; the last checkpoint stands", file=sys.stderr)
         return 130

@@ -64,6 +64,7 @@ def test_a_null_lora_means_full_fine_tuning(path):
             ["--loss.beta", "1", "--loss.kl", "exact_reverse", "--rollout.sampling", "{top_p: 0.9}"],
             ["loss.kl = 'exact_reverse'", "rollout.sampling cuts", "k3"],
         ),
+        (["--train.off_policy_threshold", "1"], ["train.off_policy_threshold", "train.minibatches = 1"]),
         (["--train.reference_sync_steps", "5"], ["loss.beta is 0", "set loss.beta above 0"]),
         (["--loss.detach", "false", "--train.passes", "2"], ["loss.detach = false", "set train.passes"]),
         (["--train.minibatches", "9"], ["minibatches = 9", "prompts_per_step = 3"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -358,3 +359,24 @@ CONTRASTS = """() => {
       return (high + 0.05) / (low + 0.05);
     });
 }"""
+
+
+def documented_metrics():
+    """The names in the page's table; one that begins with a slash goes on from the name before it."""
+    page = (Path(__file__).parents[2] / "docs/report.md").read_text()
+    rows = page.partition("| names | what |")[2].partition("\n\n")[0].splitlines()
+    names = []
+    for name in re.findall(r"`([^`]+)`", " ".join(row.split("|")[1] for row in rows if row)):
+        names.append(names[-1].rpartition("/")[0] + name if name.startswith("/") else name)
+    return set(names)
+
+
+def test_every_metric_stands_on_the_page(tree, tmp_path):
+    tree |= {"loss": {"beta": 0.1}, "memory": {"offload": True}}
+    Trainer(build_config(tree), tmp_path / "run").run()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    names = {re.sub("reward/digits", "reward/NAME", name) for line in lines for name in line}
+    phases = {name for name in names if re.match("seconds/|predicted_bytes/|measured_bytes/", name)}
+    whole = {"seconds/step", "seconds/offload_stall"}
+    names = names - phases | {re.sub("/.*", "/PHASE", name) for name in phases - whole} | whole
+    assert names <= documented_metrics()

@@ -136,8 +136,8 @@ class LoopConfig:
     top_entropy_quantile: float = 1.0
     """Share of tokens, those of the highest entropy in the step, that have a policy gradient (arXiv:2506.01939)."""
     off_policy_threshold: float | None = None
-    """A completion with a negative advantage has no policy gradient once the policy has moved so far from the one that
-    sampled it: mean of logp_old - logp over its tokens (DeepSeek-V3.2, arXiv:2512.02556)."""
+    """A completion with a negative advantage has no policy gradient once the policy has moved so far since the first
+    update of its rollout: mean of logp_old - logp over its tokens (DeepSeek-V3.2, arXiv:2512.02556)."""
     reference_sync_steps: int = 0
     """Move the reference of the KL term towards the policy every so many steps; 0: never. Under LoRA the reference
     is the base without its adapter, else, and where it moves, a frozen copy of the trained weights."""
@@ -275,6 +275,11 @@ class TrainConfig:
         _require(
             self.train.off_policy_threshold is None or not self.loss.exact_kl,
             f"train.off_policy_threshold needs logprobs that loss.kl = {self.loss.kl!r} does without: take kl: k3",
+        )
+        _require(
+            self.train.off_policy_threshold is None or self.train.updates > 1,
+            "train.off_policy_threshold compares a rollout's later updates with its first, and train.passes x "
+            "train.minibatches = 1: there is none; leave it out",
         )
         _require(
             not (self.loss.exact_kl and self.rollout.request().reshapes),

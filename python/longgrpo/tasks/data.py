@@ -60,12 +60,20 @@ class Rows(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+JSON = (".jsonl", ".json")
+
+
 def load_rows(task: TaskConfig, held_out: bool = False) -> Rows:
     """The rows that task.name names (task.eval_name and task.eval_split for those held out).
 
     Raises DataError where there is no such source, or nothing in it.
     """
     name = (held_out and task.eval_name) or task.name
+    if held_out and task.eval_split and Path(name).suffix in (*JSON, ".parquet"):
+        raise DataError(
+            f"task.eval_split = {task.eval_split!r}: {name} is one file and has no splits; name the held-out "
+            "one in task.eval_name"
+        )
     split = (held_out and task.eval_split) or task.split
     try:
         rows = _load_rows(name, split, task, task.eval_seed if held_out else task.seed)
@@ -86,7 +94,7 @@ def _load_rows(name: str, split: str, task: TaskConfig, seed: int) -> Rows:
     path = Path(name).expanduser()
     if ":" in name:
         return load_function(name, "task.name")(split=split, **task.parameters)
-    if path.suffix in (".jsonl", ".json"):
+    if path.suffix in JSON:
         return _json_lines(path)
     if not is_reasoning_gym(name):
         return _data_set(path, split, task.parameters)
