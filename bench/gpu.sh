@@ -71,6 +71,7 @@ if wanted build; then
   cmake -S . -B $build -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" -DLONGGRPO_BENCH_CUDA=ON \
     "-DLONGGRPO_CUDA_ARCHITECTURES=$architecture"
   cmake --build $build
+  [[ -f $build/_cuda.so ]] || fail "cmake left the CUDA part out, which takes cmake >= 3.31 (pip install cmake) and nvcc >= 13"
   cp $build/_cpu.so $build/_cuda.so python/longgrpo/
 fi
 

@@ -275,12 +275,9 @@ def main() -> None:
     parser.add_argument("--targets", action="store_true", help="only the cases with a target")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--shape",
-        type=lambda s: tuple(map(int, s.split(","))),
-        help="only this B,T,H,V of "
-        + ", ".join(",".join(map(str, shape)) for shape in SHAPES)
-        + "; the large vocabularies are cut to 4 x 64 tokens, --full is without",
-    )
+        "--shape", type=lambda s: tuple(map(int, s.split(","))), choices=SHAPES, metavar="B,T,H,V",
+        help=f"one of {SHAPES}; the large vocabularies are cut to 4 x 64 tokens, --full is without",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--mode", choices=MODES)
     parser.add_argument("--rounds", type=int, default=9)
