@@ -47,6 +47,16 @@ def test_engine_and_trainer_agree(architecture, groups, start):
     assert summary["engine_trainer_logprob_diff_max"] < 5e-4
 
 
+def test_a_head_with_a_bias(start):
+    """Phi's. It is scored, and refused where the exact KL would take the trained one for the reference's."""
+    assert start("phi", {}).run()["engine_trainer_logprob_diff_max"] < 5e-4
+
+
+def test_the_exact_kl_of_a_trained_bias_is_refused(start):
+    with pytest.raises(ConfigError, match="a trained bias of the head"):
+        start("phi", {"lora": None, "loss": {"kl": "exact_forward", "beta": 0.1}})
+
+
 def test_capped_attention_is_refused(start):
     with pytest.raises(ConfigError, match="Gemma2ForCausalLM caps its attention's scores"):
         start("gemma2", {}, head_dim=8)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longgrpo.config.tree import TrainConfig
+from longgrpo.model.head import head_of
 from longgrpo.model.lean_lora import use_lean_lora
 from longgrpo.model.lora import add_lora
 from longgrpo.model.masters import MasterWeights
@@ -61,4 +62,10 @@ def _trained_model(engine: RolloutEngine, config: TrainConfig, offload: OffloadE
 def _reference(model: Any, parameters: dict[str, Tensor], config: TrainConfig) -> Reference | None:
     if config.loss.beta == 0:
         return None
+    bias = head_of(model).options["bias"]
+    if config.loss.exact_kl and bias is not None and bias.requires_grad:
+        raise ValueError(
+            f"loss.kl = {config.loss.kl!r} with a trained bias of the head, which the reference would share: "
+            "add a lora group, or take kl: k3"
+        )
     return Reference(model, parameters, copy=config.lora is None or config.train.reference_sync_steps > 0)
