@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longgrpo.loss.head import head_of
 from longgrpo.loss.reference import kl_estimate
-from longgrpo.model.head import head_of
 from longgrpo.tasks.evaluation import paired_interval
 from longgrpo.train.loop import roll_out, sample_prompts
 from longgrpo.train.policy import hidden_states, micro_batches_of

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from longgrpo.model.head import head_of
+from longgrpo.loss.head import head_of
 from longgrpo.model.load import SMOLLM2, ModelConfig
 from longgrpo.model.lora import LoraConfig, add_lora, trainable_parameters
 from longgrpo.model.packed_attention import packed_hidden, use_packed_attention

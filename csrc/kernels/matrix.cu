@@ -17,8 +17,11 @@ void launch_scale_rows(const void* from, Dtype from_dtype, void* to, Dtype to_dt
     with_type(to_dtype, [&](auto to_tag) {
       using From = typename decltype(from_tag)::type;
       using To = typename decltype(to_tag)::type;
+      const auto* const x = static_cast<const From*>(from);
+      auto* const y = static_cast<To*>(to);
+      const bool wide = columns % kWidth == 0 && is_aligned(x) && is_aligned(y);
       launch("scale_rows_kernel", scale_rows_kernel<From, To, kThreads>, std::min(rows, kMostBlocks), kThreads, 0,
-             stream, static_cast<const From*>(from), static_cast<To*>(to), scale, rows, columns);
+             stream, x, y, scale, rows, columns, wide);
     });
   });
 }

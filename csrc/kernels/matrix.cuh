@@ -9,8 +9,7 @@ namespace longgrpo {
 
 template <class From, class To, int kThreads>
 KERNEL(kThreads)
-scale_rows_kernel(const From* from, To* to, const float* scale, int64_t rows, int64_t columns) {
-  const bool wide = columns % kWidth == 0 && is_aligned(from) && is_aligned(to);
+scale_rows_kernel(const From* from, To* to, const float* scale, int64_t rows, int64_t columns, bool wide) {
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     const float factor = scale ? scale[i] : 1.0f;
     const From* const x = from + i * columns;

@@ -72,7 +72,7 @@ struct alignas(8) Words2 {
 
 // Whether load4 and store4 may begin at p. What callers hand in may begin anywhere; a workspace is aligned.
 template <class T>
-DEVICE bool is_aligned(const T* p) {
+bool is_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % (4 * sizeof(T)) == 0;
 }
 

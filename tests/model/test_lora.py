@@ -3,7 +3,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from longgrpo.model.head import head_of
+from longgrpo.loss.head import head_of
 from longgrpo.model.load import backbone
 from longgrpo.model.lora import LoraConfig, add_lora, save_adapter, trainable_parameters
 

@@ -6,7 +6,7 @@ from agreement import packed, sampled_logprobs
 from tiny_engines import PROMPTS, running, write_model
 
 from longgrpo import linear_logprob
-from longgrpo.model.head import Head, head_of
+from longgrpo.loss.head import Head, head_of
 from longgrpo.rollout import RolloutConfig, Sampling, seed_for
 from longgrpo.rollout.sampling import ENGINES_OWN, FIELDS, OWNED
 from longgrpo.rollout.support import processed_logits, sampled_logprob

@@ -11,11 +11,12 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from longgrpo.loss.head import base_model
 from longgrpo.model import nf4
 
 if TYPE_CHECKING:
@@ -150,12 +151,6 @@ def context_length(directory: Path) -> int:
 def backbone(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
     """The decoder under the head, PEFT or not: called with input_ids it returns the final hidden states."""
     return base_model(model).base_model
-
-
-def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model itself, whose linears PEFT has replaced where it wraps it."""
-    wrapped: Any = model
-    return wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
 
 
 def _from_hub(path: str) -> Path:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from longgrpo.model.load import backbone, base_model
+from longgrpo.loss.head import base_model
+from longgrpo.model.load import backbone
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from longgrpo.model.load import base_model
+from longgrpo.loss.head import base_model
 from longgrpo.model.lora import LoraConfig
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from longgrpo import linear_logprob
-from longgrpo.model.head import head_of
+from longgrpo.loss.head import head_of
 from longgrpo.model.packed_attention import PackedBatch, packed_hidden
 from longgrpo.rollout.engine import RolloutConfig, RolloutEngine
 from longgrpo.rollout.sampling import Sampling

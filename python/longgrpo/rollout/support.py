@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longgrpo import LogProb
+from longgrpo.loss.head import Head
 from longgrpo.loss.reference import transformed
-from longgrpo.model.head import Head
 from longgrpo.rollout.sampling import Sampling
 
 CHUNK = 64 << 20  # bytes of float32 logits at a time

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from longgrpo.model.load import ModelConfig, base_model, end_token_ids, load_model, resolve_model
+from longgrpo.loss.head import base_model
+from longgrpo.model.load import ModelConfig, end_token_ids, load_model, resolve_model
 from longgrpo.rollout.engine import Completion, Finished, RolloutConfig, check_prompts, max_length
 from longgrpo.rollout.sampling import Sampling
 from longgrpo.rollout.support import processed_logits

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
-from longgrpo.model.load import ModelConfig, base_model, end_token_ids, model_on, resolve_model, vocabulary
+from longgrpo.loss.head import base_model
+from longgrpo.model.load import ModelConfig, end_token_ids, model_on, resolve_model, vocabulary
 from longgrpo.model.lora import LoraConfig, linear_names
 from longgrpo.rollout import vllm_private
 from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longgrpo.config.tree import TrainConfig
-from longgrpo.model.head import head_of
+from longgrpo.loss.head import head_of
 from longgrpo.model.lean_lora import use_lean_lora
 from longgrpo.model.lora import add_lora
 from longgrpo.model.masters import MasterWeights

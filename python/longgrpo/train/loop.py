@@ -15,7 +15,7 @@ from longgrpo import grpo_loss, linear_grpo_loss
 from longgrpo.errors import PublishError
 from longgrpo.loss.config import GRPOLossConfig
 from longgrpo.loss.grpo import GRPOLoss
-from longgrpo.model.head import head_of
+from longgrpo.loss.head import head_of
 from longgrpo.rollout.engine import Completion
 from longgrpo.rollout.probe import EngineMismatch
 from longgrpo.rollout.sampling import seed_for

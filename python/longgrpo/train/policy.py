@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longgrpo import LogProb, linear_logprob
 from longgrpo.config.tree import TrainConfig
-from longgrpo.model.head import head_of
+from longgrpo.loss.head import head_of
 from longgrpo.model.masters import MasterWeights
 from longgrpo.model.packed_attention import packed_hidden
 from longgrpo.offload import OffloadEngine

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from longgrpo.model.load import base_model
-
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -24,6 +22,12 @@ class Head(NamedTuple):
     weight: Tensor  # [V, H]
     options: Mapping[str, Any] = MappingProxyType({})
     """linear_logprob's `bias`, `softcap` and `logit_scale`."""
+
+
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model itself, whose linears PEFT has replaced where it wraps it."""
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
 
 
 def head_of(model: PreTrainedModel | PeftModel) -> Head:
