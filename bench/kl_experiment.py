@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from longgrpo.loss.head import head_of
-from longgrpo.loss.reference import kl_estimate
+from longgrpo.loss.reference import kl_estimate, log_softmax_rows
 from longgrpo.tasks.evaluation import paired_interval
 from longgrpo.train.loop import roll_out, sample_prompts
 from longgrpo.train.policy import hidden_states, micro_batches_of
@@ -125,8 +125,9 @@ def kept(directory: Path) -> dict[str, Any]:
 @torch.no_grad()
 def logprobs(policy: Any, model: Any, batch: Any) -> Tensor:
     """[M, V] f64: of every token at every position of the loss."""
-    rows = hidden_states(model, batch).double() @ head_of(model).weight.double().T / policy.config.rollout.temperature
-    return rows.log_softmax(-1)
+    hidden, head = hidden_states(model, batch), head_of(model)
+    temperature = policy.config.rollout.temperature
+    return log_softmax_rows(hidden.double(), head.weight.double(), temperature=temperature, **head.options)
 
 
 def expected_gradient(slope: Tensor, logp: Tensor) -> Tensor:

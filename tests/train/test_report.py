@@ -375,7 +375,7 @@ def test_every_metric_stands_on_the_page(tree, tmp_path):
     tree |= {"loss": {"beta": 0.1}, "memory": {"offload": True}}
     Trainer(build_config(tree), tmp_path / "run").run()
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    names = {re.sub("reward/digits", "reward/NAME", name) for line in lines for name in line}
+    names = {name.replace("reward/digits", "reward/NAME") for line in lines for name in line}
     phases = {name for name in names if re.match("seconds/|predicted_bytes/|measured_bytes/", name)}
     whole = {"seconds/step", "seconds/offload_stall"}
     names = names - phases | {re.sub("/.*", "/PHASE", name) for name in phases - whole} | whole

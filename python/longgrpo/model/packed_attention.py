@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -129,9 +130,9 @@ def _attention(
 def _takes_varlen(query: Tensor) -> bool:
     """The flash kernel behind varlen_attn takes the half types alone, from Ampere on. On meta a dry run counts what a
     GPU would hold."""
-    if query.is_meta or not query.is_cuda:
-        return query.is_meta
-    return query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    if query.is_cuda:
+        return query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return query.is_meta
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None) -> Tensor:
@@ -149,12 +150,18 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longe
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
     options: dict[str, Any] = {}
     if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if _groups_heads(varlen_attn):
             options["enable_gqa"] = True
-        else:  # torch 2.11
+        else:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     out = varlen_attn(
         query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(-1, 0), **options
     )
     assert isinstance(out, Tensor)
     return out
+
+
+@functools.cache
+def _groups_heads(attention: Callable[..., Any]) -> bool:
+    """torch 2.11's varlen_attn wants as many heads of keys as of queries."""
+    return "enable_gqa" in inspect.signature(attention).parameters
