@@ -82,7 +82,7 @@ __global__ void fill_random(T* to, int64_t n, float deviation, uint64_t seed) {
 }
 
 template <class T>
-void randomise(const Memory& memory, float deviation, uint64_t seed) {
+void randomize(const Memory& memory, float deviation, uint64_t seed) {
   fill_random<T><<<1024, 256>>>(memory.data<T>(), memory.bytes() / int64_t(sizeof(T)), deviation, seed);
   check_cuda(cudaGetLastError(), "fill_random");
 }
@@ -121,7 +121,7 @@ struct CublasRuntime {
 bench::Case matmul(const CublasRuntime& runtime, int64_t n) {
   auto a = std::make_shared<Memory>(2 * n * n), b = std::make_shared<Memory>(2 * n * n),
        c = std::make_shared<Memory>(4 * n * n);
-  randomise<__nv_bfloat16>(*a, 1, 1), randomise<__nv_bfloat16>(*b, 1, 2);
+  randomize<__nv_bfloat16>(*a, 1, 1), randomize<__nv_bfloat16>(*b, 1, 2);
   return {"matmul bf16",
           2.0 * double(n) * double(n) * double(n),
           8.0 * double(n * n),
@@ -134,7 +134,7 @@ bench::Case matmul(const CublasRuntime& runtime, int64_t n) {
 
 bench::Case copy(int64_t bytes) {
   auto from = std::make_shared<Memory>(bytes), to = std::make_shared<Memory>(bytes);
-  randomise<float>(*from, 1, 1);
+  randomize<float>(*from, 1, 1);
   return {"copy",
           0,
           2.0 * double(bytes),
@@ -152,7 +152,7 @@ std::vector<bench::Case> row_cases(const Options& o, const Chip& chip) {
   auto inputs = std::make_shared<std::vector<std::unique_ptr<Memory>>>();
   for (int i = 0; i < bench::kInputs; ++i) {
     inputs->push_back(std::make_unique<Memory>(4 * rows * stride));
-    randomise<float>(*inputs->back(), 3, uint64_t(i));
+    randomize<float>(*inputs->back(), 3, uint64_t(i));
   }
   auto x = std::make_shared<Memory>(4 * rows * stride);
   auto target = std::make_shared<Memory>(8 * rows), scores = std::make_shared<Memory>(4 * 4 * rows);
@@ -197,10 +197,10 @@ struct HeadBuffers {
         dweight(4 * o.vocabulary * o.hidden),
         target(8 * o.tokens),
         scores(8 * o.tokens) {
-    randomise<__nv_bfloat16>(weight, 3.0f / std::sqrt(float(o.hidden)), 9);
+    randomize<__nv_bfloat16>(weight, 3.0f / std::sqrt(float(o.hidden)), 9);
     for (int i = 0; i < bench::kInputs; ++i) {
       hidden.push_back(std::make_unique<Memory>(2 * o.tokens * o.hidden));
-      randomise<__nv_bfloat16>(*hidden.back(), 1, uint64_t(i));
+      randomize<__nv_bfloat16>(*hidden.back(), 1, uint64_t(i));
     }
     std::vector<int64_t> targets;
     for (int64_t t = 0; t < o.tokens; ++t) targets.push_back(t * 7919 % o.vocabulary);

@@ -27,7 +27,7 @@ from longgrpo.memory.plan import plan_memory
 from longgrpo.memory.shape import model_shape
 from longgrpo.offload import OffloadEngine
 from longgrpo.train.build import make_policy
-from longgrpo.train.loop import loss_and_backward, optimiser_step
+from longgrpo.train.loop import loss_and_backward, optimizer_step
 
 SHAPE = Path(__file__).parents[1] / "examples/models/llama-3.1-8b"
 MODES = {
@@ -72,12 +72,12 @@ def measure(
     every = [sample for part in groups for sample in part]
     seconds = []
     for number in range(1, 5):
-        if number == 2:  # the optimiser's state is there
+        if number == 2:  # the optimizer's state is there
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         start = time.perf_counter()
         loss_and_backward(policy, every, every)
-        optimiser_step(policy, number, every)
+        optimizer_step(policy, number, every)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated()

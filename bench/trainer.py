@@ -1,6 +1,6 @@
 """A whole training step beside TRL's GRPOTrainer: `make bench-trainer` runs it.
 
-Same model, prompts in the same order, rewards, lengths, batch, adapter, optimiser and loss; TRL samples with its
+Same model, prompts in the same order, rewards, lengths, batch, adapter, optimizer and loss; TRL samples with its
 transformers rollout (its vLLM mode loads the weights anew at every step, which vLLM's CPU build refuses). Each program
 trains in a process of its own and its first step is not counted. Seconds and CPU seconds are medians of the other steps
 with their quartiles; peak memory is the process's, engine included. The learning curves are compared on the same
@@ -75,7 +75,7 @@ def run_longgrpo(options: argparse.Namespace, directory: Path) -> Iterable[dict[
             **since(start),
             "rollout": seconds["roll_out"],
             "rewards": seconds["reward"],
-            "training": seconds["score"] + seconds["loss_and_backward"] + seconds["optimiser_step"],
+            "training": seconds["score"] + seconds["loss_and_backward"] + seconds["optimizer_step"],
             "prompt_rewards": means(rewards, options.generations),
             "tokens": sum(map(len, result.samples)),
         }

@@ -34,7 +34,7 @@ def test_one_wheel_for_every_python(wheel):
 
 
 def test_the_tag_holds(wheel):
-    """auditwheel's own judgement of what the libraries ask of the system; torch comes with torch."""
+    """auditwheel's own judgment of what the libraries ask of the system; torch comes with torch."""
     show = [sys.executable, "-m", "auditwheel", "show", wheel]
     verdict = " ".join(subprocess.run(show, check=True, capture_output=True, text=True).stdout.split())
     tag = re.search(r"manylinux_2_\d+_\w+", wheel.name)[0]
@@ -42,7 +42,7 @@ def test_the_tag_holds(wheel):
 
 
 def test_the_wheel_is_complete(wheel):
-    """Both libraries where nvcc was found, type information and the licence; and nothing that belongs elsewhere."""
+    """Both libraries where nvcc was found, type information and the license; and nothing that belongs elsewhere."""
     names = zipfile.ZipFile(wheel).namelist()
     wanted = {"longgrpo/_cpu.so", "longgrpo/py.typed"} | ({"longgrpo/_cuda.so"} if shutil.which("nvcc") else set())
     assert wanted <= set(names)

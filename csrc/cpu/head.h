@@ -210,7 +210,7 @@ class CpuHead {
     if (keep) {
       slot.factor *= -std::exp(-row.softmax.offset);
     } else {
-      // A common factor of the three keeps the direction near 1, whatever the loss's normaliser is: no underflow in
+      // A common factor of the three keeps the direction near 1, whatever the loss's normalizer is: no underflow in
       // fp16.
       slot.scale = std::max({std::fabs(g.logp), std::fabs(g.entropy), std::fabs(g.kl)});
       if (slot.scale != 0)

@@ -1,4 +1,4 @@
-// Vector loops for the compiler to vectorise: plain C++, one clone for each instruction set, chosen at load time.
+// Vector loops for the compiler to vectorize: plain C++, one clone for each instruction set, chosen at load time.
 #pragma once
 
 #include <cstdint>

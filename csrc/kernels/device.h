@@ -1,7 +1,7 @@
 // The one place that knows CUDA from the simulator (tests/native/kernels/simulator.h). Kernels are written against:
 //   KERNEL(threads) void name(Parameters p)   a kernel that is launched with at most so many threads a block
 //   DEVICE                                    a device function
-//   SHARED(T[n], name)                        static shared memory, not initialised
+//   SHARED(T[n], name)                        static shared memory, not initialized
 //   DYNAMIC_SHARED(T, name)                   T* to the launch's dynamic shared memory
 //   launch(name, kernel, grid, block, shared bytes, stream, parameters...)
 //   threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, __syncthreads, __shfl_xor_sync
@@ -30,7 +30,7 @@ constexpr unsigned kFullMask = 0xffffffffu;
 
 #define KERNEL(threads) __global__ void __launch_bounds__(threads)
 #define DEVICE __device__ __forceinline__
-// Bytes, because a type with initialisers may not be __shared__.
+// Bytes, because a type with initializers may not be __shared__.
 #define SHARED(type, name)                                           \
   __shared__ __align__(16) unsigned char name##_bytes[sizeof(type)]; \
   auto& name = reinterpret_cast<std::type_identity_t<type>&>(name##_bytes)

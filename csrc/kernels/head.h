@@ -121,7 +121,7 @@ class GpuHead {
     direction_ = take(4 * rows * h);
     if (plan.flash) product_ = take(4 * rows * h);
     if (plan.flash) states_ = reinterpret_cast<ChunkState*>(take(int64_t(sizeof(ChunkState)) * rows));
-    if (!plan.flash) row_scale_ = take(4 * rows), normalised_ = take(4 * rows), highest_ = take(4);
+    if (!plan.flash) row_scale_ = take(4 * rows), normalized_ = take(4 * rows), highest_ = take(4);
     if (wish.reference) reference_logits_ = take(4 * rows * plan.stride), reference_hidden_ = take(4 * rows * h);
     if (wish.mixed()) upcast_ = take(4 * std::min(v, kUpcastRows) * h);
     if (wish.weight_gradient) dweight_ = take(4 * std::min(v, kGradientRows) * h);
@@ -177,10 +177,10 @@ class GpuHead {
       launch_add_columns(out_.dbias, signed_rows.data, dtype, row_scale_, rows, v, signed_rows.row_stride,
                          runtime_.stream());
     if (!out_.dweight) return;
-    // The rows' scales go into the hidden states, by their largest one: a normaliser of 1e5 tokens must not make fp16
+    // The rows' scales go into the hidden states, by their largest one: a normalizer of 1e5 tokens must not make fp16
     // numbers of it.
-    launch_normalise(row_scale_, normalised_, highest_, rows, runtime_.stream());
-    launch_scale_rows(at(in_.hidden, in_.hidden_dtype, tile_.first * h), in_.hidden_dtype, hidden_, dtype, normalised_,
+    launch_normalize(row_scale_, normalized_, highest_, rows, runtime_.stream());
+    launch_scale_rows(at(in_.hidden, in_.hidden_dtype, tile_.first * h), in_.hidden_dtype, hidden_, dtype, normalized_,
                       rows, h, runtime_.stream());
     const Operand scaled{hidden_, dtype, rows, h, h, 1};
     for (int64_t j = 0; j < v; j += kGradientRows) {
@@ -283,7 +283,7 @@ class GpuHead {
   RowTile tile_;
   char* next_;
   float *logits_, *hidden_, *direction_, *product_ = nullptr;
-  float *row_scale_ = nullptr, *normalised_ = nullptr, *highest_ = nullptr;
+  float *row_scale_ = nullptr, *normalized_ = nullptr, *highest_ = nullptr;
   float *reference_logits_ = nullptr, *reference_hidden_ = nullptr, *upcast_ = nullptr, *dweight_ = nullptr;
   ChunkState* states_ = nullptr;
 };

@@ -123,7 +123,7 @@ void launch_add(float* to, const float* from, const float* factor, int64_t n, St
 void launch_add_columns(float* to, const void* from, Dtype dtype, const float* scale, int64_t rows, int64_t columns,
                         int64_t stride, Stream stream);
 // to = from / max |from|, which goes to *highest; all 0 stays 0
-void launch_normalise(const float* from, float* to, float* highest, int64_t n, Stream stream);
+void launch_normalize(const float* from, float* to, float* highest, int64_t n, Stream stream);
 
 // ---- the loss from logp ----
 

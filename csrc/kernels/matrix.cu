@@ -41,8 +41,8 @@ void launch_add_columns(float* to, const void* from, Dtype dtype, const float* s
   });
 }
 
-void launch_normalise(const float* from, float* to, float* highest, int64_t n, Stream stream) {
-  launch("normalise_kernel", normalise_kernel<kThreads>, 1, kThreads, 0, stream, from, to, highest, n);
+void launch_normalize(const float* from, float* to, float* highest, int64_t n, Stream stream) {
+  launch("normalize_kernel", normalize_kernel<kThreads>, 1, kThreads, 0, stream, from, to, highest, n);
 }
 
 }  // namespace longgrpo

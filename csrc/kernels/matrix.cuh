@@ -77,7 +77,7 @@ struct Highest {
 // One block.
 template <int kThreads>
 KERNEL(kThreads)
-normalise_kernel(const float* from, float* to, float* highest, int64_t n) {
+normalize_kernel(const float* from, float* to, float* highest, int64_t n) {
   Highest mine{0};
   for (int64_t i = threadIdx.x; i < n; i += kThreads) mine.merge({fabsf(from[i])});
   const float all = block_reduce<kThreads>(mine).value;

@@ -4,7 +4,7 @@
 //   sweep 2, backward  signed_j = [j = y] - p_j / (1 - p_y), the row's scale being c (1 - p_y) = -c expm1(logp);
 //                      with an entropy gradient or an exact KL their terms join, and the scale is max(|c|, |e|, |kl|)
 //
-// The scale takes what is small for a confident token or a large normaliser, so the signed row is near 1 in any dtype:
+// The scale takes what is small for a confident token or a large normalizer, so the signed row is near 1 in any dtype:
 // its target's entry is exactly 1, and fp16 meets no subnormal numbers.
 //
 // The tile is read from memory once: sweep 2 meets first what sweep 1 read last, which is still in L2, and the first
@@ -176,7 +176,7 @@ DEVICE RowStatistics finish(const OnlineSoftmax& rest, float target_x) {
 }
 
 // What multiplies the three parts of a row's gradient, so that the signed row stays near 1 whatever the loss's
-// normaliser is. A NaN stays.
+// normalizer is. A NaN stays.
 DEVICE float common_scale(const RowGradient& g) {
   float scale = fabsf(g.logp);
   if (fabsf(g.entropy) > scale) scale = fabsf(g.entropy);

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (arXiv:2305.18290) with transformers alone.
+"""Direct preference optimization (arXiv:2305.18290) with transformers alone.
 
 python examples/integrations/huggingface_dpo.py MODEL      # a directory or a hub id
 """

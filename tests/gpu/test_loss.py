@@ -63,14 +63,14 @@ def test_logprob(head, train_head, entropy):
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(batch=batches(), config=configs(), normaliser=st.sampled_from([None, 37.0]))
-def test_token_loss(batch, config, normaliser):
+@given(batch=batches(), config=configs(), normalizer=st.sampled_from([None, 37.0]))
+def test_token_loss(batch, config, normalizer):
     assume(not near_a_clip(batch, config))
     results = []
     for device in ("cpu", DEVICE):
         arguments = {k: to_device(v, device) for k, v in batch.arguments(config).items()}
         logp, entropy = (to_device(x.clone(), device).requires_grad_() for x in (batch.logp, batch.entropy))
-        out = grpo_loss(logp, to_device(batch.advantages, device), **arguments, entropy=entropy, normaliser=normaliser,
+        out = grpo_loss(logp, to_device(batch.advantages, device), **arguments, entropy=entropy, normalizer=normalizer,
                         config=config)  # fmt: skip
         grads = torch.autograd.grad(out.loss, (logp, entropy), allow_unused=True, materialize_grads=True)
         results.append([x.cpu() for x in (out.loss.detach(), *grads, *out.metrics.values())])

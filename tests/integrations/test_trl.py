@@ -32,7 +32,7 @@ def vowels(completions, **columns):
 
 
 class Gradients(TrainerCallback):
-    """The gradient of every optimiser step, before clipping changes it."""
+    """The gradient of every optimizer step, before clipping changes it."""
 
     def __init__(self):
         self.steps = []
@@ -52,7 +52,7 @@ def arguments(directory, **options) -> trl.GRPOConfig:
 
 
 def train(trainer_class, model_directory, output, *, model=None, resume=None, trainer=None, **options):
-    """(trainer, log history without times, gradients of each optimiser step)"""
+    """(trainer, log history without times, gradients of each optimizer step)"""
     gradients = Gradients()
     built = trainer_class(
         model if model is not None else str(model_directory),
@@ -129,7 +129,7 @@ OPTIONS = {
     "sequence ratios": {"importance_sampling_level": "sequence", "loss_type": "grpo", "num_iterations": 2},
     "two-sided clip": {"delta": 1.01, "num_iterations": 2, "epsilon": 0.01},
     "unbiased KL": {"use_bias_correction_kl": True, "beta": 0.1, "num_iterations": 2},
-    "synchronised reference": {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
+    "synchronized reference": {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
     "temperature and truncation": {
         "temperature": 0.7,
         "top_k": 20,

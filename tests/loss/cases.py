@@ -114,7 +114,7 @@ class Batch:
             "ref_logp": self.ref_logp if config.beta else None, "importance": self.importance,
         }  # fmt: skip
 
-    def oracle(self, config: GRPOLossConfig, normaliser: float | None = None, **overrides) -> Tensor:
+    def oracle(self, config: GRPOLossConfig, normalizer: float | None = None, **overrides) -> Tensor:
         """The reference in float64, or in the dtype of the logp that overrides this batch's."""
         values = {"logp": self.logp.double(), "entropy": self.entropy.double(), **overrides}
         dtype = values["logp"].dtype
@@ -122,7 +122,7 @@ class Batch:
                      if k in ("old_logp", "ref_logp", "importance")}  # fmt: skip
         return reference.grpo_loss(
             values["logp"], self.advantages.to(dtype), mask=self.mask, cu_seqlens=self.cu_seqlens, **per_token,
-            entropy=values["entropy"], exact=values.get("exact"), normaliser=normaliser, config=config,
+            entropy=values["entropy"], exact=values.get("exact"), normalizer=normalizer, config=config,
         )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ LOGP = torch.zeros(6)
         ({"mask": torch.ones(5)}, {}, "mask"),
         ({"old_logp": torch.ones(5)}, {}, "old_logp"),
         ({"entropy": torch.ones(5)}, {}, "entropy"),
-        ({"normaliser": 0.0}, {}, "normaliser must be > 0"),
+        ({"normalizer": 0.0}, {}, "normalizer must be > 0"),
         ({}, {"beta": 0.1}, "needs ref_logp"),
         ({}, {"entropy_coef": 0.1}, "needs entropy"),
         ({}, {"beta": 0.1, "kl": "exact_reverse"}, "use linear_grpo_loss"),

@@ -32,15 +32,15 @@ def near_a_clip(batch, config) -> bool:
 
 
 @settings(max_examples=600, deadline=None)
-@given(batch=batches(), config=configs(), normaliser=st.sampled_from([None, 37.0]))
-def test_any_loss(batch, config, normaliser):
+@given(batch=batches(), config=configs(), normalizer=st.sampled_from([None, 37.0]))
+def test_any_loss(batch, config, normalizer):
     assume(not near_a_clip(batch, config))
     logp, entropy = batch.logp.clone().requires_grad_(), batch.entropy.clone().requires_grad_()
     result = grpo_loss(
-        logp, batch.advantages, **batch.arguments(config), entropy=entropy, normaliser=normaliser, config=config
+        logp, batch.advantages, **batch.arguments(config), entropy=entropy, normalizer=normalizer, config=config
     )
     logp64, entropy64 = (x.detach().double().requires_grad_() for x in (logp, entropy))
-    expected = batch.oracle(config, normaliser, logp=logp64, entropy=entropy64)
+    expected = batch.oracle(config, normalizer, logp=logp64, entropy=entropy64)
     torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=2e-5, atol=2e-5)
     actual = torch.autograd.grad(result.loss, (logp, entropy), allow_unused=True, materialize_grads=True)
     if expected.requires_grad:
@@ -141,12 +141,12 @@ def test_micro_batches_give_the_whole_gradient(config, seed, train_head):
         logp = linear_logprob(head.hidden, head.weight, head.target).logp
     lengths = [7, 20, 0, 13, 20]
     batch = make_batch(seed, lengths, logp=logp)
-    normaliser = {"grpo": 5, "sapo": 5, "luspo": 5, "gmpo": 5, "dr_grpo": 5 * 64}.get(
+    normalizer = {"grpo": 5, "sapo": 5, "luspo": 5, "gmpo": 5, "dr_grpo": 5 * 64}.get(
         config.loss_type, int(batch.mask.sum())
     )
     leaves = head.cast(torch.float32, train_head=train_head)
 
-    def run(first: int, last: int, normaliser: float | None):
+    def run(first: int, last: int, normalizer: float | None):
         span = slice(int(batch.cu_seqlens[first]), int(batch.cu_seqlens[last]))
         arguments = {k: v if v is None or k == "cu_seqlens" else v[span] for k, v in batch.arguments(config).items()}
         arguments["cu_seqlens"] = batch.cu_seqlens[first : last + 1] - batch.cu_seqlens[first]
@@ -156,12 +156,12 @@ def test_micro_batches_give_the_whole_gradient(config, seed, train_head):
             leaves.target[span],
             batch.advantages[first:last],
             **arguments,
-            normaliser=normaliser,
+            normalizer=normalizer,
             config=config,
         ).loss
 
     whole = run(0, 5, None)
-    parts = run(0, 1, normaliser) + run(1, 3, normaliser) + run(3, 5, normaliser)
+    parts = run(0, 1, normalizer) + run(1, 3, normalizer) + run(3, 5, normalizer)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad(parts, leaves.leaves), torch.autograd.grad(whole, leaves.leaves), strict=True):
         assert relative_error(a, b) < 1e-5 or float(b.norm()) < 1e-6
@@ -282,7 +282,7 @@ def test_expected_gradient_of_each_estimator(kl):
         "forward": torch.autograd.grad((ref.exp() * (ref - rows)).sum(), policy, retain_graph=True)[0],
     }
     logp = rows.detach().float().requires_grad_()
-    loss = grpo_loss(logp, torch.zeros(12), mask=torch.ones(12), ref_logp=ref.float(), normaliser=1.0,
+    loss = grpo_loss(logp, torch.zeros(12), mask=torch.ones(12), ref_logp=ref.float(), normalizer=1.0,
                      config=GRPOLossConfig(kl=kl, beta=1.0)).loss  # fmt: skip
     (slopes,) = torch.autograd.grad(loss, logp)
     (expected,) = torch.autograd.grad((rows.exp().detach() * slopes.double() * rows).sum(), policy)

@@ -67,15 +67,15 @@ def test_fp16_under_a_gradient_scaler(composed):
     """65536 / 2e5 tokens: a loss that forms dL/dhidden in fp16 before the scale underflows (one peer: 2.5e-2)."""
     head, config = make_head(3, 64, 64, 500, torch.float16), GRPOLossConfig()
     batch = make_batch(3, [32, 32], off_policy=None, zero_advantages=0)
-    scale, normaliser = 65536.0, 2e5
+    scale, normalizer = 65536.0, 2e5
     h, truth = head.cast(torch.float16, train_head=True), head.cast(torch.float64, train_head=True)
-    arguments = {"cu_seqlens": batch.cu_seqlens, "normaliser": normaliser, "config": config}
+    arguments = {"cu_seqlens": batch.cu_seqlens, "normalizer": normalizer, "config": config}
     if composed:
         loss = grpo_loss(linear_logprob(h.hidden, h.weight, h.target).logp, batch.advantages, **arguments).loss
     else:
         loss = linear_grpo_loss(h.hidden, h.weight, h.target, batch.advantages, **arguments).loss
     per_token = -batch.advantages.double().repeat_interleave(32) * truth.logprob()[0]
-    wanted = torch.autograd.grad(scale * per_token.sum() / normaliser, truth.leaves)
+    wanted = torch.autograd.grad(scale * per_token.sum() / normalizer, truth.leaves)
     for a, w in zip(torch.autograd.grad(scale * loss, h.leaves), wanted, strict=True):
         assert relative_error(a, w) <= 6e-4
 

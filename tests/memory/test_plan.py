@@ -115,7 +115,7 @@ def test_terms_worked_out_by_hand(model):
     adapter = 32 * 16 * (4 * 4096 + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     assert terms["linear weights"] == 2 * linears
     assert terms["embedding and head"] == 2 * 2 * 128256 * 4096
-    assert terms["optimiser"] == 8 * adapter
+    assert terms["optimizer"] == 8 * adapter
     assert terms["gradients"] == 4 * adapter
     assert terms["KV cache"] == 2 * 2 * 32 * 20480 * 1024  # one live sequence
     assert linears * NF4_BYTES == pytest.approx(3.66 * GIB, rel=0.01)

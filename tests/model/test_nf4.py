@@ -189,14 +189,14 @@ BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 
 @pytest.mark.parametrize(("stored", "quantization", "message"), [
-    (AWQ, None, "quantised already, by awq, which cannot be trained"),
-    (AWQ, "nf4", "quantised already, by awq, which cannot be trained"),
+    (AWQ, None, "quantized already, by awq, which cannot be trained"),
+    (AWQ, "nf4", "quantized already, by awq, which cannot be trained"),
     (BITSANDBYTES | {"bnb_4bit_quant_type": "fp4"}, "nf4", "by bitsandbytes fp4"),
     ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "nf4", "by bitsandbytes int8"),
     ({"bits": 2}, None, "by an unnamed method"),
     (BITSANDBYTES | {"bnb_4bit_quant_type": "nf4"}, None, r"set model\.quantization: nf4"),
 ])  # fmt: skip
-def test_other_quantisations_are_named(stored, quantization, message, written):
+def test_other_quantizations_are_named(stored, quantization, message, written):
     directory, _ = written(stored)
     with pytest.raises(ValueError, match=message):
         resolve_model(str(directory), quantization)

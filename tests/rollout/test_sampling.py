@@ -108,7 +108,7 @@ def test_the_engines_own_support_is_taken_where_it_tells():
 
 
 def test_logprobs_entropy_and_gradients():
-    """Without a support those of the loss's own op; with one those of the tokens left, renormalised."""
+    """Without a support those of the loss's own op; with one those of the tokens left, renormalized."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (6, 40))
     target = torch.randint(40, (6,), generator=generator)

@@ -100,7 +100,7 @@ def test_lora_by_copy_copies_its_own_bytes(rank, targets, models):
 
 
 def test_bf16_lora_goes_by_views_with_masters(models, caplog):
-    """The trainer's adapter is the engine's, bfloat16; what the optimiser steps is float32."""
+    """The trainer's adapter is the engine's, bfloat16; what the optimizer steps is float32."""
     directory, _ = models("llama")
     caplog.set_level(logging.INFO)
     with running(directory, LoraConfig(rank=8, alpha=8), dtype="bfloat16") as (engine, model):

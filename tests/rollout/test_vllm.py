@@ -59,7 +59,7 @@ def test_a_weight_changed_in_place_changes_the_engine_and_back(engine, prompts):
     assert engine.generate(prompts, GREEDY, [0] * 8) == before
 
 
-def test_an_optimiser_step_on_every_weight_reaches_the_engine(engine, prompts):
+def test_an_optimizer_step_on_every_weight_reaches_the_engine(engine, prompts):
     """The tied embedding and head, the norms and the fused projections among them."""
     kept = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
     generator = torch.Generator().manual_seed(0)

@@ -50,26 +50,26 @@ def test_scaled_by_the_batch():
     assert torch.allclose(group_advantages(rewards, "batch"), expected.float())
 
 
-def test_normalised_before_the_sum_as_trl_does():
+def test_normalized_before_the_sum_as_trl_does():
     """TRL 1.16's normalize_then_sum, restated: nan-aware group statistics of each function, summed, then over all."""
 
     def nanstd(x):
         known = x[~x.isnan()]
         return known.std() if len(known) > 1 else torch.tensor(0.0)
 
-    normalised = torch.zeros_like(VALUES)
+    normalized = torch.zeros_like(VALUES)
     for f in range(2):
         for p in range(2):
             group = VALUES[f, p]
-            normalised[f, p] = (group - group.nanmean()) / (nanstd(group) + 1e-4)
-    total = (normalised * WEIGHTS[:, None, None]).nansum(0)
+            normalized[f, p] = (group - group.nanmean()) / (nanstd(group) + 1e-4)
+    total = (normalized * WEIGHTS[:, None, None]).nansum(0)
     expected = (total - total.mean()) / (total.std() + 1e-4)
     got = advantages(VALUES, WEIGHTS, "group", "normalize_then_sum")
     assert torch.allclose(got[0], expected[0].float(), atol=1e-6)
     assert got[1].eq(0).all()  # no function has spread there
 
 
-def test_rewards_that_cancel_in_the_sum_teach_when_they_are_normalised_apart():
+def test_rewards_that_cancel_in_the_sum_teach_when_they_are_normalized_apart():
     opposed = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]], dtype=torch.float64)
     weights = torch.tensor([1.0, 1.0], dtype=torch.float64)
     assert not groups_with_spread(opposed, weights, "sum_then_normalize").any()

@@ -309,10 +309,10 @@ def test_the_scale_is_what_the_config_says(make):
     for scale in ("group", "batch", "none"):
         result = step(make(scale_rewards=scale), 1)
         rewards = torch.tensor([sample.rewards["digits"] for sample in result.samples]).view(3, 4)
-        centred = rewards - rewards.mean(1, keepdim=True)
+        centered = rewards - rewards.mean(1, keepdim=True)
         divisor = {"group": rewards.std(1, keepdim=True), "batch": rewards.std(), "none": 1 - 1e-4}[scale]
         got = torch.tensor([sample.advantage for sample in result.samples]).view(3, 4)
-        assert torch.allclose(got, centred / (divisor + 1e-4), atol=1e-4)
+        assert torch.allclose(got, centered / (divisor + 1e-4), atol=1e-4)
 
 
 def test_the_learning_rate_follows_its_schedule():

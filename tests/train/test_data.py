@@ -115,8 +115,8 @@ def test_sources_that_are_not_there(tmp_path):
         problems(TaskConfig(f"{OWN}:absent"))
     with pytest.raises(DataError, match=r"'chain_sumz'.*did you mean chain_sum"):
         problems(TaskConfig("chain_sumz"))
-    with pytest.raises(DataError, match=r"(?s)colour.*red"):
-        problems(sums(parameters={"colour": "red"}))
+    with pytest.raises(DataError, match=r"(?s)color.*red"):
+        problems(sums(parameters={"color": "red"}))
     with pytest.raises(DataError, match=r"task\.seed"):
         problems(sums(parameters={"seed": 3}))
     with pytest.raises(DataError, match="size must be positive"):

@@ -115,7 +115,7 @@ def test_a_run_leaves_what_it_promises(tree, tmp_path):
 
 PHASES = (
     loop.sample_prompts, loop.roll_out, loop.reward, loop.advantage,
-    loop.score, loop.loss_and_backward, loop.optimiser_step, loop.publish,
+    loop.score, loop.loss_and_backward, loop.optimizer_step, loop.publish,
 )  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def test_a_kl_term_holds_the_policy_near_its_reference(tree, tmp_path, lora):
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_each_normaliser(tree, tmp_path, loss_type):
+def test_each_normalizer(tree, tmp_path, loss_type):
     tree["loss"] = {"loss_type": loss_type}
     metrics = step(trainer(tree, tmp_path / "run").policy, 1).metrics
     assert math.isfinite(metrics["loss"])

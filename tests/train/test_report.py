@@ -100,7 +100,7 @@ def hostile(tree, tmp_path):
         for i, text in enumerate(PAYLOADS)
     ]
     with Tracker(directory, config, 0) as tracker:
-        tracker.step(metrics | {"seconds/optimiser_step": 0.1}, problems, samples)
+        tracker.step(metrics | {"seconds/optimizer_step": 0.1}, problems, samples)
     return directory
 
 
@@ -254,7 +254,7 @@ def test_what_cannot_be_read_is_named(two_runs, tmp_path, capsys, break_it, mess
     assert not (run / "report.html").exists()
 
 
-def test_more_runs_than_colours_are_refused(two_runs, tmp_path):
+def test_more_runs_than_colors_are_refused(two_runs, tmp_path):
     with pytest.raises(DataError, match="9 runs: a page compares at most 8"):
         write_report([read_run(two_runs[0])] * 9, tmp_path / "report.html")
 

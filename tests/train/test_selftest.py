@@ -183,10 +183,10 @@ def test_a_frozen_adapter(policy):
     assert "adapter is frozen" in failed(policy)["trainable"]
 
 
-def test_an_adapter_that_the_optimiser_does_not_hold(policy):
+def test_an_adapter_that_the_optimizer_does_not_hold(policy):
     policy = policy()
     policy.optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.zeros(1))]
-    assert "optimiser does not hold it" in failed(policy)["weights"]
+    assert "optimizer does not hold it" in failed(policy)["weights"]
 
 
 def test_a_template_without_an_end_token(policy, tree):

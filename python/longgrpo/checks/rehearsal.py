@@ -24,7 +24,7 @@ from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.engine import Completion
 from longgrpo.tasks.sample import Sample
 from longgrpo.train.build import make_policy
-from longgrpo.train.loop import loss_and_backward, optimiser_step, score
+from longgrpo.train.loop import loss_and_backward, optimizer_step, score
 from longgrpo.train.packing import pack, split
 from longgrpo.train.policy import Policy
 
@@ -133,7 +133,7 @@ class Forecast:
         cache = policy.engine.cache_bytes
         if cache:
             phases = {"rollout": lambda: self._read_prompts(policy), **phases}
-        apart = ("context", "optimiser") if cache else (*NOT_TRAINERS, "optimiser")  # there is no state yet
+        apart = ("context", "optimizer") if cache else (*NOT_TRAINERS, "optimizer")  # there is no state yet
         peaks = {}
         for name, run in phases.items():
             released = name != "rollout" and self.config.rollout.release_kv_cache
@@ -222,7 +222,7 @@ def dry_run(config: TrainConfig, samples: list[Sample], target: Target) -> dict[
 def count_step(policy: Policy, samples: list[Sample], target: Target) -> dict[str, Phase]:
     """Phases 5 to 7 of a step, the trainer's own: the peaks of scoring and training in live storages.
 
-    It is the second step, as the optimiser's state is there, and has the micro-batch twice, as gradients are there when
+    It is the second step, as the optimizer's state is there, and has the micro-batch twice, as gradients are there when
     the second one runs. What the trainer holds is counted: no key-value cache and no CUDA context.
     """
     groups = policy.config.train.prompts_per_step
@@ -232,12 +232,12 @@ def count_step(policy: Policy, samples: list[Sample], target: Target) -> dict[st
         live.add(policy.reference.tensors.values() if policy.reference else [], "reference")
         score(policy, twice)
         loss_and_backward(policy, samples, samples)
-        optimiser_step(policy, 1, samples)
+        optimizer_step(policy, 1, samples)
         live.reset_peak()
         score(policy, samples)
         scoring = Phase("scoring", dict(live.at_peak))
         live.reset_peak()
         loss_and_backward(policy, twice, twice)
-        optimiser_step(policy, 2, twice)
+        optimizer_step(policy, 2, twice)
     host = {"layer inputs": int(policy.offload.stats()["host_peak"])} if policy.offload else {}
     return {"scoring": scoring, "training": Phase("training", dict(live.at_peak), host)}

@@ -60,8 +60,8 @@ class SelfTest:
 
 
 def selftest(policy: Policy, prompts: int) -> SelfTest:
-    """Runs the phases of a step on `prompts` prompts, more where no group has spread. Weights, optimiser, stream and
-    random generators are afterwards what they were, bit for bit; the optimiser must not have stepped before."""
+    """Runs the phases of a step on `prompts` prompts, more where no group has spread. Weights, optimizer, stream and
+    random generators are afterwards what they were, bit for bit; the optimizer must not have stepped before."""
     result = SelfTest()
     with _put_back(policy) as weights:
         result.checks += _checks(_trial(policy), weights, prompts, result.groups)
@@ -144,7 +144,7 @@ def _update(
     if not gradient.passed:
         return
     touched = [name for name, p in policy.parameters.items() if p.grad is not None and p.grad.any()]
-    loop.optimiser_step(policy, max(policy.config.train.warmup_steps, 1), active)
+    loop.optimizer_step(policy, max(policy.config.train.warmup_steps, 1), active)
     yield (moved := _weights_move(policy, weights, touched))
     if not moved.passed:
         return
@@ -269,7 +269,7 @@ def _weights_move(policy: Policy, weights: dict[str, Tensor], touched: Sequence[
         "weights",
         not still,
         f"{len(touched) - len(still)} of {len(touched)} parameters with a gradient moved",
-        f"not {', '.join(still[:1])}: the optimiser does not hold it, or train.learning_rate is too low for its dtype",
+        f"not {', '.join(still[:1])}: the optimizer does not hold it, or train.learning_rate is too low for its dtype",
     )
 
 

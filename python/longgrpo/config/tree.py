@@ -97,7 +97,7 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The loop and its optimiser."""
+    """The loop and its optimizer."""
 
     steps: int = 50
     """Rollouts, each with its updates."""
@@ -119,10 +119,10 @@ class LoopConfig:
     max_grad_norm: float = 1.0
     """A longer gradient is scaled down to this length; .inf: none is."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What a group's centred rewards are divided by: their standard deviation, that of all rewards of the step, or
+    """What a group's centered rewards are divided by: their standard deviation, that of all rewards of the step, or
     nothing (Dr. GRPO, arXiv:2503.20783)."""
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
-    """Whether several rewards are summed before they are normalised in their groups or after, and then once more over
+    """Whether several rewards are summed before they are normalized in their groups or after, and then once more over
     the step (GDPO, arXiv:2601.05242)."""
     max_refills: int = 0
     """Dynamic sampling (DAPO, arXiv:2503.14476): groups without spread are replaced by groups of new prompts, in at
@@ -130,7 +130,7 @@ class LoopConfig:
     passes: int = 1
     """How often a rollout is trained on (TRL: num_iterations)."""
     minibatches: int = 1
-    """Optimiser steps of a pass, each on its part of the groups."""
+    """Optimizer steps of a pass, each on its part of the groups."""
     mask_truncated: bool = False
     """Leave completions that were cut off at the longest allowed length out of the loss."""
     top_entropy_quantile: float = 1.0
@@ -189,7 +189,7 @@ class LoopConfig:
 
     @property
     def updates(self) -> int:
-        """Optimiser steps of one rollout."""
+        """Optimizer steps of one rollout."""
         return self.passes * self.minibatches
 
 

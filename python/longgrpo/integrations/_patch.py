@@ -1,4 +1,4 @@
-"""Changing another library's behaviour for a while, and only in versions that were tested."""
+"""Changing another library's behavior for a while, and only in versions that were tested."""
 
 from __future__ import annotations
 

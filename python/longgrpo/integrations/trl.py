@@ -163,10 +163,10 @@ class LongGRPOTrainer(trl.GRPOTrainer):
 
     @property
     def _micro_batches(self) -> int:
-        """Those of one optimiser step."""
+        """Those of one optimizer step."""
         return self.current_gradient_accumulation_steps if self.model.training else 1
 
-    def _normaliser(self, inputs: dict[str, Any], mask: Tensor) -> float | Tensor:
+    def _normalizer(self, inputs: dict[str, Any], mask: Tensor) -> float | Tensor:
         """What TRL's loss of this type divides by, for one micro-batch."""
         loss_type, sequences, steps = self.args.loss_type, len(mask), self._micro_batches
         if loss_type in ("cispo", "dapo", "vespo"):
@@ -212,7 +212,7 @@ class _LinearGRPOLoss:
             "ref_logp": packed("ref_per_token_logps"),
             "importance": packed("importance_sampling_ratio") if corrects else None,
         }
-        self.normaliser = trainer._normaliser(inputs, mask)
+        self.normalizer = trainer._normalizer(inputs, mask)
         self.config, self.workspace = trainer.loss_config, trainer.workspace
         self.result: GRPOLoss
 
@@ -232,7 +232,7 @@ class _LinearGRPOLoss:
             raise RuntimeError("DeepSpeed ZeRO-3 takes the head away before the backward: use fused_loss=False")
         self.result = linear_grpo_loss(
             hidden, weight, targets, self.advantages, cu_seqlens=self.cu_seqlens, **self.per_token,
-            normaliser=self.normaliser, config=self.config, bias=bias, temperature=temperature, softcap=softcap,
+            normalizer=self.normalizer, config=self.config, bias=bias, temperature=temperature, softcap=softcap,
             logit_scale=logit_scale, workspace=self.workspace,
         )  # fmt: skip
         first = torch.arange(len(targets), device=targets.device) == 0

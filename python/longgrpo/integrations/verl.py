@@ -76,11 +76,11 @@ def register_policy_loss(name: str = "longgrpo", **changes: Any) -> None:
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         mask = response_mask.bool()
-        loss_type, normaliser = _aggregation(loss_agg_mode, mask, **config.global_batch_info)
+        loss_type, normalizer = _aggregation(loss_agg_mode, mask, **config.global_batch_info)
         ours = GRPOLossConfig(loss_type=loss_type, **{**_clip(config), **changes})
         loss, _ = grpo_loss(
             log_prob, advantages, mask=mask, old_logp=old_log_prob, importance=rollout_is_weights,
-            normaliser=normaliser, config=ours,
+            normalizer=normalizer, config=ours,
         )  # fmt: skip
         return loss, _metrics(old_log_prob, log_prob.detach(), advantages, mask, ours)
 
@@ -104,7 +104,7 @@ def _aggregation(
     global_batch_size: float | None = None,
     loss_scale_factor: float | None = None,
 ) -> tuple[str, float | Tensor]:
-    """(loss_type, normaliser) of grpo_loss that weigh tokens as verl's agg_loss does in this mode."""
+    """(loss_type, normalizer) of grpo_loss that weigh tokens as verl's agg_loss does in this mode."""
     if (
         dp_size > 1
         and (batch_num_tokens if mode == "token-mean" else global_batch_size) is None

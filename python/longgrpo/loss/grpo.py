@@ -90,29 +90,29 @@ def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
 
 
 def token_weights(
-    mask: Tensor, cu_seqlens: Tensor | None, config: GRPOLossConfig, normaliser: float | Tensor | None
+    mask: Tensor, cu_seqlens: Tensor | None, config: GRPOLossConfig, normalizer: float | Tensor | None
 ) -> Tensor:
     """w_t of every token: the loss is sum_t w_t (policy_t + beta kl_t - entropy_coef entropy_t).
 
     Args:
         mask: [N] bool, the tokens of the loss.
         cu_seqlens: [S + 1], the bounds of the sequences; may be None where the loss type knows no sequences.
-        normaliser: what the loss divides by instead of this call's own count.
+        normalizer: what the loss divides by instead of this call's own count.
 
     Returns: [N] float32, 0 outside the mask.
     """
     ones = mask.float()
     sequences = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
-    if normaliser is None:
+    if normalizer is None:
         if config.loss_type == "dr_grpo":
             if config.max_completion_length is None:
                 raise ValueError("loss_type='dr_grpo' divides by max_completion_length: set it in the config")
-            normaliser = sequences * config.max_completion_length
+            normalizer = sequences * config.max_completion_length
         elif config.loss_type in _PER_SEQUENCE_COUNT:
-            normaliser = max(sequences, 1)
+            normalizer = max(sequences, 1)
         else:
-            normaliser = ones.sum().clamp(min=1)
-    weight = ones / normaliser
+            normalizer = ones.sum().clamp(min=1)
+    weight = ones / normalizer
     if config.loss_type in _PER_SEQUENCE_MEAN:
         assert cu_seqlens is not None
         bounds = cu_seqlens.long()
@@ -151,24 +151,24 @@ def _prepare(
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     importance: Tensor | None,
-    normaliser: float | Tensor | None,
+    normalizer: float | Tensor | None,
     config: GRPOLossConfig,
 ) -> _Tokens:
     """Checks and flattens everything that has one entry a token or a sequence. shape: target's, [N] or [B, T]."""
     device, tokens = advantages.device, shape.numel()
-    cu_seqlens = _sequence_bounds(shape, advantages, cu_seqlens, normaliser, config)
+    cu_seqlens = _sequence_bounds(shape, advantages, cu_seqlens, normalizer, config)
     _check_combination(old_logp, ref_logp, config)
 
     for name, tensor in (("mask", mask), ("old_logp", old_logp), ("ref_logp", ref_logp)):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} {list(tensor.shape)} must be of target's shape {list(shape)}")
-    if isinstance(normaliser, int | float) and not normaliser > 0:
-        raise ValueError(f"normaliser must be > 0, got {normaliser}")
+    if isinstance(normalizer, int | float) and not normalizer > 0:
+        raise ValueError(f"normalizer must be > 0, got {normalizer}")
     in_loss = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask.reshape(-1).bool()
     advantage = _spread("advantages", advantages, shape, cu_seqlens)
     assert advantage is not None
     return _Tokens(
-        token_weights(in_loss, cu_seqlens, config, normaliser),
+        token_weights(in_loss, cu_seqlens, config, normalizer),
         advantage,
         _flat(old_logp),
         _flat(ref_logp) if config.beta else None,
@@ -181,7 +181,7 @@ def _sequence_bounds(
     shape: torch.Size,
     advantages: Tensor,
     cu_seqlens: Tensor | None,
-    normaliser: float | Tensor | None,
+    normalizer: float | Tensor | None,
     config: GRPOLossConfig,
 ) -> Tensor | None:
     """[S + 1] int32 bounds of the sequences in the flat tokens, or None where nothing asks for them."""
@@ -191,7 +191,7 @@ def _sequence_bounds(
         rows, length = shape
         return torch.arange(rows + 1, dtype=torch.int32, device=advantages.device) * length
     if cu_seqlens is None:
-        counts = config.loss_type in _PER_SEQUENCE_MEAN or (config.loss_type in _PER_SEQUENCE_COUNT and not normaliser)
+        counts = config.loss_type in _PER_SEQUENCE_MEAN or (config.loss_type in _PER_SEQUENCE_COUNT and not normalizer)
         if config.needs_sequences or counts or advantages.shape != shape:
             raise ValueError(f"flat tokens need cu_seqlens [sequences + 1] for loss_type={config.loss_type!r}, "
                              f"importance_level={config.importance_level!r} and advantages "
@@ -223,7 +223,7 @@ def grpo_loss(
     ref_logp: Tensor | None = None,
     importance: Tensor | None = None,
     entropy: Tensor | None = None,
-    normaliser: float | Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 - frozen
 ) -> GRPOLoss:
     """The loss of `config` from log-probabilities, differentiable in logp and entropy.
@@ -238,7 +238,7 @@ def grpo_loss(
         importance: multiplies the policy term, one a token or a sequence: the trainer's probability over the
             engine's, and any mask of the policy term (off-policy sequences, low-entropy tokens) as 0.
         entropy: of logp's shape, in nats, for config.entropy_coef and the metric.
-        normaliser: what the whole optimiser step divides by, over all micro-batches and ranks: its number of
+        normalizer: what the whole optimizer step divides by, over all micro-batches and ranks: its number of
             sequences (grpo, sapo, luspo, gmpo), of active tokens (bnpo, dapo, cispo, vespo), of sequences times
             max_completion_length (dr_grpo). None: this call's own count.
         config: which loss.
@@ -253,7 +253,7 @@ def grpo_loss(
     if entropy is not None and entropy.shape != logp.shape:
         raise ValueError(f"entropy {list(entropy.shape)} must be of logp's shape {list(logp.shape)}")
     tokens = _prepare(
-        logp.shape, advantages, mask, cu_seqlens, old_logp, ref_logp, importance, normaliser, config
+        logp.shape, advantages, mask, cu_seqlens, old_logp, ref_logp, importance, normalizer, config
     )  # fmt: skip
     flat_entropy = None if entropy is None else entropy.reshape(-1).float().contiguous()
     loss, metrics, _ = ops.token_loss(
@@ -275,7 +275,7 @@ def linear_grpo_loss(
     importance: Tensor | None = None,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
-    normaliser: float | Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 - frozen
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -296,7 +296,7 @@ def linear_grpo_loss(
 
     Args:
         hidden, weight, target, bias, temperature, softcap, logit_scale, workspace: as linear_logprob's.
-        advantages, mask, cu_seqlens, old_logp, ref_logp, importance, normaliser, config: as grpo_loss's.
+        advantages, mask, cu_seqlens, old_logp, ref_logp, importance, normalizer, config: as grpo_loss's.
         ref_hidden: of hidden's shape and dtype, the reference's hidden states, for kl="exact_reverse" and
             "exact_forward" (one more GEMM).
         ref_weight: the reference's head; None: `weight`, which must then be frozen.
@@ -323,12 +323,12 @@ def linear_grpo_loss(
         )  # fmt: skip
         return grpo_loss(
             logp, advantages, mask=used, cu_seqlens=cu_seqlens, old_logp=old_logp, ref_logp=ref_logp,
-            importance=importance, entropy=entropy, normaliser=normaliser, config=config,
+            importance=importance, entropy=entropy, normalizer=normalizer, config=config,
         )  # fmt: skip
     head = head_arguments(hidden, weight, target, **options)
     flat_ref_hidden, flat_ref_weight = _reference_head(hidden, weight, ref_hidden, ref_weight, config)
     tokens = _prepare(
-        target.shape, advantages, used, cu_seqlens, old_logp, ref_logp, importance, normaliser, config
+        target.shape, advantages, used, cu_seqlens, old_logp, ref_logp, importance, normalizer, config
     )  # fmt: skip
     active = target.numel()
     if rows is not None:

@@ -87,7 +87,7 @@ def grpo_loss(
     importance: Tensor | None = None,
     entropy: Tensor | None = None,
     exact: Tensor | None = None,
-    normaliser: float | None = None,
+    normalizer: float | None = None,
     config: GRPOLossConfig,
 ) -> Tensor:
     """The loss of flat tokens: logp, old_logp, ref_logp, importance, entropy and exact (the exact KL) are [N], mask [N]
@@ -113,12 +113,12 @@ def grpo_loss(
             per_token = per_token - config.entropy_coef * pick(entropy)
         share = int(keep.sum()) if config.loss_type in ("grpo", "sapo", "gmpo") else 1
         total = total + per_token.sum() / share
-    return total / _denominator(mask, len(bounds) - 1, normaliser, config)
+    return total / _denominator(mask, len(bounds) - 1, normalizer, config)
 
 
-def _denominator(mask: Tensor, sequences: int, normaliser: float | None, config: GRPOLossConfig) -> float:
-    if normaliser is not None:
-        return normaliser
+def _denominator(mask: Tensor, sequences: int, normalizer: float | None, config: GRPOLossConfig) -> float:
+    if normalizer is not None:
+        return normalizer
     if config.loss_type == "dr_grpo":
         assert config.max_completion_length is not None
         return sequences * config.max_completion_length

@@ -116,7 +116,7 @@ class _Memory:
         self.config, self.shape, self.rows, self.target = config, shape, rows, target
         self.full = config.lora is None
         self.tiled = config.memory.tiled_mlp
-        self.quantised = config.model.quantization == "nf4"
+        self.quantized = config.model.quantization == "nf4"
         self.copies = rows.attention > rows.tokens
         self.element = element = _element(config)
         n, k = rows.tokens, rows.attention
@@ -131,7 +131,7 @@ class _Memory:
         """Terms that every phase has."""
         shape, element = self.shape, self.element
         terms = {
-            "linear weights": int(shape.linear_weights * (NF4_BYTES if self.quantised else element)),
+            "linear weights": int(shape.linear_weights * (NF4_BYTES if self.quantized else element)),
             "embedding and head": shape.embeddings * element,
             "norms and biases": shape.other_weights * element,
         }
@@ -141,7 +141,7 @@ class _Memory:
             terms["float32 masters"] = FP32 * shape.parameters
         if self.config.loss.beta and self.full:
             terms["reference"] = shape.parameters * element
-        terms["optimiser"] = 2 * FP32 * self.trained
+        terms["optimizer"] = 2 * FP32 * self.trained
         if self.target.is_cuda:
             terms["context"] = CONTEXT
         return terms
@@ -154,7 +154,7 @@ class _Memory:
 
     @property
     def trained(self) -> int:
-        """Elements that the optimiser steps."""
+        """Elements that the optimizer steps."""
         if self.full:
             return self.shape.parameters
         assert self.config.lora
@@ -208,7 +208,7 @@ class _Memory:
         moments += [below | {name: size} for name, size in self._backward().items()]
         slots = {"offload's slots": self._slots} if self._moves else {}
         moments.append(slots | {"embedding's backward": self._embedding_backward()})
-        moments.append(slots | {"optimiser's temporaries": self._optimiser()})
+        moments.append(slots | {"optimizer's temporaries": self._optimizer()})
         peak = max(moments, key=lambda moment: sum(moment.values()))
         return Phase("training", terms | peak, {"layer inputs": host} if host else {})
 
@@ -260,7 +260,7 @@ class _Memory:
         return self.full or any(self._adapted(name) for name in names)
 
     def _norm(self) -> int:
-        """What an RMS norm over H keeps: its input, and before a trained weight the normalised one."""
+        """What an RMS norm over H keeps: its input, and before a trained weight the normalized one."""
         trained = self.h if self.full and not self.tiled else 0
         return (self.h if self._input_kept else self.wide) + trained
 
@@ -313,7 +313,7 @@ class _Memory:
         h, attention = self.h, self._attention_saved()
         largest = max(x.inputs * x.outputs for x in self.shape.linears)
         dweight = FP32 * largest if self.full else 0
-        unpacked = self.element * largest if self.quantised else 0
+        unpacked = self.element * largest if self.quantized else 0
         if self.tiled:
             mlp = self._mlp_saved() + 2 * h + self._tile(6 * self.i + 3 * h)
             mlp += 6 * FP32 * self.shape.hidden * self.shape.mlp if self.full else 0
@@ -345,7 +345,7 @@ class _Memory:
         mlp = 2 * h + (h + self._tile(products) if self.tiled else products)
         return 2 * h + max(norm, rotation, attention, mlp)  # the embeddings and the layer's input are held throughout
 
-    # ---- head and optimiser
+    # ---- head and optimizer
     def _head(self, *, hidden_gradient: bool, weight_gradient: bool = False) -> int:
         return head_workspace(
             self.target, self.rows.loss, self.shape.hidden, self.shape.vocabulary, _dtype(self.config),
@@ -370,7 +370,7 @@ class _Memory:
             return self._norm() + 2 * self.loss_rows + max(backward, self.h)
         return self._norm() + self.h + 2 * self.loss_rows + self._head(hidden_gradient=True)
 
-    def _optimiser(self) -> int:
+    def _optimizer(self) -> int:
         """torch's AdamW: on a GPU all square roots at once, else two tensors of the largest parameter."""
         if self.target.is_cuda:
             return FP32 * self.trained

@@ -1,4 +1,4 @@
-"""float32 copies of parameters below float32, for the optimiser: a bfloat16 weight has 8 bits, and an update of less
+"""float32 copies of parameters below float32, for the optimizer: a bfloat16 weight has 8 bits, and an update of less
 than 2^-9 of it would round to nothing."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class MasterWeights:
-    """`parameters`: what the optimiser is to step, by name, in float32: a master where the parameter is below it, else
+    """`parameters`: what the optimizer is to step, by name, in float32: a master where the parameter is below it, else
     the parameter itself.
 
     A master takes over its parameter's gradient, micro-batch by micro-batch, so that the sum is in float32 as well.

@@ -101,11 +101,11 @@ def check_checkpoint(directory: Path, quantization: str | None) -> None:
     kind = _kind(stored)
     if kind != "bitsandbytes nf4":
         raise ValueError(
-            f"{directory} is quantised already, by {kind}, which cannot be trained here: take the model in bfloat16, "
+            f"{directory} is quantized already, by {kind}, which cannot be trained here: take the model in bfloat16, "
             "or in bitsandbytes nf4"
         )
     if quantization is None:
-        raise ValueError(f"{directory} is quantised already, in bitsandbytes nf4: set model.quantization: nf4")
+        raise ValueError(f"{directory} is quantized already, in bitsandbytes nf4: set model.quantization: nf4")
 
 
 def packed_modules(directory: Path) -> set[str]:

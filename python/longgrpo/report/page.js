@@ -21,7 +21,7 @@ for (const svg of document.querySelectorAll("[data-chart]")) {
   const output = svg.parentElement.querySelector("output");
   const every = [...new Set(chart.lines.flatMap((line) => line.steps))].sort((a, b) => a - b);
   const several = new Set(chart.lines.map((line) => line.run)).size > 1;
-  const labelled = new Set(chart.lines.map((line) => line.label)).size > 1;
+  const labeled = new Set(chart.lines.map((line) => line.label)).size > 1;
   let at = every.length - 1;
 
   function show() {
@@ -31,7 +31,7 @@ for (const svg of document.querySelectorAll("[data-chart]")) {
     const parts = chart.lines.filter((line) => shown(line.run)).map((line) => {
       const i = nearest(line.steps, step);
       const band = line.low.length ? ` (${short(line.low[i])} to ${short(line.high[i])})` : "";
-      const name = [several ? runs[line.run] : "", labelled ? line.label : ""].join(" ").trim();
+      const name = [several ? runs[line.run] : "", labeled ? line.label : ""].join(" ").trim();
       return `${name} ${short(line.values[i])}${band}`.trim();
     });
     output.textContent = `step ${step}: ${parts.join(", ")}`;

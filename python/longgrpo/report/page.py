@@ -27,7 +27,7 @@ from longgrpo.report.charts import Curve, Drawing
 from longgrpo.report.run import Run
 from longgrpo.runs.checkpoint import write_file
 
-MOST_RUNS = 8  # that colours tell apart
+MOST_RUNS = 8  # that colors tell apart
 LONGEST_TEXT = 4000  # characters of a completion; of a longer one the middle is left out
 GIB = 2**30
 
@@ -92,7 +92,7 @@ SECONDS, WITHIN = "seconds/", ("seconds/step", "seconds/offload_stall")  # the w
 
 
 def write_report(runs: Sequence[Run], path: Path) -> None:
-    """Writes one self-contained HTML file. Raises DataError for more runs than colours tell apart, and UserError where
+    """Writes one self-contained HTML file. Raises DataError for more runs than colors tell apart, and UserError where
     the file cannot be written."""
     if len(runs) > MOST_RUNS:
         raise DataError(f"{len(runs)} runs: a page compares at most {MOST_RUNS}; name fewer")

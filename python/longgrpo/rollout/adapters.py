@@ -1,7 +1,7 @@
 """How a LoRA adapter reaches the engine, in one of three modes.
 
 merge  the base carries the adapter while a rollout lasts: the engine runs at its full speed. Below float32 the sum
-       would round B A away, and a quantised base has no room for it.
+       would round B A away, and a quantized base has no room for it.
 views  PEFT's A and B are the engine's own LoRA tensors: nothing is ever copied. The engine takes certain ranks alone,
        and no scale but 1 (alpha = rank).
 copy   A and B are copied into the engine's LoRA tensors after every update: any rank up to the engine's largest.

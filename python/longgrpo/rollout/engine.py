@@ -133,7 +133,7 @@ class RolloutEngine(Protocol):
         finished(i, completion) is called as soon as entry i is complete, once for each."""
 
     def weights_changed(self) -> int:
-        """To be called after every optimiser step: what the engine has cached of the old weights is dropped, and what
+        """To be called after every optimizer step: what the engine has cached of the old weights is dropped, and what
         it does not share is copied. Returns the bytes of that copy."""
 
     def drop_caches(self) -> None:

@@ -1,4 +1,4 @@
-"""NF4 in vLLM, through its public hooks for quantisation methods and model loaders."""
+"""NF4 in vLLM, through its public hooks for quantization methods and model loaders."""
 
 from __future__ import annotations
 

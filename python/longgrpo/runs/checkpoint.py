@@ -171,7 +171,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def load(directory: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Copies a checkpoint into the parameters and the optimiser, in place; returns the rest of its state.
+    """Copies a checkpoint into the parameters and the optimizer, in place; returns the rest of its state.
 
     Raises UserError where the checkpoint cannot be read or was saved from other weights.
     """

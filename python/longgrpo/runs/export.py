@@ -24,7 +24,7 @@ def export(run: Path, directory: Path, form: Form, which: str = "last", dtype: D
 
     form: "adapter" as PEFT keeps it, or "model", the whole model, under LoRA with the adapter merged into it.
     which: see checkpoint.find. dtype: of a model; default model.dtype. The adapter is merged in float32 and the sum
-    rounded once. Raises ConfigError where the run has no adapter, where its model is quantised and cannot take the
+    rounded once. Raises ConfigError where the run has no adapter, where its model is quantized and cannot take the
     adapter up, where `directory` exists already, and as find does.
     """
     config = load_config(run / "config.yaml")

@@ -28,7 +28,7 @@ from longgrpo.tasks.sample import Sample
 PHASES = {
     "rollout": ("roll_out",),
     "rewards": ("reward",),
-    "training": ("score", "loss_and_backward", "optimiser_step"),
+    "training": ("score", "loss_and_backward", "optimizer_step"),
 }
 
 

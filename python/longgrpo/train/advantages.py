@@ -25,10 +25,10 @@ def advantages(values: Tensor, weights: Tensor, scale: Scale, aggregation: Aggre
     """
     if aggregation == "sum_then_normalize":
         return group_advantages(weighted_sum(values, weights), scale)
-    normalised = torch.stack([group_advantages(value, "group", torch.nan) for value in values])
-    total = weighted_sum(normalised.to(values.dtype), weights)  # GDPO: again over the whole step
-    centred = (total - total.nanmean()) / (_deviation(total.flatten()) + EPSILON)
-    return torch.where(groups_with_spread(values, weights, aggregation)[:, None], centred, 0.0).nan_to_num(0.0).float()
+    normalized = torch.stack([group_advantages(value, "group", torch.nan) for value in values])
+    total = weighted_sum(normalized.to(values.dtype), weights)  # GDPO: again over the whole step
+    centered = (total - total.nanmean()) / (_deviation(total.flatten()) + EPSILON)
+    return torch.where(groups_with_spread(values, weights, aggregation)[:, None], centered, 0.0).nan_to_num(0.0).float()
 
 
 def group_advantages(rewards: Tensor, scale: Scale = "group", unknown: float = 0.0) -> Tensor:
@@ -36,13 +36,13 @@ def group_advantages(rewards: Tensor, scale: Scale = "group", unknown: float = 0
 
     Each reward less its group's mean, over the standard deviation of the group or of all (n - 1, as TRL takes it).
     """
-    centred = rewards - rewards.nanmean(1, keepdim=True)
+    centered = rewards - rewards.nanmean(1, keepdim=True)
     if scale == "group":
-        centred = centred / (_deviation(rewards) + EPSILON)
+        centered = centered / (_deviation(rewards) + EPSILON)
     elif scale == "batch":
-        centred = centred / (_deviation(rewards.flatten()) + EPSILON)
-    centred = torch.where(has_spread(rewards)[:, None], centred, 0.0)
-    return centred.masked_fill(rewards.isnan(), unknown).float()
+        centered = centered / (_deviation(rewards.flatten()) + EPSILON)
+    centered = torch.where(has_spread(rewards)[:, None], centered, 0.0)
+    return centered.masked_fill(rewards.isnan(), unknown).float()
 
 
 def groups_with_spread(values: Tensor, weights: Tensor, aggregation: Aggregation) -> Tensor:

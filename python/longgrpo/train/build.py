@@ -1,4 +1,4 @@
-"""The model in training, on the engine's weights, with its optimiser."""
+"""The model in training, on the engine's weights, with its optimizer."""
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ def step(policy: Policy, number: int) -> StepResult:
         for part, trained in _updates(policy, samples, active):
             with clock("loss_and_backward"):
                 losses.append(loss_and_backward(policy, part, trained))
-            with clock("optimiser_step"):
-                losses[-1] |= optimiser_step(policy, number, trained) if trained else {"grad_norm": 0.0}
+            with clock("optimizer_step"):
+                losses[-1] |= optimizer_step(policy, number, trained) if trained else {"grad_norm": 0.0}
         with clock("publish"):
             published = publish(policy, number)
     values = reward_values(policy, samples)
@@ -220,18 +220,18 @@ def loss_and_backward(policy: Policy, samples: Sequence[Sample], active: Sequenc
 
 
 def _accumulate(policy: Policy, samples: Sequence[Sample], active: Sequence[Sample], scale: float) -> dict[str, float]:
-    """Adds up the gradient, times `scale`, micro-batch by micro-batch, under one normaliser for the whole update."""
+    """Adds up the gradient, times `scale`, micro-batch by micro-batch, under one normalizer for the whole update."""
     config = policy.config
-    normaliser = step_normaliser(
+    normalizer = step_normalizer(
         config.loss, len(samples), in_loss(policy, samples), config.rollout.max_completion_length
     )
     meter, agreement = Meter(), Agreement(config.rollout)
     for batch in micro_batches_of(policy, active) or micro_batches_of(policy, samples)[:1]:
         with torch.set_grad_enabled(bool(active)):
             logp, result = (
-                _exact_kl_loss(policy, batch, normaliser)
+                _exact_kl_loss(policy, batch, normalizer)
                 if config.loss.exact_kl and active
-                else _loss(policy, batch, normaliser)
+                else _loss(policy, batch, normalizer)
             )
         if active:
             (result.loss * scale).backward()
@@ -240,7 +240,7 @@ def _accumulate(policy: Policy, samples: Sequence[Sample], active: Sequence[Samp
     return meter.metrics() | agreement.metrics()
 
 
-def _loss(policy: Policy, batch: MicroBatch, normaliser: float) -> tuple[Tensor, GRPOLoss]:
+def _loss(policy: Policy, batch: MicroBatch, normalizer: float) -> tuple[Tensor, GRPOLoss]:
     """The logprobs [M] of the policy that sampled, and the loss."""
     logp, entropy = logprob(policy, policy.model, batch)  # [M], [M]
     old_logp = batch.per_token("old_logp")
@@ -252,13 +252,13 @@ def _loss(policy: Policy, batch: MicroBatch, normaliser: float) -> tuple[Tensor,
         ref_logp=batch.per_token("ref_logp"),
         importance=policy_weights(policy.config, batch, logp.detach()),
         entropy=entropy,
-        normaliser=normaliser,
+        normalizer=normalizer,
         config=policy.config.loss,
     )
     return logp if old_logp is None else old_logp, result
 
 
-def _exact_kl_loss(policy: Policy, batch: MicroBatch, normaliser: float) -> tuple[Tensor, GRPOLoss]:
+def _exact_kl_loss(policy: Policy, batch: MicroBatch, normalizer: float) -> tuple[Tensor, GRPOLoss]:
     """As _loss; the KL term, a sum over the vocabulary, needs the reference's hidden states and head."""
     assert policy.reference
     with torch.no_grad(), policy.reference() as model:
@@ -276,7 +276,7 @@ def _exact_kl_loss(policy: Policy, batch: MicroBatch, normaliser: float) -> tupl
         importance=policy_weights(policy.config, batch, old_logp),
         ref_hidden=ref_hidden,
         ref_weight=ref_weight,
-        normaliser=normaliser,
+        normalizer=normalizer,
         config=policy.config.loss,
         temperature=policy.config.rollout.temperature,
         **head.options,
@@ -284,7 +284,7 @@ def _exact_kl_loss(policy: Policy, batch: MicroBatch, normaliser: float) -> tupl
     return old_logp, result
 
 
-def step_normaliser(
+def step_normalizer(
     config: GRPOLossConfig, sequences: int, counted: Sequence[Sample], max_completion_length: int
 ) -> float:
     """What the whole update divides by, so that the split into micro-batches changes nothing: sequences, their longest
@@ -297,7 +297,7 @@ def step_normaliser(
 
 
 # ---- 7
-def optimiser_step(policy: Policy, number: int, samples: Sequence[Sample]) -> dict[str, float]:
+def optimizer_step(policy: Policy, number: int, samples: Sequence[Sample]) -> dict[str, float]:
     """Clips the gradient, made from `samples`, and steps AdamW, unless it is not finite (see leave_out)."""
     config = policy.config.train
     norm = get_total_norm([p.grad for p in policy.parameters.values() if p.grad is not None])
@@ -338,7 +338,7 @@ def _by_group(samples: Sequence[Sample]) -> list[list[Sample]]:
 def _updates(
     policy: Policy, samples: Sequence[Sample], active: Sequence[Sample]
 ) -> Iterator[tuple[list[Sample], list[Sample]]]:
-    """The samples of each optimiser step, and those of them with a gradient."""
+    """The samples of each optimizer step, and those of them with a gradient."""
     config = policy.config.train
     for _ in range(config.passes):
         for part in range(config.minibatches):

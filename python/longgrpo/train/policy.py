@@ -48,7 +48,7 @@ class Policy:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """What the optimiser steps, by name, in float32."""
+        """What the optimizer steps, by name, in float32."""
         return self.masters.parameters
 
 
