@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longgrpo.checks.rehearsal import Forecast
-from longgrpo.config.tree import TrainConfig, load_config
+from longgrpo.config.run import TrainConfig, load_config
 from longgrpo.memory.cards import GIB
 
 ROOT = Path(__file__).parents[1]

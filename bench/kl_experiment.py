@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longgrpo.loss.head import head_of
 from longgrpo.loss.reference import kl_estimate, log_softmax_rows
+from longgrpo.model.head import head_of
+from longgrpo.run.trainer import Trainer
 from longgrpo.tasks.evaluation import paired_interval
 from longgrpo.train.loop import roll_out, sample_prompts
 from longgrpo.train.policy import hidden_states, micro_batches_of
-from longgrpo.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "smollm2-arithmetic.yaml"

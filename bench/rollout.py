@@ -12,9 +12,10 @@ from typing import Any
 import psutil
 import torch
 
-from longgrpo.loss.head import head_of
-from longgrpo.model.load import SMOLLM2, ModelConfig
-from longgrpo.model.lora import LoraConfig, add_lora, trainable_parameters
+from longgrpo.config.model import LoraConfig, ModelConfig
+from longgrpo.model.head import head_of
+from longgrpo.model.load import SMOLLM2
+from longgrpo.model.lora import add_lora, trainable_parameters
 from longgrpo.model.packed_attention import packed_hidden, use_packed_attention
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine
 from longgrpo.rollout.support import sampled_logprob

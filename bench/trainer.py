@@ -37,7 +37,7 @@ SYSTEM_PROMPT = "You are a calculator. You print only the result."
 
 
 def config_of(options: argparse.Namespace, directory: Path) -> Any:
-    from longgrpo.config.tree import build_config
+    from longgrpo.config.run import build_config
 
     return build_config(
         {
@@ -60,8 +60,8 @@ def config_of(options: argparse.Namespace, directory: Path) -> Any:
 
 
 def run_longgrpo(options: argparse.Namespace, directory: Path) -> Iterable[dict[str, Any]]:
+    from longgrpo.run.trainer import Trainer
     from longgrpo.train.loop import step
-    from longgrpo.train.trainer import Trainer
 
     policy = Trainer(config_of(options, directory), directory).policy
     for number in range(1, options.steps + 1):
@@ -88,7 +88,7 @@ def run_trl(options: argparse.Namespace, directory: Path) -> Iterable[dict[str, 
     from trl import GRPOConfig, GRPOTrainer
 
     from longgrpo.model.load import load_tokenizer, resolve_model
-    from longgrpo.rewards import exact_answer, score_answer
+    from longgrpo.tasks.builtin_rewards import exact_answer, score_answer
     from longgrpo.tasks.data import Problems, PromptStream, load_rows
 
     task = config_of(options, directory).task

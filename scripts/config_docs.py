@@ -11,7 +11,7 @@ import textwrap
 import typing
 from typing import Any
 
-from longgrpo.config.tree import TrainConfig
+from longgrpo.config.run import TrainConfig
 
 HEAD = """# The config of a run
 

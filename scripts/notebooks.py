@@ -28,7 +28,7 @@ from pathlib import Path
 
 import yaml
 
-from longgrpo.config.tree import build_config
+from longgrpo.config.run import build_config
 
 here = Path.cwd()  # the model's path begins at the root of the source tree
 os.chdir(next(folder for folder in (here, *here.parents) if (folder / "examples").is_dir()))
@@ -63,7 +63,7 @@ ON_THE_CARD = """\
 $remark:"""
 
 TRAIN = """\
-from longgrpo.train.trainer import Trainer
+from longgrpo.run.trainer import Trainer
 
 summary = Trainer(config, Path("runs/$name")).run()
 summary"""

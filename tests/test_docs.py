@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from longgrpo import cli
-from longgrpo.config.tree import dump_config, load_config
+from longgrpo.config.run import dump_config, load_config
 from longgrpo.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from longgrpo.config.tree import TrainConfig
+from longgrpo.config.run import TrainConfig
 
 trl = pytest.importorskip("trl", reason="no TRL: pip install -r requirements/test.txt")
 

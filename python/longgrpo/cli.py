@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from longgrpo.checks.rehearsal import Forecast, as_json
-    from longgrpo.config.tree import load_config
+    from longgrpo.config.run import load_config
 
     forecast = Forecast(load_config(options.config, overrides), options.card, options.prompt_length)
     counted = forecast.dry_run() if options.dry_run else {}
@@ -99,7 +99,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
-    from longgrpo.config.tree import dump_config, load_config
+    from longgrpo.config.run import dump_config, load_config
 
     if (options.config is None) == (options.resume is None):
         raise ConfigError("train takes a config file, or --resume RUN: one of the two")
@@ -109,7 +109,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         print(dump_config(config), end="")
         return 0
 
-    from longgrpo.train.trainer import Trainer
+    from longgrpo.run.trainer import Trainer
 
     if options.resume:
         trainer = Trainer.resume(options.resume, overrides, force=options.force)
@@ -135,8 +135,8 @@ def _report(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _selftest(options: argparse.Namespace, overrides: list[str]) -> int:
     from longgrpo.checks.selftest import selftest
-    from longgrpo.config.tree import load_config
-    from longgrpo.train.trainer import Trainer
+    from longgrpo.config.run import load_config
+    from longgrpo.run.trainer import Trainer
 
     config = load_config(options.config, overrides)
     with tempfile.TemporaryDirectory() as directory:
@@ -150,9 +150,9 @@ def _selftest(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
-    from longgrpo.config.tree import load_config
-    from longgrpo.runs import checkpoint
-    from longgrpo.train.trainer import Trainer
+    from longgrpo.config.run import load_config
+    from longgrpo.run import checkpoint
+    from longgrpo.run.trainer import Trainer
 
     run = options.source if options.source.is_dir() else None
     config = load_config(options.source / "config.yaml" if run else options.source, overrides)
@@ -171,7 +171,7 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> int:
-    from longgrpo.runs.export import export
+    from longgrpo.run.export import export
 
     if overrides:
         raise ConfigError(f"export takes no config: what is {' '.join(overrides)}?")

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from longgrpo.integrations.huggingface import CausalLMLogProb, causal_lm_logprob
-from longgrpo.loss.head import logit_options
+from longgrpo.model.head import logit_options
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "model"))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from longgrpo.config.tree import TrainConfig, build_config
+from longgrpo.config.run import TrainConfig, build_config
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 SMOLLM2 = {

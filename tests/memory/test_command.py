@@ -8,7 +8,7 @@ from planned_runs import MODELS
 
 from longgrpo.checks.rehearsal import Forecast
 from longgrpo.cli import main
-from longgrpo.config.tree import load_config
+from longgrpo.config.run import load_config
 from longgrpo.memory.cards import CARDS, GIB, card
 
 EXAMPLES = MODELS.parent

@@ -8,7 +8,7 @@ from planned_runs import MODELS as SHAPES
 from planned_runs import run_config
 
 from longgrpo.checks.rehearsal import NOT_TRAINERS, count_step, dry_run, longest_samples, rows_of
-from longgrpo.config.tree import load_config
+from longgrpo.config.run import load_config
 from longgrpo.memory.cards import GIB, card
 from longgrpo.memory.internal import CPU, Target
 from longgrpo.memory.plan import NF4_BYTES, plan_memory

@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from longgrpo.config.model import LoraConfig
 from longgrpo.model.lean_lora import use_lean_lora
-from longgrpo.model.lora import LoraConfig, add_lora
+from longgrpo.model.lora import add_lora
 
 IDS = torch.arange(40).view(2, 20) % 97
 

@@ -3,9 +3,10 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from longgrpo.loss.head import head_of
+from longgrpo.config.model import LoraConfig
+from longgrpo.model.head import head_of
 from longgrpo.model.load import backbone
-from longgrpo.model.lora import LoraConfig, add_lora, save_adapter, trainable_parameters
+from longgrpo.model.lora import add_lora, save_adapter, trainable_parameters
 
 TOKENS = torch.tensor([[1, 5, 9, 30]])
 

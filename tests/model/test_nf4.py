@@ -9,9 +9,10 @@ from tiny import tiny_model
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from longgrpo.config.model import LoraConfig
 from longgrpo.model import nf4
 from longgrpo.model.load import load_model, resolve_model
-from longgrpo.model.lora import LoraConfig, add_lora, trainable_parameters
+from longgrpo.model.lora import add_lora, trainable_parameters
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 TOKENS = torch.tensor([[1, 5, 9, 30, 77, 12, 4, 60]])

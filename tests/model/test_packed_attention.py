@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longgrpo.config.model import LoraConfig
 from longgrpo.model.load import backbone
-from longgrpo.model.lora import LoraConfig, add_lora, trainable_parameters
+from longgrpo.model.lora import add_lora, trainable_parameters
 from longgrpo.model.packed_attention import PackedBatch, packed_hidden, use_packed_attention
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3"]

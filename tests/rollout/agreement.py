@@ -2,8 +2,8 @@
 
 import torch
 
-from longgrpo.loss.head import base_model
-from longgrpo.model.load import ModelConfig
+from longgrpo.config.model import ModelConfig
+from longgrpo.model.head import base_model
 from longgrpo.model.packed_attention import PackedBatch, packed_hidden, use_packed_attention
 
 SMOLLM2 = ModelConfig("smollm2-135m-instruct")

@@ -5,7 +5,7 @@ import torch
 from agreement import assert_agrees, sampled_logprobs, trainer_logprobs
 from tiny_engines import PROMPTS, RANDOM, change, running, sample, write_model
 
-from longgrpo.model.lora import LoraConfig
+from longgrpo.config.model import LoraConfig
 from longgrpo.rollout import vllm_private
 
 pytest.importorskip("vllm")

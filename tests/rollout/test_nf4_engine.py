@@ -9,11 +9,12 @@ from agreement import CONTEXT, SMOLLM2, assert_agrees, sampled_logprobs, trainer
 from tiny_engines import PROMPTS, change, running, sample, write_model
 from torch.nn.functional import cross_entropy
 
-from longgrpo.config.tree import build_config
+from longgrpo.config.model import LoraConfig, ModelConfig
+from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError
 from longgrpo.model import nf4
-from longgrpo.model.load import ModelConfig, load_model, model_on
-from longgrpo.model.lora import LoraConfig, add_lora, trainable_parameters
+from longgrpo.model.load import load_model, model_on
+from longgrpo.model.lora import add_lora, trainable_parameters
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine, vllm_private
 
 pytest.importorskip("vllm")

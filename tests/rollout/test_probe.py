@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_engines import change, running, write_model
 
-from longgrpo.model.lora import LoraConfig
+from longgrpo.config.model import LoraConfig
 from longgrpo.model.packed_attention import use_packed_attention
 from longgrpo.rollout import vllm_private
 from longgrpo.rollout.probe import EngineMismatch, Probe

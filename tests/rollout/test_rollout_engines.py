@@ -6,8 +6,9 @@ from agreement import CONTEXT, SMOLLM2, assert_agrees, sampled_logprobs, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longgrpo.model.load import ModelConfig, load_model
-from longgrpo.model.lora import LoraConfig, add_lora, trainable_parameters
+from longgrpo.config.model import LoraConfig, ModelConfig
+from longgrpo.model.load import load_model
+from longgrpo.model.lora import add_lora, trainable_parameters
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine, seed_for
 
 GREEDY = Sampling(temperature=0, max_tokens=8)

@@ -6,9 +6,9 @@ from agreement import packed, sampled_logprobs
 from tiny_engines import PROMPTS, running, write_model
 
 from longgrpo import linear_logprob
-from longgrpo.loss.head import Head, head_of
+from longgrpo.config.sampling import ENGINES_OWN, FIELDS, OWNED
+from longgrpo.model.head import Head, head_of
 from longgrpo.rollout import RolloutConfig, Sampling, seed_for
-from longgrpo.rollout.sampling import ENGINES_OWN, FIELDS, OWNED
 from longgrpo.rollout.support import processed_logits, sampled_logprob
 
 RESHAPED = [
@@ -204,7 +204,7 @@ def test_what_cannot_be_is_refused(given, message):
 
 
 def test_fields_of_another_engine_and_values_that_vllm_refuses(tmp_path):
-    from longgrpo.model.load import ModelConfig
+    from longgrpo.config.model import ModelConfig
     from longgrpo.rollout import make_engine
 
     write_model("llama", tmp_path)

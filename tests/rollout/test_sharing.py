@@ -9,8 +9,9 @@ import torch
 from agreement import assert_agrees, sampled_logprobs, trainer_logprobs
 from tiny_engines import PROMPTS, change, running, sample, write_model
 
+from longgrpo.config.model import LoraConfig
 from longgrpo.model.load import backbone
-from longgrpo.model.lora import LoraConfig, linear_names, trainable_parameters
+from longgrpo.model.lora import linear_names, trainable_parameters
 from longgrpo.model.masters import MasterWeights
 from longgrpo.rollout import vllm_private
 from longgrpo.rollout.adapters import choose_mode

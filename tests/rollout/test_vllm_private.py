@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_engines import running, write_model
 
-from longgrpo.model.lora import LoraConfig
+from longgrpo.config.model import LoraConfig
 from longgrpo.rollout import vllm_private
 
 pytest.importorskip("vllm")

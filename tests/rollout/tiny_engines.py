@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longgrpo.model.load import ModelConfig
+from longgrpo.config.model import ModelConfig
 from longgrpo.model.lora import add_lora, trainable_parameters
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longgrpo.config.tree import LoopConfig, build_config
+from longgrpo.config.run import build_config
+from longgrpo.config.train import LoopConfig
+from longgrpo.run.trainer import Trainer
 from longgrpo.train.loop import advantage, loss_and_backward, reward, roll_out, sample_prompts, score, step
 from longgrpo.train.token_weights import near_policy
-from longgrpo.train.trainer import Trainer
 
 OWN = Path(__file__).parent / "own_rewards.py"
 

@@ -11,7 +11,8 @@ import torch
 from full_disk import limited_file_size
 
 from longgrpo.errors import ConfigError, UserError
-from longgrpo.runs import checkpoint
+from longgrpo.run import checkpoint
+from longgrpo.train.generators import random_states, seed_everything, set_random_states
 from longgrpo.train.metrics import best_metric
 
 
@@ -189,16 +190,16 @@ def test_other_weights_are_refused(tmp_path):
 
 
 def test_random_generators_go_on():
-    states = checkpoint.generator_states()
+    states = random_states()
     drawn = [random.random(), numpy.random.rand(), torch.rand(()).item()]
-    checkpoint.set_generator_states(states)
+    set_random_states(states)
     assert [random.random(), numpy.random.rand(), torch.rand(()).item()] == drawn
 
 
 def test_generators_seeded_alike_draw_alike():
     drawn = []
     for _ in range(2):
-        checkpoint.seed_generators(2**40 + 7)
+        seed_everything(2**40 + 7)
         drawn.append([random.random(), numpy.random.rand(), torch.rand(()).item()])
     assert drawn[0] == drawn[1]
 

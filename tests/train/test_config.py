@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from longgrpo.config.overrides import parse_overrides
-from longgrpo.config.tree import build_config, dump_config, load_config
+from longgrpo.config.run import build_config, dump_config, load_config
 from longgrpo.errors import ConfigError
 
 

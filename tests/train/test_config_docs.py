@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
-from longgrpo.config.tree import TrainConfig
+from longgrpo.config.run import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 

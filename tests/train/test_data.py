@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from longgrpo.config.tree import TaskConfig
+from longgrpo.config.task import TaskConfig
 from longgrpo.errors import ConfigError, DataError
 from longgrpo.tasks.data import (
     Problems,
@@ -152,8 +152,8 @@ def test_conversations_keep_their_own_system_prompt_and_go_on_where_they_end(tmp
 
 
 def test_a_chat_template_of_ones_own_with_arguments(tree, tmp_path):
-    from longgrpo.config.tree import build_config
-    from longgrpo.train.trainer import Trainer
+    from longgrpo.config.run import build_config
+    from longgrpo.run.trainer import Trainer
 
     template = tmp_path / "chat.jinja"
     template.write_text("{{ messages[-1]['content'] }}{% if think %}!{% else %}?{% endif %}")

@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from longgrpo.config.tree import build_config
+from longgrpo.config.run import build_config
+from longgrpo.run.trainer import Trainer
 from longgrpo.train import trainer as train_module
-from longgrpo.train.trainer import Trainer
 
 OWN = Path(__file__).parent / "own_rewards.py"
 STEPS, WARM = 1000, 300

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longgrpo import cli
-from longgrpo.config.tree import build_config
+from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError, UserError
-from longgrpo.runs.export import export
-from longgrpo.train.trainer import Trainer
+from longgrpo.run.export import export
+from longgrpo.run.trainer import Trainer
 
 IDS = torch.tensor([[5, 9, 30, 12]])
 

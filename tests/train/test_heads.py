@@ -7,9 +7,9 @@ import shutil
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longgrpo.config.tree import build_config
+from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError
-from longgrpo.train.trainer import Trainer
+from longgrpo.run.trainer import Trainer
 
 HEADS = {
     "granite": {"logits_scaling": 4.0},

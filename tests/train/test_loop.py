@@ -17,13 +17,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from longgrpo.config.tree import build_config
+from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError, DataError, RewardError, TrainingError
 from longgrpo.offload import OffloadEngine
+from longgrpo.run.trainer import Trainer
 from longgrpo.train import loop
 from longgrpo.train import trainer as train_module
 from longgrpo.train.loop import step
-from longgrpo.train.trainer import Trainer
 
 OWN = Path(__file__).parent / "own_rewards.py"
 FILES = {

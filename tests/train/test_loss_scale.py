@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from longgrpo.config.tree import build_config
+from longgrpo.config.run import build_config
+from longgrpo.run.trainer import Trainer
 from longgrpo.train import loop
 from longgrpo.train.loss_scale import loss_scales, unscale
-from longgrpo.train.trainer import Trainer
 
 FROM_FLOAT32 = 2e-3  # of the gradient's length: four roundings of 2^-11
 

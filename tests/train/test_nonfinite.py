@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from longgrpo.config.tree import build_config
+from longgrpo.config.run import build_config
 from longgrpo.errors import TrainingError
+from longgrpo.run.trainer import Trainer
 from longgrpo.train import loop
 from longgrpo.train.nonfinite import diagnose
-from longgrpo.train.trainer import Trainer
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import torch
 
-from longgrpo.rollout.engine import Completion
+from longgrpo.rollout.protocol import Completion
 from longgrpo.tasks.sample import Sample
 from longgrpo.train.packing import micro_batches, pack
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longgrpo.config.tree import build_config
+from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError, PublishError
+from longgrpo.run.trainer import Trainer
 from longgrpo.train.loop import step
-from longgrpo.train.trainer import Trainer
 
 
 def trainer(tree, directory):

@@ -17,14 +17,14 @@ import pytest
 from own_rewards import PAYLOADS
 
 from longgrpo import cli
-from longgrpo.config.tree import build_config, dump_config
+from longgrpo.config.run import build_config, dump_config
 from longgrpo.errors import DataError
 from longgrpo.report import read_run, write_report
-from longgrpo.rollout.engine import Completion
-from longgrpo.runs.tracking import Tracker
+from longgrpo.rollout.protocol import Completion
+from longgrpo.run.tracking import Tracker
+from longgrpo.run.trainer import Trainer
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.sample import Sample
-from longgrpo.train.trainer import Trainer
 
 BUILD = Path(__file__).parents[2] / "build"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -17,9 +17,9 @@ import pytest
 import torch
 from full_disk import limited_file_size
 
-from longgrpo.config.tree import build_config
+from longgrpo.config.run import build_config
 from longgrpo.errors import UserError
-from longgrpo.train.trainer import Trainer
+from longgrpo.run.trainer import Trainer
 
 OWN = Path(__file__).parent / "own_rewards.py"
 KILLS = 10
@@ -29,7 +29,7 @@ differences = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "resume.p
 @pytest.fixture(scope="module")
 def server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["longgrpo.train.trainer", "peft", "reasoning_gym", "transformers.models.llama"])
+    context.set_forkserver_preload(["longgrpo.run.trainer", "peft", "reasoning_gym", "transformers.models.llama"])
     return context
 
 

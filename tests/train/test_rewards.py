@@ -8,9 +8,10 @@ import torch
 from own_rewards import digits
 from transformers import TrainerState
 
-from longgrpo.config.tree import RewardConfig
+from longgrpo.config.task import RewardConfig
 from longgrpo.errors import ConfigError, RewardError
-from longgrpo.rewards import (
+from longgrpo.rollout.protocol import Completion
+from longgrpo.tasks.builtin_rewards import (
     exact_answer,
     graded_error,
     last_number,
@@ -21,7 +22,6 @@ from longgrpo.rewards import (
     soft_overlong,
     target_length,
 )
-from longgrpo.rollout.engine import Completion
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.rewards import Reward, Rewarding, load_reward
 from longgrpo.tasks.sample import Sample
@@ -223,10 +223,10 @@ def test_sync_and_async_functions_log_columns_and_metrics(at_work):
 
 def test_an_async_function_works_while_others_are_sampled(tree, tmp_path, monkeypatch):
     """The second batch of the rollout waits for the reward of the first."""
-    from longgrpo.config.tree import build_config
+    from longgrpo.config.run import build_config
     from longgrpo.rollout import transformers as engine_module
+    from longgrpo.run.trainer import Trainer
     from longgrpo.train.loop import step
-    from longgrpo.train.trainer import Trainer
 
     tree["rewards"] = [{"function": f"{OWN}:digits_async"}]
     tree["task"]["eval_n"] = 0

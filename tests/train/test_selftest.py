@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from longgrpo.checks.selftest import selftest
-from longgrpo.config.tree import build_config
+from longgrpo.config.run import build_config
+from longgrpo.run.trainer import Trainer
 from longgrpo.train import loop
 from longgrpo.train import policy as policy_module
-from longgrpo.train.trainer import Trainer
 
 OWN = Path(__file__).parent / "own_rewards.py"
 CHECKS = {

@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from longgrpo.config.tree import build_config
+from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError
-from longgrpo.train.trainer import Trainer
+from longgrpo.run.trainer import Trainer
 
 OWN = Path(__file__).parent / "own_rewards.py"
 

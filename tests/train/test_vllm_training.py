@@ -110,7 +110,7 @@ def test_vllm_loads_what_is_exported(run, tmp_path):
     from transformers import AutoTokenizer
 
     from longgrpo.model.load import resolve_model
-    from longgrpo.runs.export import export
+    from longgrpo.run.export import export
 
     export(run, tmp_path / "model", "model")
     export(run, tmp_path / "adapter", "adapter")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from longgrpo._ops.offload import host_budget
-from longgrpo.config.tree import TrainConfig
+from longgrpo.config.run import TrainConfig
 from longgrpo.errors import ConfigError
 from longgrpo.memory.cards import GIB, card
 from longgrpo.memory.dryrun import MetaEngine
@@ -21,7 +21,7 @@ from longgrpo.memory.live import LiveStorages
 from longgrpo.memory.plan import Phase, Plan, Rows, plan_memory
 from longgrpo.memory.shape import UnknownArchitecture, config_file, model_shape
 from longgrpo.offload import OffloadEngine
-from longgrpo.rollout.engine import Completion
+from longgrpo.rollout.protocol import Completion
 from longgrpo.tasks.sample import Sample
 from longgrpo.train.build import make_policy
 from longgrpo.train.loop import loss_and_backward, optimizer_step, score

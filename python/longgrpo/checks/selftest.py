@@ -19,11 +19,11 @@ from torch import Tensor
 from longgrpo.errors import PublishError, UserError
 from longgrpo.loss.reference import kl_estimate
 from longgrpo.model.load import end_token_ids, resolve_model
-from longgrpo.runs.checkpoint import generator_states, set_generator_states
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.rewards import Rewarding
 from longgrpo.tasks.sample import Sample
 from longgrpo.train import loop
+from longgrpo.train.generators import random_states, set_random_states
 from longgrpo.train.policy import Policy, reward_values, scored, spread_of
 
 ROUNDS = 4  # rollouts until a group has spread
@@ -78,7 +78,7 @@ def _trial(policy: Policy) -> Policy:
 @contextmanager
 def _put_back(policy: Policy) -> Iterator[dict[str, Tensor]]:
     """Yields the weights as they are, in host memory."""
-    stream, generators = policy.stream.state, generator_states()
+    stream, generators = policy.stream.state, random_states()
     weights = {name: p.detach().to("cpu", copy=True) for name, p in policy.parameters.items()}
     try:
         yield weights
@@ -89,7 +89,7 @@ def _put_back(policy: Policy) -> Iterator[dict[str, Tensor]]:
         policy.optimizer.zero_grad(set_to_none=True)
         policy.rewarding.metrics()  # of no step
         policy.stream.state = stream
-        set_generator_states(generators)
+        set_random_states(generators)
 
 
 @torch.no_grad()

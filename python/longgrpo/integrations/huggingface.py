@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from longgrpo.loss import LogProb, linear_logprob
-from longgrpo.loss.head import base_model, head_of
 from longgrpo.loss.linear import DEFAULT_WORKSPACE
+from longgrpo.model.head import base_model, head_of
 
 
 def causal_lm_logprob(

@@ -11,7 +11,7 @@ from longgrpo.memory.plan import Plan, kv_bytes
 from longgrpo.memory.shape import ModelShape
 
 if TYPE_CHECKING:
-    from longgrpo.config.tree import TrainConfig
+    from longgrpo.config.run import TrainConfig
 
 
 class Change(NamedTuple):

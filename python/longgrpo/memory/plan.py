@@ -16,10 +16,10 @@ from longgrpo.loss.linear import DEFAULT_WORKSPACE
 from longgrpo.memory.cards import CONTEXT, GIB
 from longgrpo.memory.internal import Target, attention_workspace, head_workspace, ring_bytes
 from longgrpo.memory.shape import ModelShape
-from longgrpo.rollout.engine import batched_tokens
+from longgrpo.rollout.protocol import batched_tokens
 
 if TYPE_CHECKING:
-    from longgrpo.config.tree import TrainConfig
+    from longgrpo.config.run import TrainConfig
 
 NF4_BYTES = 0.5 + 4 / 64  # a weight: 4 bits, and a float32 for each 64
 FP32 = 4

@@ -9,15 +9,15 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from longgrpo.loss.head import base_model
+from longgrpo.config.model import Dtype, Quantization
 from longgrpo.model import nf4
+from longgrpo.model.head import base_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,25 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-Quantization = Literal["nf4"]
-
 SMOLLM2 = "smollm2-135m-instruct"
-
-
-@dataclass
-class ModelConfig:
-    """The model to train."""
-
-    path: str
-    """A directory in the Hugging Face format, a .gguf file (the first of its shards), a hub id, or
-    "smollm2-135m-instruct"."""
-    dtype: Dtype = "float32"
-    """Of the weights, as the engine and the trainer share them."""
-    quantization: Quantization | None = None
-    """nf4: the linear layers in bitsandbytes' 4 bits, for LoRA (longgrpo.model.nf4); null: all weights in `dtype`."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
 
 def resolve_model(path: str, quantization: Quantization | None = None) -> Path:

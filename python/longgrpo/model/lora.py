@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 import torch
+
+from longgrpo.config.model import LoraConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-
-@dataclass
-class LoraConfig:
-    """A low-rank adapter, as PEFT's. There is no dropout: the rollout samples from the model without it, and the ratio
-    compares the two."""
-
-    rank: int = 16
-    """Columns of each of its two factors."""
-    alpha: int = 16
-    """The adapter is scaled by alpha / rank."""
-    targets: str | list[str] = "all-linear"
-    """all-linear (each linear layer but the head), or module names."""
-    mode: Literal["auto", "merge", "views", "copy"] = "auto"
-    """How the adapter reaches vLLM (longgrpo.rollout.adapters); auto takes the fastest safe way."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:

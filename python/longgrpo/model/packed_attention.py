@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from longgrpo.loss.head import base_model
+from longgrpo.model.head import base_model
 from longgrpo.model.load import backbone
 
 if TYPE_CHECKING:

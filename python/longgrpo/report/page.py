@@ -25,7 +25,7 @@ from longgrpo.errors import DataError
 from longgrpo.report import charts
 from longgrpo.report.charts import Curve, Drawing
 from longgrpo.report.run import Run
-from longgrpo.runs.checkpoint import write_file
+from longgrpo.run.checkpoint import write_file
 
 MOST_RUNS = 8  # that colors tell apart
 LONGEST_TEXT = 4000  # characters of a completion; of a longer one the middle is left out

@@ -1,4 +1,4 @@
-"""A run as its directory tells it: config.yaml, metrics.jsonl, completions/, summary.json (longgrpo.runs.tracking)."""
+"""A run as its directory tells it: config.yaml, metrics.jsonl, completions/, summary.json (longgrpo.run.tracking)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from longgrpo.config.tree import RewardConfig
+from longgrpo.config.task import RewardConfig
 from longgrpo.errors import DataError
 from longgrpo.train.advantages import weighted_sum
 

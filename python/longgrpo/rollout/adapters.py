@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from longgrpo.loss.head import base_model
-from longgrpo.model.lora import LoraConfig
+from longgrpo.config.model import LoraConfig
+from longgrpo.model.head import base_model
 
 if TYPE_CHECKING:
     from peft import PeftModel

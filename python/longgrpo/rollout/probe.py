@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from longgrpo import linear_logprob
-from longgrpo.loss.head import head_of
+from longgrpo.config.rollout import RolloutConfig
+from longgrpo.config.sampling import Sampling
+from longgrpo.model.head import head_of
 from longgrpo.model.packed_attention import PackedBatch, packed_hidden
-from longgrpo.rollout.engine import RolloutConfig, RolloutEngine
-from longgrpo.rollout.sampling import Sampling
+from longgrpo.rollout.protocol import RolloutEngine
 
 LENGTH = (
     72  # tokens of the prompt: whole blocks of a prefix cache (32 on the CPU, 16 on CUDA), so that a stale one shows

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longgrpo import LogProb
-from longgrpo.loss.head import Head
+from longgrpo.config.sampling import Sampling
 from longgrpo.loss.reference import transformed
-from longgrpo.rollout.sampling import Sampling
+from longgrpo.model.head import Head
 
 CHUNK = 64 << 20  # bytes of float32 logits at a time
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from longgrpo.loss.head import base_model
-from longgrpo.model.load import ModelConfig, end_token_ids, load_model, resolve_model
-from longgrpo.rollout.engine import Completion, Finished, RolloutConfig, check_prompts, max_length
-from longgrpo.rollout.sampling import Sampling
+from longgrpo.config.model import ModelConfig
+from longgrpo.config.rollout import RolloutConfig
+from longgrpo.config.sampling import Sampling
+from longgrpo.model.head import base_model
+from longgrpo.model.load import end_token_ids, load_model, resolve_model
+from longgrpo.rollout.protocol import Completion, Finished, check_prompts, max_length
 from longgrpo.rollout.support import processed_logits
 
 if TYPE_CHECKING:

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
-from longgrpo.loss.head import base_model
-from longgrpo.model.load import ModelConfig, end_token_ids, model_on, resolve_model, vocabulary
-from longgrpo.model.lora import LoraConfig, linear_names
+from longgrpo.config.model import LoraConfig, ModelConfig
+from longgrpo.config.rollout import RolloutConfig
+from longgrpo.config.sampling import NEED_TOKENIZER, Sampling
+from longgrpo.model.head import base_model
+from longgrpo.model.load import end_token_ids, model_on, resolve_model, vocabulary
+from longgrpo.model.lora import linear_names
 from longgrpo.rollout import vllm_private
 from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode
-from longgrpo.rollout.engine import Completion, Finished, RolloutConfig, batched_tokens, check_prompts, max_length
-from longgrpo.rollout.sampling import NEED_TOKENIZER, Sampling
+from longgrpo.rollout.protocol import Completion, Finished, batched_tokens, check_prompts, max_length
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from longgrpo.config.tree import TaskConfig
+from longgrpo.config.task import TaskConfig
 from longgrpo.errors import DataError
-from longgrpo.rollout.engine import Completion
+from longgrpo.rollout.protocol import Completion
 from longgrpo.tasks.user_code import load_function
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longgrpo.config.sampling import Sampling
 from longgrpo.errors import DataError
-from longgrpo.rollout.engine import RolloutEngine
-from longgrpo.rollout.sampling import Sampling
+from longgrpo.rollout.protocol import RolloutEngine
 from longgrpo.tasks.data import Problem, as_reply, check_length, columns_of, decode, encode
 from longgrpo.tasks.rewards import Reward
 

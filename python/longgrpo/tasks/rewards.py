@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longgrpo.config.tree import RewardConfig
+from longgrpo.config.task import RewardConfig
 from longgrpo.errors import ConfigError, RewardError
-from longgrpo.rewards import BUILT_IN
+from longgrpo.tasks.builtin_rewards import BUILT_IN
 from longgrpo.tasks.data import Problem, Prompt, Reply, as_reply, columns_of
 from longgrpo.tasks.isolated import Notes, Worker
 from longgrpo.tasks.sample import Sample

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longgrpo.rollout.engine import Completion
+from longgrpo.rollout.protocol import Completion
 
 
 @dataclass

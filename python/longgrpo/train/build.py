@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longgrpo.config.tree import TrainConfig
-from longgrpo.loss.head import head_of
+from longgrpo.config.run import TrainConfig
+from longgrpo.model.head import head_of
 from longgrpo.model.lean_lora import use_lean_lora
 from longgrpo.model.lora import add_lora
 from longgrpo.model.masters import MasterWeights
 from longgrpo.model.packed_attention import use_packed_attention
 from longgrpo.model.tiled_mlp import tile_mlp, tile_norms
 from longgrpo.offload import OffloadEngine
-from longgrpo.rollout.engine import RolloutEngine
+from longgrpo.rollout.protocol import RolloutEngine
 from longgrpo.train.policy import Policy
 from longgrpo.train.reference import Reference
 

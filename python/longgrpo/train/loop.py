@@ -15,10 +15,9 @@ from longgrpo import grpo_loss, linear_grpo_loss
 from longgrpo.errors import PublishError
 from longgrpo.loss.config import GRPOLossConfig
 from longgrpo.loss.grpo import GRPOLoss
-from longgrpo.loss.head import head_of
-from longgrpo.rollout.engine import Completion
+from longgrpo.model.head import head_of
 from longgrpo.rollout.probe import EngineMismatch
-from longgrpo.rollout.sampling import seed_for
+from longgrpo.rollout.protocol import Completion, seed_for
 from longgrpo.tasks.data import Problem, check_length, decode, encode
 from longgrpo.tasks.sample import Sample
 from longgrpo.train.advantages import advantages

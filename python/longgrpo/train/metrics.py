@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longgrpo.config.rollout import RolloutConfig
 from longgrpo.errors import ConfigError
 from longgrpo.offload import OffloadEngine
-from longgrpo.rollout.engine import RolloutConfig
 from longgrpo.tasks.rewards import Reward
 from longgrpo.tasks.sample import Sample
 from longgrpo.train.packing import MicroBatch

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from longgrpo import LogProb, linear_logprob
-from longgrpo.config.tree import TrainConfig
-from longgrpo.loss.head import head_of
+from longgrpo.config.run import TrainConfig
+from longgrpo.model.head import head_of
 from longgrpo.model.masters import MasterWeights
 from longgrpo.model.packed_attention import packed_hidden
 from longgrpo.offload import OffloadEngine
-from longgrpo.rollout.engine import RolloutEngine
 from longgrpo.rollout.probe import Probe
+from longgrpo.rollout.protocol import RolloutEngine
 from longgrpo.rollout.support import sampled_logprob
 from longgrpo.tasks.data import PromptStream
 from longgrpo.tasks.rewards import Rewarding

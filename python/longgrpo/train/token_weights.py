@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longgrpo.config.tree import TrainConfig
+from longgrpo.config.rollout import RolloutConfig
+from longgrpo.config.run import TrainConfig
 from longgrpo.loss.grpo import per_token
-from longgrpo.rollout.engine import RolloutConfig
 from longgrpo.train.packing import MicroBatch
 
 

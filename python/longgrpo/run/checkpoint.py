@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -201,33 +199,6 @@ def load_weights(directory: Path, saved: Mapping[str, Tensor], parameters: Mappi
                 "model and lora must not change"
             )
         parameter.copy_(weight)
-
-
-def generator_states() -> dict[str, Any]:
-    """The global random generators, as plain values: our steps draw from none, a user's reward function may."""
-    version, keys, gauss = random.getstate()
-    name, array, *rest = numpy.random.get_state(legacy=True)
-    return {
-        "python": [version, list(keys), gauss],
-        "numpy": [name, numpy.asarray(array).tolist(), *rest],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()],
-    }
-
-
-def set_generator_states(states: dict[str, Any]) -> None:
-    version, keys, gauss = states["python"]
-    random.setstate((version, tuple(keys), gauss))
-    numpy.random.set_state(tuple(states["numpy"]))
-    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
-    cuda = states["cuda"][: torch.cuda.device_count()]
-    torch.cuda.set_rng_state_all([torch.tensor(state, dtype=torch.uint8) for state in cuda])
-
-
-def seed_generators(seed: int) -> None:
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def _sync(path: Path) -> None:

