@@ -22,13 +22,7 @@ command -v nvcc >/dev/null || fail "no nvcc on PATH: put the CUDA toolkit's bin 
   fail "$python has no torch that sees the GPU: make gpu PYTHON=/path/to/python"
 
 card=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
-capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
-case $capability in
-  90) architecture=90a-real ;;
-  100 | 103) architecture=100f-real ;;
-  120 | 121) architecture=120f-real ;;
-  *) architecture=$capability-real ;;
-esac
+architecture=$(scripts/architecture.sh)
 
 wanted() { [[ $stages == *" $1 "* ]]; }
 export PYTHONPATH=$PWD/python${PYTHONPATH:+:$PYTHONPATH}
@@ -67,12 +61,12 @@ PY
 trap record EXIT
 
 if wanted build; then
-  echo "==> build for $card (sm_$capability)"
+  echo "==> build for $card ($architecture)"
   cmake -S . -B $build -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" -DLONGGRPO_BENCH_CUDA=ON \
     "-DLONGGRPO_CUDA_ARCHITECTURES=$architecture"
   cmake --build $build
   [[ -f $build/_cuda.so ]] || fail "cmake left the CUDA part out, which takes cmake >= 3.31 (pip install cmake) and nvcc >= 13"
-  cp $build/_cpu.so $build/_cuda.so python/longgrpo/
+  cp $build/_cpu.so $build/_cuda.so $build/_sources.sha256 python/longgrpo/
 fi
 
 if wanted test; then

