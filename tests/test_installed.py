@@ -95,9 +95,9 @@ def test_what_is_missing_is_named(tree):
 
 def test_pytest_stops_before_the_first_test(tmp_path):
     """The whole way, in a copy of this tree with one test of its own."""
-    for name in ("python", "csrc", "third_party", "scripts"):
+    for name in ("python", "csrc", "third_party", "scripts", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("CMakeLists.txt", "pyproject.toml", "tests/conftest.py"):
+    for name in ("CMakeLists.txt", "pyproject.toml"):
         write(tmp_path, {name: (ROOT / name).read_text()})
     write(tmp_path, {"tests/test_one.py": "def test_one(): pass"})
 
