@@ -1,4 +1,4 @@
-"""A hook of mkdocs: a link from docs/ to a file of the source tree, which the site has not, becomes the file's name."""
+"""Hooks of mkdocs: CONTRIBUTING.md becomes a page; a link to a file that the site has not becomes its name."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.structure.files import File, Files
+
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\[([^\]]*)\]\((\.\./[^)#]+)(?:#[^)]*)?\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """CONTRIBUTING.md lies beside the README, as git hosts expect; its links are those of a page in docs/ here."""
+    text = re.sub(r"\]\((?!\w+:|#)([^)]+)\)", r"](../\1)", (ROOT / "CONTRIBUTING.md").read_text())
+    files.append(File.generated(config, "contributing.md", content=text.replace("](../docs/", "](")))
+    return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
