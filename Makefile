@@ -66,7 +66,7 @@ lint: $(STAMPS)/lint  ## ruff, clang-format, mypy, the layers of the imports, th
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'bench/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$')
 	$(BIN)/mypy
-	PYTHONPATH=python $(BIN)/lint-imports
+	PYTHONPATH=python $(BIN)/lint-imports --no-logo
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 hooks: $(STAMPS)/lint  ## git runs the linters on what a commit changes; they are those of $(VENV), nothing is fetched
