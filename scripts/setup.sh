@@ -107,7 +107,9 @@ lane() {
   step "the wheel" $pip --no-deps dist/longgrpo-*.whl
   step "import and one loss, with torch alone" "$lane/bin/python" scripts/smoke.py "$lane"
   step "pytest and its kin" $pip -r requirements/check.txt "$torch"
-  "$lane/bin/python" -c 'import sys, torch; print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")'
+  # The tests run in a copy of the tree, so that what they build for this Python stays with it.
+  mkdir "$lane/tree"
+  git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$lane/tree"
 }
 
 "$@"
