@@ -1,5 +1,6 @@
 import pytest
-from compiled import ROOT, build, load
+
+from testing.compiled import ROOT, build, load
 
 
 def pytest_configure(config):

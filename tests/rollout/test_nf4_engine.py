@@ -5,8 +5,6 @@ import json
 import psutil
 import pytest
 import torch
-from agreement import CONTEXT, SMOLLM2, assert_agrees, sampled_logprobs, trainer_logprobs
-from tiny_engines import PROMPTS, change, running, sample, write_model
 from torch.nn.functional import cross_entropy
 
 from longgrpo.config.model import LoraConfig, ModelConfig
@@ -16,6 +14,8 @@ from longgrpo.model import nf4
 from longgrpo.model.load import load_model, model_on
 from longgrpo.model.lora import add_lora, trainable_parameters
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine, vllm_private
+from testing.agreement import CONTEXT, SMOLLM2, assert_agrees, sampled_logprobs, trainer_logprobs
+from testing.engines import PROMPTS, change, running, sample, write_model
 
 pytest.importorskip("vllm")
 pytest.importorskip("bitsandbytes")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from agreement import CONTEXT, SMOLLM2, assert_agrees, sampled_logprobs, trainer_logprobs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +9,7 @@ from longgrpo.config.model import LoraConfig, ModelConfig
 from longgrpo.model.load import load_model
 from longgrpo.model.lora import add_lora, trainable_parameters
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine, seed_for
+from testing.agreement import CONTEXT, SMOLLM2, assert_agrees, sampled_logprobs, trainer_logprobs
 
 GREEDY = Sampling(temperature=0, max_tokens=8)
 
