@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from longgrpo.offload import OffloadEngine
+from testing.offload import SCHEDULES, PoisonedEngine
 
 torch_checkpoint = partial(checkpoint, use_reentrant=False)
-SCHEDULES = ["threaded", "lazy", "seeded:7"]
 ROWS, COLUMNS = 5, 8
 
 
 @pytest.fixture(params=SCHEDULES)
 def engine(request):
-    with OffloadEngine(min_bytes=0, host_bytes=1 << 20, schedule=request.param, poison=True) as made:
+    with PoisonedEngine(request.param) as made:
         yield made
 
 
@@ -120,7 +120,7 @@ def same(ours, theirs):
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(graph=graphs, options=engines)
 def test_random_graphs_have_the_gradients_of_torch(graph, options):
-    engine = OffloadEngine(poison=True, **options)
+    engine = PoisonedEngine(**options)
     assert same(gradients(graph, engine.checkpoint), gradients(graph, torch_checkpoint))
     engine.synchronize()
     assert engine.stats()["records"] == 0
@@ -131,7 +131,7 @@ def test_random_graphs_have_the_gradients_of_torch(graph, options):
 @given(graph=graphs, options=engines)
 def test_hooks_around_whole_graphs(graph, options):
     """Everything autograd saves outside checkpoints goes through the engine as well."""
-    engine = OffloadEngine(poison=True, **options)
+    engine = PoisonedEngine(**options)
     with engine.hooks():
         ours = gradients(graph, lambda f, *args: f(*args))
     assert same(ours, gradients(graph, lambda f, *args: f(*args)))
@@ -140,7 +140,7 @@ def test_hooks_around_whole_graphs(graph, options):
 @settings(max_examples=30, deadline=None)
 @given(first=graphs, second=graphs, options=engines, order=st.booleans())
 def test_interleaved_graphs(first, second, options, order):
-    engine = OffloadEngine(poison=True, **options)
+    engine = PoisonedEngine(**options)
 
     def run(ck):
         leaf = torch.linspace(-1, 1, ROWS * COLUMNS).reshape(ROWS, COLUMNS).requires_grad_()
@@ -428,7 +428,7 @@ def test_exception_in_recompute(engine):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("on_full", ["keep", "pageable"])
 def test_arena_full(on_full, schedule):
-    engine = OffloadEngine(min_bytes=0, host_bytes=700, on_full=on_full, schedule=schedule, poison=True)
+    engine = PoisonedEngine(schedule, host_bytes=700, on_full=on_full)
     assert same(chain_gradients(engine.checkpoint, weights_of(8)), chain_gradients(torch_checkpoint, weights_of(8)))
     assert engine.stats()["keeps" if on_full == "keep" else "pageable"] > 0
     assert gone(engine)
@@ -436,7 +436,7 @@ def test_arena_full(on_full, schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_arena_full_raises(schedule):
-    engine = OffloadEngine(min_bytes=0, host_bytes=700, on_full="raise", schedule=schedule, poison=True)
+    engine = PoisonedEngine(schedule, host_bytes=700, on_full="raise")
     with pytest.raises(RuntimeError, match=r"host arena is full: 160 bytes asked for, \d+ bytes of 700 bytes in use"):
         chain_gradients(engine.checkpoint, weights_of(8))
     assert gone(engine)
@@ -526,7 +526,6 @@ def test_short_sequences_are_reported():
         ({"host_bytes": "all"}, "host_bytes"),
         ({"on_full": "drop"}, "on_full must be one of keep, pageable, raise, not 'drop'"),
         ({"backend": "tpu"}, "backend must be one of"),
-        ({"schedule": "seeded"}, "schedule must be"),
     ],
 )
 def test_bad_options(options, message):

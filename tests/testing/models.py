@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from testing.tokenizer import character_tokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+transformers = pytest.importorskip("transformers")
 SIZES = dict(
     vocab_size=97,
     hidden_size=32,
@@ -28,7 +32,8 @@ SIZES = dict(
 def random_model(architecture: str, **options: Any) -> PreTrainedModel:
     """A model of this `model_type`, the same on every call; `options` of its config go before `SIZES`."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **SIZES | options))
+    config = transformers.AutoConfig.for_model(architecture, **SIZES | options)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def write_tiny_llama(directory: Path, **options: Any) -> Path:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, END = "<pad>", "<end>"
 TEMPLATE = (
@@ -15,6 +18,7 @@ TEMPLATE = (
 def character_tokenizer() -> PreTrainedTokenizerFast:
     """98 tokens: `PAD`, `END`, the printable characters of ASCII and the line break."""
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     vocabulary = {token: i for i, token in enumerate([PAD, END, *characters])}
