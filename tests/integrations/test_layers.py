@@ -1,4 +1,4 @@
-"""Who imports whom: nothing imports an integration, and an integration imports the loss, offload and a model's head only."""
+"""Nothing imports an integration, and an integration imports the loss, offload and a model's head only."""
 
 from __future__ import annotations
 
