@@ -5,8 +5,8 @@ import torch
 from longgrpo.config.model import LoraConfig
 from longgrpo.model.head import head_of
 from longgrpo.model.load import backbone
-from longgrpo.model.lora import add_lora, save_adapter, trainable_parameters
-from testing.models import random_model
+from longgrpo.model.lora import add_lora, save_adapter
+from testing.models import random_model, trainable_parameters
 
 TOKENS = torch.tensor([[1, 5, 9, 30]])
 

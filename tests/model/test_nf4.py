@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from longgrpo.config.model import LoraConfig
 from longgrpo.model import nf4
 from longgrpo.model.load import load_model, resolve_model
-from longgrpo.model.lora import add_lora, trainable_parameters
-from testing.models import random_model
+from longgrpo.model.lora import add_lora
+from testing.models import random_model, trainable_parameters
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 TOKENS = torch.tensor([[1, 5, 9, 30, 77, 12, 4, 60]])

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longgrpo.config.model import LoraConfig
 from longgrpo.model.load import backbone
-from longgrpo.model.lora import add_lora, trainable_parameters
+from longgrpo.model.lora import add_lora
 from longgrpo.model.packed_attention import PackedBatch, packed_hidden, use_packed_attention
-from testing.models import random_model
+from testing.models import random_model, trainable_parameters
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 import torch
 
 from longgrpo.config.model import ModelConfig
-from longgrpo.model.lora import add_lora, trainable_parameters
+from longgrpo.model.lora import add_lora
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine
-from testing.models import random_model
+from testing.models import random_model, trainable_parameters
 
 VOCABULARY = 1000  # not a multiple of 64: vLLM pads it
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 192, "head_dim": 32}

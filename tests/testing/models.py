@@ -36,6 +36,10 @@ def random_model(architecture: str, **options: Any) -> PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
+def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def write_tiny_llama(directory: Path, **options: Any) -> Path:
     """A Llama and its tokenizer as any model on disk is; returns the directory."""
     tokenizer = character_tokenizer()
