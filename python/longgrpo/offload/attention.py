@@ -37,7 +37,7 @@ class _SaveAttention(TorchDispatchMode):
     """Runs the forward and packs what attention ops return."""
 
     def __init__(self, pack: Callable[[Tensor], Record], report: Callable[[str], None], saved: list[Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.pack, self.report, self.saved = pack, report, saved
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,7 +47,7 @@ class _SaveAttention(TorchDispatchMode):
         return out
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if not self.saved and error[0] is None:
             self.report(
                 "selective mode found no attention op to skip in a checkpointed function: attention is recomputed. "
@@ -59,12 +59,12 @@ class _ReplayAttention(TorchDispatchMode):
     """Runs the recompute; attention ops return what the forward packed, in the same order."""
 
     def __init__(self, saved: list[Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.saved = saved
 
     def __enter__(self) -> Any:
         self.next = iter(self.saved)
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is_attention(func, args, kwargs or {}):

@@ -130,11 +130,12 @@ class OffloadEngine:
 
     def install(self, model: Module, *, selective: bool = False) -> Module:
         """Switches on gradient checkpointing in a transformers model (or its PEFT wrapper), through this engine."""
-        if not hasattr(model, "gradient_checkpointing_enable"):
+        wrapped: Any = model  # the library does without the classes of transformers and PEFT
+        if not hasattr(wrapped, "gradient_checkpointing_enable"):
             name = type(model).__name__
             raise TypeError(f"{name} is not a transformers model: call its layers as engine.checkpoint(layer, hidden)")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in model.modules():
+        wrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in wrapped.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
                 module._gradient_checkpointing_func = functools.partial(self.checkpoint, selective=selective)
         return model
