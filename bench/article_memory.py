@@ -16,7 +16,6 @@ from longgrpo.memory.cards import GIB
 ROOT = Path(__file__).parents[1]
 LAYERS, HIDDEN, KV_WIDTH, VOCABULARY = 32, 4096, 1024, 128256  # Llama 3.1 8B
 GENERATIONS, LENGTH = 8, 20480
-LINEARS = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_WIDTH + 3 * HIDDEN * 14336)
 
 ARTICLE = [  # term, bytes, what the article says (GiB; * GB), the formula
     ("logits of GRPO, standard", 2 * 2 * GENERATIONS * LENGTH * VOCABULARY, "78.3", "2 b G S V"),

@@ -15,7 +15,7 @@ import torch
 from longgrpo.config.model import LoraConfig, ModelConfig
 from longgrpo.model.head import head_of
 from longgrpo.model.load import SMOLLM2
-from longgrpo.model.lora import add_lora, trainable_parameters
+from longgrpo.model.lora import add_lora
 from longgrpo.model.packed_attention import packed_hidden, use_packed_attention
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine
 from longgrpo.rollout.support import sampled_logprob
@@ -47,8 +47,9 @@ def measure(name: str, counts: list[int]) -> None:
     prompts = [list(range(100 + i, 140 + i)) for i in range(max(counts))]
     engine.generate(prompts[:2], sampling, range(2))  # warm
     with torch.no_grad():
-        for p in trainable_parameters(model):
-            p.add_(torch.randn_like(p), alpha=0.01 if lora else 1e-4)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=0.01 if lora else 1e-4)
     start = time.perf_counter()
     copied = engine.weights_changed()
     publish = time.perf_counter() - start

@@ -19,8 +19,8 @@ import pytest
 from longgrpo import cli
 from longgrpo.config.run import dump_config, load_config
 from longgrpo.errors import ConfigError
+from testing import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 

@@ -16,6 +16,7 @@ import torch
 import longgrpo
 from longgrpo import doctor
 from longgrpo.rollout import vllm_private
+from testing import ROOT
 
 AS_MODULE = [sys.executable, "-m", "longgrpo.doctor"]
 ALONE = [sys.executable, "-I", "-S"]  # neither site-packages nor the environment: nothing but Python
@@ -125,6 +126,6 @@ def test_a_look_that_fails_hides_no_other(examined, monkeypatch):
 
 
 def test_the_versions_are_those_of_the_gates():
-    pinned = (Path(__file__).parents[1] / "requirements/build.txt").read_text()
+    pinned = (ROOT / "requirements/build.txt").read_text()
     assert f"torch=={doctor.TESTED['torch']}\n" in pinned
     assert doctor.TESTED["vllm"] in vllm_private.TESTED

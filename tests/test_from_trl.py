@@ -6,15 +6,15 @@ import dataclasses
 import inspect
 import re
 import typing
-from pathlib import Path
 
 import pytest
 
 from longgrpo.config.run import TrainConfig
+from testing import ROOT
 
 trl = pytest.importorskip("trl", reason="no TRL: pip install -r requirements/test.txt")
 
-PAGE = (Path(__file__).parents[1] / "docs/from-trl.md").read_text()
+PAGE = (ROOT / "docs/from-trl.md").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in PAGE.splitlines()

@@ -6,13 +6,11 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 
 from longgrpo import doctor
-
-ROOT = Path(__file__).parents[1]
+from testing import ROOT
 
 
 def build(site):

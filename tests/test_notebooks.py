@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from longgrpo import cli
+from testing import ROOT, load
 
 nbformat = pytest.importorskip("nbformat", reason="no nbformat: pip install -r requirements/test.txt")
 
-ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "examples" / "notebooks"
 QUICK_START = NOTEBOOKS / "quick-start.ipynb"
 
-specification = importlib.util.spec_from_file_location("notebooks", ROOT / "scripts" / "notebooks.py")
-notebooks = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(notebooks)
+notebooks = load(ROOT / "scripts" / "notebooks.py")
 
 
 def printed(path, folder, keep=lambda cell: True):

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 import longgrpo
-
-ROOT = Path(__file__).parent.parent
+from testing import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("longgrpo").setLevel(logging.INFO)
     try:
-        return options.run(options, overrides)
+        status: int = options.run(options, overrides)
+        return status
     except UserError as error:
         print(f"longgrpo: {error}", file=sys.stderr)
         return 2

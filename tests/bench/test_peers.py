@@ -4,11 +4,12 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "peers.py"
+from testing import ROOT
+
+SCRIPT = ROOT / "bench" / "peers.py"
 ALWAYS_THERE = {"naive", "naive packed", "torch", "GEMMs fp32", "GEMMs bf16"}
 OURS = {"frozen": "linear_grpo_loss", "trainable": "linear_grpo_loss", "scoring": "linear_logprob"}
 

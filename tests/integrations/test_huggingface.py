@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from longgrpo.integrations.huggingface import CausalLMLogProb, causal_lm_logprob
 from longgrpo.model.head import logit_options
-
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tests" / "model"))
-from tiny import tiny_model  # noqa: E402
+from testing import ROOT, load
+from testing.models import random_model
 
 ARCHITECTURES = {
     "llama": {}, "qwen3": {}, "phi": {}, "nanochat": {},
@@ -34,7 +28,7 @@ def own_logp(model, ids, labels, temperature=1.0):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_any_architecture(architecture):
     """Phi's head has a bias; the others cap or scale their logits, or do neither."""
-    model = tiny_model(architecture, **ARCHITECTURES[architecture]).eval()
+    model = random_model(architecture, **ARCHITECTURES[architecture]).eval()
     ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(1))
     wanted, entropy = own_logp(model, ids, ids, temperature=0.7)
     actual = causal_lm_logprob(model, ids, temperature=0.7, entropy=True)
@@ -46,11 +40,11 @@ def test_any_architecture(architecture):
 
 
 def test_options_of_a_plain_config_are_neutral():
-    assert logit_options(tiny_model("llama").config) == {"softcap": None, "logit_scale": 1.0}
+    assert logit_options(random_model("llama").config) == {"softcap": None, "logit_scale": 1.0}
 
 
 def test_labels_and_attention_mask():
-    model = tiny_model("llama").eval()
+    model = random_model("llama").eval()
     ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
@@ -64,14 +58,14 @@ def test_labels_and_attention_mask():
 
 def test_an_adapter_on_the_head_is_refused():
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    model = peft.get_peft_model(random_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     with pytest.raises(ValueError, match="head carries a PEFT adapter: leave lm_head out"):
         causal_lm_logprob(model, torch.ones(1, 4, dtype=torch.int64))
 
 
 def test_lora_and_its_base():
     peft = pytest.importorskip("peft")
-    plain = tiny_model("llama").eval()
+    plain = random_model("llama").eval()
     ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(3))
     base = causal_lm_logprob(plain, ids).logp
     model = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
@@ -86,10 +80,7 @@ def test_lora_and_its_base():
 @pytest.mark.parametrize("example", ["huggingface_sft", "huggingface_dpo"])
 def test_example(example, model_directory):
     """The examples learn what they are shown."""
-    path = ROOT / "examples" / "integrations" / f"{example}.py"
-    spec = importlib.util.spec_from_file_location(example, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(ROOT / "examples" / "integrations" / f"{example}.py")
     model = AutoModelForCausalLM.from_pretrained(model_directory)
     losses = module.train(model, module.encode(model_directory), steps=12, learning_rate=3e-3)
     assert losses[-1] < 0.7 * losses[0]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import (
@@ -22,6 +19,8 @@ pytest.importorskip("datasets")
 from datasets import Dataset  # noqa: E402
 
 from longgrpo.integrations.trl import LongGRPOTrainer, patch_trl  # noqa: E402
+from testing import ROOT, load  # noqa: E402
+from testing.models import SIZES, random_model  # noqa: E402
 
 BF16 = 2 * 2**-7  # dL/dhidden is rounded to it on both sides, and so is every product of the backbone's backward
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -278,19 +277,17 @@ def test_patch_serves_the_class_that_was_imported_before_and_undoes_cleanly(mode
     assert_same_run(train(trl.GRPOTrainer, model_directory, tmp_path), theirs)
 
 
-SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2, "pad_token_id": 0}  # fmt: skip
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
           "image_size": 28, "patch_size": 14}  # fmt: skip
 
 
 def mixture_of_experts():
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "output_router_logits": True}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **SMALL, **experts))
+    return random_model("qwen3_moe", pad_token_id=0, **experts)
 
 
 def vision_and_language():
-    text = {**SMALL, "final_logit_softcapping": 3.0}
+    text = {**SIZES, "pad_token_id": 0, "final_logit_softcapping": 3.0}
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config=VISION, mm_tokens_per_image=4)
     return AutoModelForImageTextToText.from_config(config)
 
@@ -329,10 +326,7 @@ def test_another_version_is_refused(model_directory, tmp_path, monkeypatch):
 
 
 def test_the_example_learns(model_directory, tmp_path):
-    path = Path(__file__).parents[2] / "examples" / "integrations" / "trl_grpo.py"
-    spec = importlib.util.spec_from_file_location("trl_grpo", path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = load(ROOT / "examples" / "integrations" / "trl_grpo.py")
     trainer = example.main(
         str(model_directory), str(tmp_path), max_steps=20, learning_rate=5e-3, use_cpu=True, bf16=False
     )

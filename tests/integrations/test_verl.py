@@ -6,7 +6,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO  # noqa: 
 from verl.workers.config import ActorConfig  # noqa: E402
 
 from longgrpo.integrations.verl import patch_verl, register_policy_loss  # noqa: E402
+from testing import ROOT  # noqa: E402
 
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 
@@ -125,7 +125,7 @@ def test_the_policy_loss(theirs, info, mode):
 
 def test_the_example_learns(model_directory):
     """In a process of its own: importing it patches verl."""
-    folder = Path(__file__).parents[2] / "examples" / "integrations"
+    folder = ROOT / "examples" / "integrations"
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import verl_worker; "
         "curve = verl_worker.train(sys.argv[2], steps=5, learning_rate=1e-3); assert curve[-1] > curve[0] + 0.05, curve"

@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from planned_runs import model_config
+
+from testing.planned_runs import model_config
 
 
 @pytest.fixture

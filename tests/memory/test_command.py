@@ -4,12 +4,12 @@ import json
 
 import pytest
 import yaml
-from planned_runs import MODELS
 
 from longgrpo.checks.rehearsal import Forecast
 from longgrpo.cli import main
 from longgrpo.config.run import load_config
 from longgrpo.memory.cards import CARDS, GIB, card
+from testing.planned_runs import MODELS
 
 EXAMPLES = MODELS.parent
 RECIPES = {

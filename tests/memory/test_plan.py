@@ -4,8 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from planned_runs import MODELS as SHAPES
-from planned_runs import run_config
 
 from longgrpo.checks.rehearsal import NOT_TRAINERS, count_step, dry_run, longest_samples, rows_of
 from longgrpo.config.run import load_config
@@ -16,6 +14,8 @@ from longgrpo.memory.shape import model_shape
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.transformers import TransformersEngine
 from longgrpo.train.build import make_policy
+from testing.planned_runs import MODELS as SHAPES
+from testing.planned_runs import run_config
 
 EXAMPLES = SHAPES.parent
 H100 = Target(card("h100-80").multiprocessors)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from planned_runs import MODELS, SMOLLM2
 
 from longgrpo.memory.shape import FAMILIES, UnknownArchitecture, model_shape, shape_from_config
+from testing.planned_runs import MODELS, SMOLLM2
 
 PUBLISHED = {
     "llama-3.1-8b": 8_030_261_248,

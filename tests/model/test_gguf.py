@@ -3,18 +3,18 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import gguf
 import numpy
 import pytest
 import torch
-from gguf_files import DECODABLE, decoded, random_blocks, write_gguf
-from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from longgrpo.model.gguf import shards
 from longgrpo.model.load import end_token_ids, load_model, load_tokenizer, resolve_model
+from testing import ROOT
+from testing.gguf_files import DECODABLE, decoded, random_blocks, write_gguf
+from testing.models import random_model
 
 TOKENS = torch.tensor([[1, 5, 9, 30, 77, 12, 4, 60]])
 
@@ -28,7 +28,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def llama():
     """Rows of 256 values, which every type's blocks divide."""
-    return tiny_model("llama", hidden_size=256, intermediate_size=256, num_hidden_layers=4)
+    return random_model("llama", hidden_size=256, intermediate_size=256, num_hidden_layers=4)
 
 
 def mixed(model):
@@ -42,7 +42,7 @@ def mixed(model):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_an_architecture_comes_back_as_it_was(architecture, tmp_path):
-    model = tiny_model(architecture, tie_word_embeddings=architecture != "qwen2")
+    model = random_model(architecture, tie_word_embeddings=architecture != "qwen2")
     path = write_gguf(tmp_path / "model.gguf", model)
     directory = resolve_model(str(path))
     loaded = load_model(directory)
@@ -104,7 +104,7 @@ def test_shards_are_one_model(llama, tmp_path):
 
 
 def test_a_changed_file_is_converted_anew_and_an_unchanged_one_is_not(tmp_path, cache):
-    model = tiny_model("llama")
+    model = random_model("llama")
     path = write_gguf(tmp_path / "model.gguf", model)
     first = resolve_model(str(path))
     made = first.stat().st_mtime_ns
@@ -126,8 +126,8 @@ def test_llama_3s_rotary_factors_become_its_config(tmp_path):
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    model = tiny_model("llama", head_dim=64, rope_parameters=scaling)
-    plain = tiny_model("llama", head_dim=64, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    model = random_model("llama", head_dim=64, rope_parameters=scaling)
+    plain = random_model("llama", head_dim=64, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     factors = plain.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq
     raw = {"rope_freqs.weight": (factors.numpy(), gguf.GGMLQuantizationType.F32)}
     loaded = load_model(resolve_model(str(write_gguf(tmp_path / "llama3.gguf", model, raw=raw))))
@@ -141,14 +141,14 @@ def test_llama_3s_rotary_factors_become_its_config(tmp_path):
 
 @pytest.mark.parametrize("cut", [0, 3, 20, 200, 3000])
 def test_a_file_cut_in_its_header_is_refused(cut, tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", tiny_model("llama"))
+    path = write_gguf(tmp_path / "model.gguf", random_model("llama"))
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(ValueError, match=rf"model\.gguf \({cut:,} bytes\) is no whole GGUF file"):
         resolve_model(str(path))
 
 
 def test_a_file_cut_in_its_tensors_is_refused(tmp_path, cache):
-    path = write_gguf(tmp_path / "model.gguf", tiny_model("llama"))
+    path = write_gguf(tmp_path / "model.gguf", random_model("llama"))
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(
@@ -176,13 +176,13 @@ def test_what_cannot_be_taken_is_named(llama, tmp_path):
 
 
 def test_an_unsupported_architecture_is_named(tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", tiny_model("phi3", pad_token_id=0), architecture="phi3")
+    path = write_gguf(tmp_path / "model.gguf", random_model("phi3", pad_token_id=0), architecture="phi3")
     with pytest.raises(ValueError, match="architecture 'phi3' is not supported; supported are llama, qwen2"):
         resolve_model(str(path))
 
 
 def test_a_type_that_the_library_does_not_know_is_named(tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", tiny_model("llama"))
+    path = write_gguf(tmp_path / "model.gguf", random_model("llama"))
     field = next(t.field for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.attn_q.weight")
     at = field.offset + sum(int(part.nbytes) for part in field.parts[:4])
     data = bytearray(path.read_bytes())
@@ -195,7 +195,7 @@ def test_a_type_that_the_library_does_not_know_is_named(tmp_path):
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch, cache):
     import shutil
 
-    path = write_gguf(tmp_path / "model.gguf", tiny_model("llama"))
+    path = write_gguf(tmp_path / "model.gguf", random_model("llama"))
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match=r"0\.0 GB free: make room, or set LONGGRPO_CACHE"):
@@ -205,9 +205,8 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch, c
 
 def test_memory_stays_near_the_largest_tensor(tmp_path):
     """Ten tensors of 16 MiB: converting holds two of them, loading the model and one."""
-    script = Path(__file__).with_name("gguf_memory.py")
     # Every large block is mapped and given back for itself: what the allocator keeps does not count.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, script, tmp_path]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "testing.gguf_memory", tmp_path]
+    run = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]

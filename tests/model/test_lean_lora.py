@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from longgrpo.config.model import LoraConfig
 from longgrpo.model.lean_lora import use_lean_lora
 from longgrpo.model.lora import add_lora
+from testing.models import random_model
 
 IDS = torch.arange(40).view(2, 20) % 97
 
 
 def adapted(dtype=torch.float64, **options):
-    model = add_lora(tiny_model("llama").to(dtype), LoraConfig(rank=4, alpha=8, **options), seed=0)
+    model = add_lora(random_model("llama").to(dtype), LoraConfig(rank=4, alpha=8, **options), seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1))
@@ -58,7 +58,7 @@ def test_bf16_is_as_near_to_float64_as_peft_is():
 
 def test_without_its_adapter_it_is_the_base():
     model = use_lean_lora(adapted())
-    base = tiny_model("llama").double()
+    base = random_model("llama").double()
     with torch.no_grad(), model.disable_adapter():
         assert torch.equal(model(IDS).logits, base(IDS).logits)
 

@@ -7,9 +7,9 @@ import sys
 import gguf
 import pytest
 import torch
-from tiny import tiny_model
 
 from longgrpo.model.load import SMOLLM2, end_token_ids, load_model, load_tokenizer, resolve_model
+from testing.models import random_model
 
 
 @pytest.fixture(scope="session")
@@ -63,13 +63,13 @@ def test_two_processes_convert_at_once(tmp_path):
 
 
 def test_a_directory_is_taken_as_it_is(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path)
+    random_model("llama").save_pretrained(tmp_path)
     assert resolve_model(str(tmp_path)) == tmp_path
     assert load_model(tmp_path, "bfloat16").dtype == torch.bfloat16
 
 
 def test_end_tokens_come_from_the_generation_config(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path)
+    random_model("llama").save_pretrained(tmp_path)
     assert end_token_ids(tmp_path) == [2]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
     assert end_token_ids(tmp_path) == [7, 8]

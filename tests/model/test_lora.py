@@ -1,18 +1,18 @@
 import peft
 import pytest
 import torch
-from tiny import tiny_model
 
 from longgrpo.config.model import LoraConfig
 from longgrpo.model.head import head_of
 from longgrpo.model.load import backbone
-from longgrpo.model.lora import add_lora, save_adapter, trainable_parameters
+from longgrpo.model.lora import add_lora, save_adapter
+from testing.models import random_model, trainable_parameters
 
 TOKENS = torch.tensor([[1, 5, 9, 30]])
 
 
 def test_a_fresh_adapter_changes_nothing():
-    model = tiny_model("llama")
+    model = random_model("llama")
     expected = model(TOKENS).logits
     adapted = add_lora(model, LoraConfig(rank=4), seed=0)
     torch.testing.assert_close(adapted(TOKENS).logits, expected, rtol=0, atol=0)
@@ -21,19 +21,19 @@ def test_a_fresh_adapter_changes_nothing():
 def test_the_seed_decides_the_adapter_and_the_global_generator_stays():
     state = torch.get_rng_state()
     first, second, other = (
-        [p.detach().clone() for p in trainable_parameters(add_lora(tiny_model("llama"), LoraConfig(), seed))]
+        [p.detach().clone() for p in trainable_parameters(add_lora(random_model("llama"), LoraConfig(), seed))]
         for seed in (1, 1, 2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    model = tiny_model("llama")
+    model = random_model("llama")
     state = torch.get_rng_state()
     add_lora(model, LoraConfig(), seed=1)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_all_linear_layers_but_the_head_are_trained():
-    model = add_lora(tiny_model("llama"), LoraConfig(rank=3, alpha=6), seed=0)
+    model = add_lora(random_model("llama"), LoraConfig(rank=3, alpha=6), seed=0)
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(names) == 2 * 7 * 2  # layers x linears x (A, B)
     assert not any("lm_head" in name for name in names)
@@ -45,18 +45,18 @@ def test_all_linear_layers_but_the_head_are_trained():
 
 
 def test_a_saved_adapter_loads_with_peft(tmp_path):
-    model = add_lora(tiny_model("qwen2"), LoraConfig(rank=4, targets=["q_proj", "down_proj"]), seed=0)
+    model = add_lora(random_model("qwen2"), LoraConfig(rank=4, targets=["q_proj", "down_proj"]), seed=0)
     with torch.no_grad():
         for parameter in trainable_parameters(model):
             parameter.add_(1)
     save_adapter(model, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    loaded = peft.PeftModel.from_pretrained(tiny_model("qwen2"), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(random_model("qwen2"), tmp_path)
     torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=0)
 
 
 def test_a_half_precision_base_has_an_fp32_adapter():
-    model = add_lora(tiny_model("llama").bfloat16(), LoraConfig(), seed=0)
+    model = add_lora(random_model("llama").bfloat16(), LoraConfig(), seed=0)
     assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
 
 
@@ -66,4 +66,4 @@ def test_a_half_precision_base_has_an_fp32_adapter():
 ])  # fmt: skip
 def test_wrong_configs_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
-        add_lora(tiny_model("llama"), config, seed=0)
+        add_lora(random_model("llama"), config, seed=0)

@@ -5,14 +5,14 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_model
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from longgrpo.config.model import LoraConfig
 from longgrpo.model import nf4
 from longgrpo.model.load import load_model, resolve_model
-from longgrpo.model.lora import add_lora, trainable_parameters
+from longgrpo.model.lora import add_lora
+from testing.models import random_model, trainable_parameters
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 TOKENS = torch.tensor([[1, 5, 9, 30, 77, 12, 4, 60]])
@@ -34,7 +34,7 @@ def written(tmp_path):
     """A model on disk with quantization_config as given, and the model."""
 
     def write(quantization_config=None, **options):
-        model = tiny_model("llama", **SIZES | options)
+        model = random_model("llama", **SIZES | options)
         model.save_pretrained(tmp_path)
         if quantization_config:
             config = json.loads((tmp_path / "config.json").read_text())
@@ -149,7 +149,7 @@ def test_modules_that_the_config_leaves_out_stay_whole(written):
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_checkpoint_that_bitsandbytes_packed_is_read_as_it_is(nested, tmp_path):
     """Saved by transformers, over several files, some modules left out; against transformers' own forward."""
-    tiny_model("llama", **SIZES).save_pretrained(tmp_path / "whole")
+    random_model("llama", **SIZES).save_pretrained(tmp_path / "whole")
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

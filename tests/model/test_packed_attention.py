@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longgrpo.config.model import LoraConfig
 from longgrpo.model.load import backbone
-from longgrpo.model.lora import add_lora, trainable_parameters
+from longgrpo.model.lora import add_lora
 from longgrpo.model.packed_attention import PackedBatch, packed_hidden, use_packed_attention
+from testing.models import random_model, trainable_parameters
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -45,7 +45,7 @@ def gradients(model, hidden):
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6))
 @settings(max_examples=10, deadline=None)
 def test_a_packed_sequence_is_what_it_is_alone(architecture, lengths):
-    model = tiny_model(architecture).double()
+    model = random_model(architecture).double()
     rows = random_rows(lengths)
     expected = one_by_one(model, rows)
     expected_gradients = gradients(model, expected)
@@ -61,7 +61,7 @@ def test_a_packed_sequence_is_what_it_is_alone(architecture, lengths):
 @settings(max_examples=10, deadline=None)
 def test_sequences_that_share_a_prefix_are_what_they_are_alone(architecture, groups):
     """groups: the length of a prefix, and those of the sequences that go on from it."""
-    model = tiny_model(architecture).double()
+    model = random_model(architecture).double()
     rows = random_rows([n for first, rest in groups for n in (first, *rest)])
     prefix, positions, whole, kept = [], [], [], []
     remaining = iter(rows)
@@ -84,7 +84,7 @@ def test_sequences_that_share_a_prefix_are_what_they_are_alone(architecture, gro
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_peft_and_gradient_checkpointing(checkpointing):
-    model = add_lora(tiny_model("llama"), LoraConfig(rank=4), seed=0).double()
+    model = add_lora(random_model("llama"), LoraConfig(rank=4), seed=0).double()
     with torch.no_grad():
         for parameter in trainable_parameters(model):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -111,7 +111,7 @@ def test_no_tensor_grows_with_the_square_of_the_row():
                     self.numel = max(self.numel, tensor.numel())
             return out
 
-    model = tiny_model("llama")
+    model = random_model("llama")
     use_packed_attention(model)
     batch = pack(random_rows([64] * 32))  # 2,048 tokens
     with Largest() as largest:
@@ -121,7 +121,7 @@ def test_no_tensor_grows_with_the_square_of_the_row():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_bfloat16(device):
-    model = tiny_model("qwen3")
+    model = random_model("qwen3")
     rows = random_rows([33, 2, 65])
     expected = one_by_one(model, rows)
     model.to(device, torch.bfloat16)
@@ -132,14 +132,14 @@ def test_bfloat16(device):
 
 
 def test_misuse_is_refused():
-    model = tiny_model("llama")
+    model = random_model("llama")
     batch = pack(random_rows([3, 4]))
     with pytest.raises(ValueError, match="use_packed_attention"):
         packed_hidden(model, batch)
     use_packed_attention(model)
     with pytest.raises(ValueError, match="packed_hidden"):
         model(torch.tensor([[1, 2, 3]]))
-    windowed = tiny_model("mistral", sliding_window=4)
+    windowed = random_model("mistral", sliding_window=4)
     use_packed_attention(windowed)
     packed_hidden(windowed, batch)
     with pytest.raises(NotImplementedError, match="sliding window of 4 under a sequence of 5"):

@@ -1,15 +1,11 @@
 import pytest
-from compiled import ROOT, build, load
+
+from testing.compiled import ROOT, build, load
+from testing.offload import SCHEDULES, PoisonedEngine
 
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:offload. a saved tensor of shape:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(set_threads):
-    """The tensors are tiny; a team of threads would only wait for each other."""
-    set_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +13,9 @@ def native():
     """The torch-free core as a Python module; see tests/native/offload/module.cpp."""
     folder = ROOT / "build" / "native" / "offload"
     return load(build(ROOT / "tests" / "native" / "offload", folder, "-DCMAKE_BUILD_TYPE=Release"))
+
+
+@pytest.fixture(params=SCHEDULES)
+def engine(request):
+    with PoisonedEngine(request.param) as made:
+        yield made

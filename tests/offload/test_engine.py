@@ -8,150 +8,24 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
 from longgrpo.offload import OffloadEngine
-
-torch_checkpoint = partial(checkpoint, use_reentrant=False)
-SCHEDULES = ["threaded", "lazy", "seeded:7"]
-ROWS, COLUMNS = 5, 8
-
-
-@pytest.fixture(params=SCHEDULES)
-def engine(request):
-    with OffloadEngine(min_bytes=0, host_bytes=1 << 20, schedule=request.param, poison=True) as made:
-        yield made
-
-
-def gone(engine):
-    """No record, no host memory; the graph that held them is dead."""
-    gc.collect()
-    engine.synchronize()
-    stats = engine.stats()
-    return stats["records"] == 0 and stats["host_live"] == 0
-
-
-# ---- random graphs ----
-
-
-def residual(a, b, w):
-    return torch.relu(a @ w) + b
-
-
-def gated(a, b, w):
-    return torch.sigmoid(a) * (b @ w)
-
-
-def transposed(a, b, w):
-    return (a.t().contiguous().t() @ w) * b[:, :1]
-
-
-def views(a, b, w):
-    return torch.cat([a[:, 2:], b[:, :2]], 1) @ w
-
-
-def saved_output(a, b, w):
-    return torch.exp(torch.tanh(a @ w)) - b.expand(1, *b.shape)[0]
-
-
-FUNCTIONS = (residual, gated, transposed, views, saved_output)
-
-
-def nested(ck, f, g):
-    def outer(a, b, w):
-        return ck(g, ck(f, a, b, w), b, w)
-
-    return outer
-
-
-graphs = st.fixed_dictionaries({
-    "nodes": st.lists(
-        st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 99), st.integers(0, 99), st.booleans()),
-        min_size=1, max_size=7,
-    ),
-    "steps": st.integers(1, 2),
-    "retain": st.booleans(),
-    "partial": st.booleans(),
-    "seed": st.integers(0, 1 << 20),
-})  # fmt: skip
-engines = st.fixed_dictionaries({
-    "prefetch": st.integers(0, 2),
-    "inflight": st.integers(1, 2),
-    "keep_last": st.integers(0, 2),
-    "min_bytes": st.sampled_from([0, 0, ROWS * COLUMNS * 4 + 1]),
-    "host_bytes": st.sampled_from([1 << 20, 1 << 20, 600]),
-    "on_full": st.sampled_from(["keep", "pageable"]),
-    "schedule": st.one_of(st.sampled_from(["threaded", "lazy"]), st.integers(0, 999).map(lambda n: f"seeded:{n}")),
-})  # fmt: skip
-
-
-def forward(graph, ck, leaf, weights):
-    nodes = [leaf * 1.0]
-    for f, g, i, j, is_nested in graph["nodes"]:
-        function = nested(ck, FUNCTIONS[f], FUNCTIONS[g]) if is_nested else FUNCTIONS[f]
-        nodes.append(ck(function, nodes[-1 - i % len(nodes)], nodes[j % len(nodes)], weights[(i + j) % len(weights)]))
-    return sum(node.square().mean() for node in nodes[1:])
-
-
-def gradients(graph, ck):
-    generator = torch.Generator().manual_seed(graph["seed"])
-    leaf = torch.randn(ROWS, COLUMNS, generator=generator, requires_grad=True)
-    weights = [(torch.randn(COLUMNS, COLUMNS, generator=generator) * 0.3).requires_grad_() for _ in range(2)]
-    out = []
-    for _ in range(graph["steps"]):
-        loss = forward(graph, ck, leaf, weights)
-        out.append(loss.detach())
-        if graph["partial"]:
-            out += torch.autograd.grad(loss, weights[:1], retain_graph=True, allow_unused=True)
-        if graph["retain"]:
-            loss.backward(retain_graph=True)
-        loss.backward()
-        out += [tensor.grad for tensor in (leaf, *weights)]
-    return out
-
-
-def same(ours, theirs):
-    return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-@pytest.mark.long
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(graph=graphs, options=engines)
-def test_random_graphs_have_the_gradients_of_torch(graph, options):
-    engine = OffloadEngine(poison=True, **options)
-    assert same(gradients(graph, engine.checkpoint), gradients(graph, torch_checkpoint))
-    engine.synchronize()
-    assert engine.stats()["records"] == 0
-    assert engine.stats()["host_live"] == 0
-
-
-@settings(max_examples=100, deadline=None)
-@given(graph=graphs, options=engines)
-def test_hooks_around_whole_graphs(graph, options):
-    """Everything autograd saves outside checkpoints goes through the engine as well."""
-    engine = OffloadEngine(poison=True, **options)
-    with engine.hooks():
-        ours = gradients(graph, lambda f, *args: f(*args))
-    assert same(ours, gradients(graph, lambda f, *args: f(*args)))
-
-
-@settings(max_examples=30, deadline=None)
-@given(first=graphs, second=graphs, options=engines, order=st.booleans())
-def test_interleaved_graphs(first, second, options, order):
-    engine = OffloadEngine(poison=True, **options)
-
-    def run(ck):
-        leaf = torch.linspace(-1, 1, ROWS * COLUMNS).reshape(ROWS, COLUMNS).requires_grad_()
-        weights = [torch.eye(COLUMNS).requires_grad_(), torch.ones(COLUMNS, COLUMNS).requires_grad_()]
-        losses = [forward(graph, ck, leaf, weights) for graph in (first, second)]
-        for loss in losses if order else losses[::-1]:
-            loss.backward()
-        return [tensor.grad for tensor in (leaf, *weights)]
-
-    assert same(run(engine.checkpoint), run(torch_checkpoint))
-
+from testing.offload import (
+    COLUMNS,
+    ROWS,
+    SCHEDULES,
+    PoisonedEngine,
+    chain,
+    chain_gradients,
+    gated,
+    gone,
+    like_a_fresh_engine,
+    nested,
+    residual,
+    same,
+    torch_checkpoint,
+    weights_of,
+)
 
 # ---- round trip ----
 
@@ -183,37 +57,6 @@ def test_round_trip(engine, tensor):
         back = record.unpack()
         assert (back.shape, back.stride(), back.dtype) == shape
         assert torch.equal(back.view(torch.uint8) if back.dtype.itemsize == 1 else back, want.view(torch.uint8) if want.dtype.itemsize == 1 else want)  # fmt: skip  # noqa: E501
-
-
-def chain(ck, x, weights):
-    for w in weights:
-        x = ck(residual, x, x, w)
-    return x
-
-
-def weights_of(n, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(COLUMNS, COLUMNS, generator=generator, requires_grad=True) for _ in range(n)]
-
-
-def chain_gradients(ck, weights):
-    chain(ck, torch.ones(ROWS, COLUMNS) * 0.5, weights).sum().backward()
-    out = [w.grad for w in weights]
-    for w in weights:
-        w.grad = None
-    return out
-
-
-def like_a_fresh_engine(engine):
-    before = engine.stats()
-    ours = chain_gradients(engine.checkpoint, weights_of(6))
-    assert same(ours, chain_gradients(torch_checkpoint, weights_of(6)))
-    fresh = OffloadEngine(min_bytes=0, host_bytes=1 << 20)
-    chain_gradients(fresh.checkpoint, weights_of(6))
-    after, want = engine.stats(), fresh.stats()
-    for name in ("packs", "bytes_out", "resident", "hits", "misses"):
-        assert after[name] - before[name] == want[name], name
-    assert gone(engine)
 
 
 # ---- invariants ----
@@ -326,54 +169,6 @@ def test_unpacked_tensor_outlives_engine_and_graph():
     assert torch.equal(back, tensor)
 
 
-# ---- in-place changes ----
-
-
-def multiply_twice(engine, change):
-    w = torch.ones(40, 3, requires_grad=True)
-    h = w * 2.0
-    with engine.hooks():
-        out = h * h
-    change(h)
-    out.sum().backward()
-
-
-@pytest.mark.parametrize("change", [lambda h: h.mul_(3), lambda h: h.view(-1)[0].zero_(), lambda h: h.detach().add_(1)])
-def test_change_in_place_after_packing_raises(engine, change):
-    with pytest.raises(RuntimeError, match="changed in place"), torch.no_grad(), torch.enable_grad():
-        multiply_twice(engine, change)
-    like_a_fresh_engine(engine)
-
-
-def test_change_in_place_is_seen_after_the_source_is_gone(engine):
-    h = torch.ones(40, 3)
-    part = h[1:]
-    record = engine.pack(h)
-    del h
-    others = [engine.pack(torch.randn(5)) for _ in range(4)]
-    part.add_(1)
-    with pytest.raises(RuntimeError, match="version 1, expected version 0"):
-        record.unpack()
-    assert others
-
-
-def test_small_kept_tensors_are_checked_too():
-    with pytest.raises(RuntimeError, match="changed in place"):
-        multiply_twice(OffloadEngine(), lambda h: h.detach().add_(1))
-
-
-def test_torch_itself_does_not_notice():
-    """The reason for our check: were torch to make it one day, ours could go."""
-    w = torch.ones(40, requires_grad=True)
-    h = w * 2.0
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        out = h * h
-    with torch.no_grad():
-        h.mul_(3)
-    out.sum().backward()
-    assert not torch.equal(w.grad, torch.full((40,), 8.0))
-
-
 # ---- faults ----
 
 
@@ -428,7 +223,7 @@ def test_exception_in_recompute(engine):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("on_full", ["keep", "pageable"])
 def test_arena_full(on_full, schedule):
-    engine = OffloadEngine(min_bytes=0, host_bytes=700, on_full=on_full, schedule=schedule, poison=True)
+    engine = PoisonedEngine(schedule, host_bytes=700, on_full=on_full)
     assert same(chain_gradients(engine.checkpoint, weights_of(8)), chain_gradients(torch_checkpoint, weights_of(8)))
     assert engine.stats()["keeps" if on_full == "keep" else "pageable"] > 0
     assert gone(engine)
@@ -436,7 +231,7 @@ def test_arena_full(on_full, schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_arena_full_raises(schedule):
-    engine = OffloadEngine(min_bytes=0, host_bytes=700, on_full="raise", schedule=schedule, poison=True)
+    engine = PoisonedEngine(schedule, host_bytes=700, on_full="raise")
     with pytest.raises(RuntimeError, match=r"host arena is full: 160 bytes asked for, \d+ bytes of 700 bytes in use"):
         chain_gradients(engine.checkpoint, weights_of(8))
     assert gone(engine)
@@ -526,7 +321,6 @@ def test_short_sequences_are_reported():
         ({"host_bytes": "all"}, "host_bytes"),
         ({"on_full": "drop"}, "on_full must be one of keep, pageable, raise, not 'drop'"),
         ({"backend": "tpu"}, "backend must be one of"),
-        ({"schedule": "seeded"}, "schedule must be"),
     ],
 )
 def test_bad_options(options, message):

@@ -3,20 +3,15 @@
 import pytest
 import torch
 
-from longgrpo.offload import OffloadEngine
-
-transformers = pytest.importorskip("transformers")
+from testing.models import random_model
+from testing.offload import PoisonedEngine
 
 LAYERS, TOKENS, HIDDEN = 4, 40, 32
 
 
 def make_model(attention="sdpa", **config):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, attn_implementation=attention, **config,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).train()
+    sizes = {"vocab_size": 64, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
+    return random_model("llama", attn_implementation=attention, **sizes, **config).train()
 
 
 def lora(model):
@@ -41,7 +36,7 @@ def same(ours, theirs):
 
 @pytest.fixture(params=["threaded", "lazy", "seeded:3"])
 def engine(request):
-    return OffloadEngine(min_bytes=0, host_bytes=1 << 24, schedule=request.param, poison=True)
+    return PoisonedEngine(request.param, host_bytes=1 << 24)
 
 
 def plain(model):

@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from compiled import ROOT
+
+from testing.compiled import ROOT
 
 CORE = ("engine.cpp", "arena.cpp", "host_backend.cpp")
 FAULTS = sorted((ROOT / "tests" / "faults").glob("offload-*.patch"))

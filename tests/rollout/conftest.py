@@ -1,10 +1,10 @@
 """One engine of each kind a test file: each costs seconds, and a process holds one vLLM at a time."""
 
 import pytest
-from agreement import CONTEXT, SMOLLM2
 
 from longgrpo.model.load import load_tokenizer, resolve_model
 from longgrpo.rollout import RolloutConfig, make_engine
+from testing.agreement import CONTEXT, SMOLLM2
 
 
 @pytest.fixture(scope="module")

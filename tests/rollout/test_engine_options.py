@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from agreement import assert_agrees, sampled_logprobs, trainer_logprobs
-from tiny_engines import PROMPTS, RANDOM, change, running, sample, write_model
 
 from longgrpo.config.model import LoraConfig
 from longgrpo.rollout import vllm_private
+from testing.agreement import assert_agrees, sampled_logprobs, trainer_logprobs
+from testing.engines import PROMPTS, RANDOM, change, running, sample, write_model
 
 pytest.importorskip("vllm")
 

@@ -5,8 +5,6 @@ import json
 import psutil
 import pytest
 import torch
-from agreement import CONTEXT, SMOLLM2, assert_agrees, sampled_logprobs, trainer_logprobs
-from tiny_engines import PROMPTS, change, running, sample, write_model
 from torch.nn.functional import cross_entropy
 
 from longgrpo.config.model import LoraConfig, ModelConfig
@@ -14,8 +12,11 @@ from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError
 from longgrpo.model import nf4
 from longgrpo.model.load import load_model, model_on
-from longgrpo.model.lora import add_lora, trainable_parameters
+from longgrpo.model.lora import add_lora
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine, vllm_private
+from testing.agreement import CONTEXT, SMOLLM2, assert_agrees, sampled_logprobs, trainer_logprobs
+from testing.engines import PROMPTS, change, running, sample, write_model
+from testing.models import trainable_parameters
 
 pytest.importorskip("vllm")
 pytest.importorskip("bitsandbytes")

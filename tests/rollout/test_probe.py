@@ -4,12 +4,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_engines import change, running, write_model
 
 from longgrpo.config.model import LoraConfig
 from longgrpo.model.packed_attention import use_packed_attention
 from longgrpo.rollout import vllm_private
 from longgrpo.rollout.probe import EngineMismatch, Probe
+from testing.engines import change, running, write_model
 
 pytest.importorskip("vllm")
 

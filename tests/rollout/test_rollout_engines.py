@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from agreement import CONTEXT, SMOLLM2, assert_agrees, sampled_logprobs, trainer_logprobs
 from hypothesis import given
 from hypothesis import strategies as st
 
 from longgrpo.config.model import LoraConfig, ModelConfig
 from longgrpo.model.load import load_model
-from longgrpo.model.lora import add_lora, trainable_parameters
+from longgrpo.model.lora import add_lora
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine, seed_for
+from testing.agreement import CONTEXT, SMOLLM2, assert_agrees, sampled_logprobs, trainer_logprobs
+from testing.models import trainable_parameters
 
 GREEDY = Sampling(temperature=0, max_tokens=8)
 

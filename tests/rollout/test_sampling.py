@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from agreement import packed, sampled_logprobs
-from tiny_engines import PROMPTS, running, write_model
 
 from longgrpo import linear_logprob
 from longgrpo.config.sampling import ENGINES_OWN, FIELDS, OWNED
 from longgrpo.model.head import Head, head_of
 from longgrpo.rollout import RolloutConfig, Sampling, seed_for
 from longgrpo.rollout.support import processed_logits, sampled_logprob
+from testing.agreement import packed, sampled_logprobs
+from testing.engines import PROMPTS, running, write_model
 
 RESHAPED = [
     {"min_p": 0.1, "temperature": 1.5},

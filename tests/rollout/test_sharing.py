@@ -6,15 +6,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from agreement import assert_agrees, sampled_logprobs, trainer_logprobs
-from tiny_engines import PROMPTS, change, running, sample, write_model
 
 from longgrpo.config.model import LoraConfig
 from longgrpo.model.load import backbone
-from longgrpo.model.lora import linear_names, trainable_parameters
+from longgrpo.model.lora import linear_names
 from longgrpo.model.masters import MasterWeights
 from longgrpo.rollout import vllm_private
 from longgrpo.rollout.adapters import choose_mode
+from testing.agreement import assert_agrees, sampled_logprobs, trainer_logprobs
+from testing.engines import PROMPTS, change, running, sample, write_model
+from testing.models import trainable_parameters
 
 pytest.importorskip("vllm")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

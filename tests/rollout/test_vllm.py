@@ -5,13 +5,13 @@ import os
 import psutil
 import pytest
 import torch
-from agreement import assert_agrees, sampled_logprobs, trainer_logprobs
 
 from longgrpo.config.model import LoraConfig
 from longgrpo.model.load import load_model, model_on
 from longgrpo.model.lora import add_lora
 from longgrpo.rollout import Sampling, seed_for, vllm_private
 from longgrpo.rollout.adapters import LoraMerge
+from testing.agreement import assert_agrees, sampled_logprobs, trainer_logprobs
 
 GREEDY = Sampling(temperature=0, max_tokens=8)
 

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from tiny_engines import running, write_model
 
 from longgrpo.config.model import LoraConfig
 from longgrpo.rollout import vllm_private
+from testing.engines import running, write_model
 
 pytest.importorskip("vllm")
 

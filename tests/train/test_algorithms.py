@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from longgrpo.config.train import LoopConfig
 from longgrpo.run.trainer import Trainer
 from longgrpo.train.loop import advantage, loss_and_backward, reward, roll_out, sample_prompts, score, step
 from longgrpo.train.token_weights import near_policy
-
-OWN = Path(__file__).parent / "own_rewards.py"
+from testing import OWN_REWARDS as OWN
 
 
 @pytest.fixture

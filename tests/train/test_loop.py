@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -20,12 +19,12 @@ from safetensors.torch import load_file
 from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError, DataError, RewardError, TrainingError
 from longgrpo.offload import OffloadEngine
+from longgrpo.run import trainer as train_module
 from longgrpo.run.trainer import Trainer
 from longgrpo.train import loop
-from longgrpo.train import trainer as train_module
 from longgrpo.train.loop import step
+from testing import OWN_REWARDS as OWN
 
-OWN = Path(__file__).parent / "own_rewards.py"
 FILES = {
     "config.yaml",
     "metrics.jsonl",

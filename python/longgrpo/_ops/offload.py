@@ -26,24 +26,21 @@ def stats(engine: int) -> dict[str, int]:
     return dict(zip(STATS, ops.offload_stats(engine), strict=True))
 
 
-def new(
-    backend: str,
-    device: torch.device,
-    *,
-    host_bytes: int,
-    depths: tuple[int, int, int],
-    on_full: str,
-    schedule: str,
-    poison: bool,
-) -> int:
-    """A new engine's handle. `depths`: prefetch, inflight, keep_last; `schedule`: "threaded", "lazy" or "seeded:N"."""
-    if backend == "cuda":
+def make_backend(name: str, device: torch.device) -> int:
+    """The handle of the backend "cuda", "host" or "count", for tensors on `device`; `new` takes it."""
+    if name == "cuda":
         if not hasattr(ops, "offload_cuda_backend"):
             raise RuntimeError("this build of longgrpo has no CUDA part: install the wheel or build with nvcc 13")
-        made = ops.offload_cuda_backend(device.index)
-    elif backend == "count":
-        made = ops.offload_count_backend()
-    else:
-        kind, _, seed = schedule.partition(":")
-        made = ops.offload_host_backend(kind, int(seed or 0), poison)
-    return ops.offload_new(made, host_bytes, depths, on_full, device)
+        return int(ops.offload_cuda_backend(device.index))
+    return int(ops.offload_count_backend()) if name == "count" else make_host_backend("threaded")
+
+
+def make_host_backend(schedule: str, seed: int = 0, poison: bool = False) -> int:
+    """`schedule` orders the copies: "threaded", "lazy" or "seeded" (csrc/offload/host_backend.h). `poison` fills memory
+    with NaN when it is handed out."""
+    return int(ops.offload_host_backend(schedule, seed, poison))
+
+
+def new(backend: int, device: torch.device, *, host_bytes: int, depths: tuple[int, int, int], on_full: str) -> int:
+    """A new engine's handle. `depths`: prefetch, inflight, keep_last."""
+    return int(ops.offload_new(backend, host_bytes, depths, on_full, device))

@@ -86,18 +86,14 @@ class TrainConfig:
         )
         require(
             not (self.loss.exact_kl and self.rollout.request().reshapes),
-            f"loss.kl = {self.loss.kl!r} sums over the whole vocabulary, which rollout.sampling cuts: take kl: k3",
+            f"loss.kl = {self.loss.kl!r} sums over the whole vocabulary, which rollout.sampling cuts: take kl: k3, or "
+            "sample without top_p, top_k, min_p, allowed_token_ids and logit_bias",
         )
         require(
             (self.train.updates == 1 and self.train.top_entropy_quantile == 1 and not self.loss.exact_kl)
             or self.loss.detach,
             "loss.detach = false is about a rollout without old logprobs: set train.passes and train.minibatches to 1, "
             "train.top_entropy_quantile to 1 and loss.kl to k3",
-        )
-        require(
-            not (self.loss.exact_kl and self.rollout.request().reshapes),
-            f"loss.kl = {self.loss.kl!r} is a sum over the whole vocabulary, and rollout.sampling leaves tokens out: "
-            "take kl: k3, or sample without top_p, top_k, min_p, allowed_token_ids and logit_bias",
         )
 
 
@@ -136,4 +132,5 @@ def dump_config(config: TrainConfig) -> str:
 
 def config_tree(config: TrainConfig) -> dict[str, Any]:
     """The whole config as plain values."""
-    return TypeAdapter(TrainConfig).dump_python(config, mode="json")
+    tree: dict[str, Any] = TypeAdapter(TrainConfig).dump_python(config, mode="json")
+    return tree

@@ -44,9 +44,10 @@ class _LinearLogProb:
         # DeepSpeed ZeRO-3 takes the gathered head away again before the backward, and the statistics that other
         # trainers log are TRL's alone: its own function serves both.
         if hasattr(weight, "ds_id") or not {"log_probs", "entropy"}.issuperset(outputs):
-            return self.trl_function.apply(
+            theirs: tuple[Tensor | None, ...] = self.trl_function.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
             )
+            return theirs
         logp, entropy = linear_logprob(
             hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             entropy="entropy" in outputs, workspace=self.workspace,
@@ -75,7 +76,7 @@ def _head(function: Any) -> Patch:
     return Patch(fused_head, _ChunkedLogProbFunction=function, _use_triton=lambda device: True)
 
 
-class LongGRPOTrainer(trl.GRPOTrainer):
+class LongGRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]  # mypy does not look into TRL
     """TRL's GRPOTrainer, whose logprobs and entropies come from `linear_logprob`.
 
     Every argument, option, callback, metric and checkpoint is TRL's. In addition, by keyword:
@@ -152,7 +153,7 @@ class LongGRPOTrainer(trl.GRPOTrainer):
         with _head(head), self.accelerator.autocast():
             outputs = model(input_ids=ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True, **routers)
         # The loss comes through the model's output, where the hooks of DDP and FSDP see it.
-        loss = outputs.log_probs.sum()
+        loss: Tensor = outputs.log_probs.sum()
         mode = "train" if self.model.training else "eval"
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self._micro_batches
@@ -170,12 +171,13 @@ class LongGRPOTrainer(trl.GRPOTrainer):
         """What TRL's loss of this type divides by, for one micro-batch."""
         loss_type, sequences, steps = self.args.loss_type, len(mask), self._micro_batches
         if loss_type in ("cispo", "dapo", "vespo"):
-            tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            tokens: Tensor = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             return tokens * steps / self.args.steps_per_generation if self.model.training else tokens
         if loss_type == "bnpo":
             return mask.sum().clamp(min=1) * steps
         if loss_type == "dr_grpo":
-            return sequences * self.max_completion_length * steps
+            longest: int = self.max_completion_length
+            return sequences * longest * steps
         return sequences * steps
 
     def _fused_metrics(self, result: GRPOLoss) -> dict[str, float]:

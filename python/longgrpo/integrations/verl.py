@@ -65,7 +65,6 @@ def register_policy_loss(name: str = "longgrpo", **changes: Any) -> None:
     """
     require_version(verl, TESTED_VERSIONS)
 
-    @core_algos.register_policy_loss(name)
     def policy_loss(
         old_log_prob: Tensor,  # this and what follows: [B, T]
         log_prob: Tensor,
@@ -83,6 +82,8 @@ def register_policy_loss(name: str = "longgrpo", **changes: Any) -> None:
             normalizer=normalizer, config=ours,
         )  # fmt: skip
         return loss, _metrics(old_log_prob, log_prob.detach(), advantages, mask, ours)
+
+    core_algos.register_policy_loss(name)(policy_loss)
 
 
 def _clip(config: Any) -> dict[str, float]:

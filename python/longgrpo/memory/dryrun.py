@@ -14,7 +14,6 @@ class MetaEngine:
     """A RolloutEngine whose model lies on `meta`; it cannot sample."""
 
     name = "meta"
-    shares_weights = True
 
     def __init__(self, directory: Path, dtype: torch.dtype, quantization: str | None = None) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM

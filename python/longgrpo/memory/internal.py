@@ -38,10 +38,11 @@ def head_workspace(
     beyond_logp: bool = False,
 ) -> int:
     """Bytes of linear_logprob, its backward and linear_grpo_loss: the C++ of the ops says it (csrc/ops/memory.cpp)."""
-    return ops.head_workspace(
+    held = ops.head_workspace(
         tokens, hidden, vocabulary, dtype, weight_dtype or dtype, hidden_gradient, weight_gradient, reference,
         beyond_logp, workspace, target.multiprocessors,
     )  # fmt: skip
+    return int(held)
 
 
 def attention_workspace(target: Target, rows: int, heads: int, kv_heads: int, head_dim: int, element: int) -> int:

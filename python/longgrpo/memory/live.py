@@ -30,7 +30,7 @@ class LiveStorages(TorchDispatchMode):
     """
 
     def __init__(self, internal: Internal = lambda *_: 0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.now = self.peak = 0  # bytes
         self.label = "activations"
         """What new storages are counted as."""

@@ -384,7 +384,8 @@ def _largest(moments: dict[str, int]) -> dict[str, int]:
 
 
 def _dtype(config: Any) -> torch.dtype:
-    return getattr(torch, config.model.dtype)
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    return dtype
 
 
 def _element(config: Any) -> int:

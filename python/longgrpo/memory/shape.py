@@ -31,7 +31,6 @@ class Family:
     head_norms: bool = False  # RMS norms over the head dimension of queries and keys
     fused: bool = False  # one linear for q, k and v, one for gate and up
     norms: int = 2  # RMS norms of H a layer
-    wide_norms: bool = False  # the weight is applied in fp32 (Gemma)
 
 
 FAMILIES = {
@@ -40,7 +39,7 @@ FAMILIES = {
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(head_norms=True),
     "phi3": Family(fused=True),  # Phi-3, Phi-3.5, Phi-4
-    "gemma": Family(wide_norms=True),
+    "gemma": Family(),
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +163,8 @@ class _Source:
         """Undoes what llama.cpp does to an architecture's values: rotated q and k rows, norms plus one."""
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-        return TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=config.to_dict())
+        make: Callable[..., TensorProcessor] = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)
+        return make(config=config.to_dict())
 
 
 def _dtype(tensor: gguf.ReaderTensor) -> torch.dtype:

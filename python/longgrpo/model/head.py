@@ -27,7 +27,8 @@ class Head(NamedTuple):
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model itself, whose linears PEFT has replaced where it wraps it."""
     wrapped: Any = model
-    return wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    base: PreTrainedModel = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    return base
 
 
 def head_of(model: PreTrainedModel | PeftModel) -> Head:

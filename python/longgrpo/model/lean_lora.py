@@ -6,6 +6,7 @@ three more tensors of y's size. Here x is kept as it is, shared by the linears t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -31,7 +32,8 @@ class _Lean:
     """The forward of a LoRA linear."""
 
     def __init__(self, layer: Any) -> None:
-        self.layer, self.peft = layer, type(layer).forward
+        self.layer = layer
+        self.peft: Callable[..., Tensor] = type(layer).forward
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.layer
@@ -41,7 +43,7 @@ class _Lean:
             return self.peft(layer, x, *args, **kwargs)
         (name,) = names
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # [r, in], [out, r]
-        return _AddLora.apply(layer.base_layer(x), x, a, b, layer.scaling[name])
+        return _add_lora(layer.base_layer(x), x, a, b, layer.scaling[name])
 
 
 class _AddLora(torch.autograd.Function):
@@ -64,3 +66,6 @@ class _AddLora(torch.autograd.Function):
         da = (d_down.t() @ x.flatten(0, -2)).to(a.dtype)
         db = (dy.t() @ down).mul_(ctx.scale).to(b.dtype)
         return grad, dx, da, db, None
+
+
+_add_lora: Callable[..., Tensor] = _AddLora.apply

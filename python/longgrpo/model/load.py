@@ -91,7 +91,7 @@ def model_on(tensors: dict[str, Tensor], directory: Path) -> PreTrainedModel:
     some = tensors["model.embed_tokens.weight"]
     # The parameters are left on meta. The buffers (rotary frequencies, scales) are in no checkpoint: they are made.
     with torch.device(some.device), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=some.dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=some.dtype)
     nf4.pack_modules(model, {name.removesuffix(".absmax") for name in tensors if name.endswith(".absmax")})
     if config.tie_word_embeddings:
         tensors = tensors | {"lm_head.weight": some}
@@ -102,7 +102,8 @@ def model_on(tensors: dict[str, Tensor], directory: Path) -> PreTrainedModel:
         raise NotImplementedError(f"{kind} does not map onto the engine's weights; use engine: transformers") from error
     model.tie_weights()
     model.name_or_path = str(directory)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def end_token_ids(directory: Path) -> list[int]:
@@ -120,14 +121,16 @@ def vocabulary(directory: Path) -> int:
     """The number of tokens that the head tells apart."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().vocab_size
+    size: int = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().vocab_size
+    return size
 
 
 def context_length(directory: Path) -> int:
     """The tokens that the model's positions reach."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().max_position_embeddings
+    length: int = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().max_position_embeddings
+    return length
 
 
 def backbone(model: PreTrainedModel | PeftModel) -> torch.nn.Module:

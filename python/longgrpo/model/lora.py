@@ -43,10 +43,6 @@ def linear_names(directory: Path) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in linears})
 
 
-def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def save_adapter(model: PeftModel, directory: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, which peft loads."""
     model.save_pretrained(str(directory), save_embedding_layers=False)

@@ -53,9 +53,10 @@ def packed_shapes(rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, 
 
 def linear(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias [..., N] for x [..., K], in x's dtype; differentiable in x, for which W is unpacked once more."""
-    import bitsandbytes
+    from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]  # public, and not in its __all__
 
-    return bitsandbytes.matmul_4bit(x, codes.view(-1, 1), _state(codes, absmax, x.dtype), bias=bias)
+    y: Tensor = matmul_4bit(x, codes.view(-1, 1), _state(codes, absmax, x.dtype), bias=bias)
+    return y
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +171,8 @@ class Checkpoint:
         from safetensors import safe_open
 
         with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
 
 
 def _read_packed(checkpoint: Checkpoint, module: str) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,8 @@ def packed_hidden(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> Ten
         shared_rows=None if rows is None else rows.to(device),
         own_rows=None if own is None else own.to(device),
     )
-    return output.last_hidden_state[0]
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
 
 
 def _attention(

@@ -48,7 +48,7 @@ def tile_mlp(model: Model, rows: int | None = None) -> Model:
         if dropout:
             raise ValueError(f"tiled_mlp: {name} has dropout {dropout[0]}, which a recompute draws anew: set it to 0")
         untile_mlp(module)
-        module.forward = _Tiled(module, rows)  # type: ignore[assignment]
+        module.forward = _Tiled(module, rows)
     return model
 
 
@@ -87,7 +87,7 @@ class _Tiled:
             return self.mlp(x)
         weights = [p for p in self.module.parameters() if p.requires_grad]
         flat = x.reshape(-1, x.shape[-1])  # [T, H]
-        return _Output.apply(_Input.apply(flat, self.mlp, rows, *weights), self.mlp, rows).view(x.shape)
+        return _output(_input(flat, self.mlp, rows, *weights), self.mlp, rows).view(x.shape)
 
 
 class _Input(torch.autograd.Function):
@@ -133,6 +133,10 @@ class _Output(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         return dy, None, None
+
+
+_input: Callable[..., Tensor] = _Input.apply
+_output: Callable[..., Tensor] = _Output.apply
 
 
 def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:

@@ -6,6 +6,7 @@ record between them whose death frees the host memory. Copies, events and memory
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import warnings
@@ -15,9 +16,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from longgrpo._ops import offload as core
-from longgrpo.offload import checkpoint as checkpoints
+from longgrpo.offload.attention import attention_contexts
 from longgrpo.offload.record import Core, Kept, Offloaded, Record
 
 _BACKENDS = ("auto", "cuda", "host", "count")
@@ -25,6 +27,11 @@ _ON_FULL = ("keep", "pageable", "raise")
 _SHORT = 512  # tokens; below this a copy's latency outweighs what its layer computes meanwhile
 
 Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+class _Thread(threading.local):
+    disabled = False
+    seen = 0  # tensors that hooks saw
 
 
 class OffloadEngine:
@@ -38,8 +45,6 @@ class OffloadEngine:
         min_bytes: smaller tensors are kept on the device.
         on_full: when the budget is spent, "keep" a tensor on the device, put it in "pageable" memory, or "raise".
         backend: "auto" takes "cuda" for CUDA and "host" for CPU tensors; "count" moves nothing and keeps accounts.
-        schedule: of the host backend, for tests: "threaded", "lazy" or "seeded:N" (csrc/offload/host_backend.h).
-        poison: of the host backend, for tests: fill memory with NaN when it is handed out.
 
     One engine serves one device, that of the first tensor it sees; any number of models on it, and of graphs at once.
 
@@ -56,8 +61,6 @@ class OffloadEngine:
         min_bytes: int = 1 << 20,
         on_full: str = "keep",
         backend: str = "auto",
-        schedule: str = "threaded",
-        poison: bool = False,
     ) -> None:
         _require_at_least(0, prefetch=prefetch, keep_last=keep_last, min_bytes=min_bytes)
         _require_at_least(1, inflight=inflight)
@@ -67,19 +70,15 @@ class OffloadEngine:
             raise ValueError(f"on_full must be one of {', '.join(_ON_FULL)}, not {on_full!r}")
         if backend not in _BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, not {backend!r}")
-        kind, _, seed = schedule.partition(":")
-        if not (schedule in ("threaded", "lazy") or (kind == "seeded" and seed.isdecimal())):
-            raise ValueError(f"schedule must be 'threaded', 'lazy' or 'seeded:N', not {schedule!r}")
         self._host_bytes = core.host_budget() if host_bytes == "auto" else int(host_bytes)
         self._depths = (prefetch, inflight, keep_last)
-        self._min_bytes, self._on_full = min_bytes, on_full
-        self._backend, self._schedule, self._poison = backend, schedule, poison
+        self._min_bytes, self._on_full, self._backend = min_bytes, on_full, backend
         self._core: Core | None = None
         self._opening = threading.Lock()
         self._closed = False
         self._unified = False
         self._groups = itertools.count()
-        self._local = threading.local()
+        self._local = _Thread()
         self._reported: set[str] = set()
         self._invisible = 0
 
@@ -93,11 +92,11 @@ class OffloadEngine:
         of those, hooks see the tensors passed by position and nothing else. Hidden states passed by keyword stay on
         the device.
         """
-        seen = self._seen
-        with self.saving(lambda: next(self._groups)):
+        seen = self._local.seen
+        with self._saving(lambda: next(self._groups)):
             yield self
-        if torch.is_grad_enabled() and self._seen == seen and not self.is_disabled:
-            self.report(
+        if torch.is_grad_enabled() and self._local.seen == seen and not self._local.disabled:
+            self._report(
                 "nothing was saved for the backward in an offload region. Checkpointed functions must take their "
                 "hidden states by position: saved-tensor hooks cannot see tensors passed by keyword"
             )
@@ -109,16 +108,42 @@ class OffloadEngine:
         there. This applies where attention is one dispatcher op without dropout (SDPA's fused kernels, flash-attn); a
         checkpoint without one is reported and recomputes everything.
         """
-        return checkpoints.checkpoint(self, fn, *args, selective=selective, **kwargs)
+        if kwargs.setdefault("use_reentrant", False):
+            raise ValueError("offload works with non-reentrant checkpoints: pass use_reentrant=False, or nothing")
+        if self._local.disabled or not torch.is_grad_enabled():  # an outer checkpoint's recompute brings the input back
+            return torch_checkpoint(fn, *args, **kwargs)
+        group = next(self._groups)
+        self._report_keywords({**fn.keywords, **kwargs} if isinstance(fn, functools.partial) else kwargs)
+        if selective:
+            if "context_fn" in kwargs:
+                raise ValueError("selective=True brings its own context_fn: pass one or the other")
+            pack = functools.partial(self.pack, group=group)
+            kwargs["context_fn"] = functools.partial(attention_contexts, pack, self._report)
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            with self.disabled():
+                return fn(*args, **kwargs)
+
+        # These hooks see the checkpoint save its inputs; inside it, its own hooks are the innermost.
+        with self._saving(lambda: group):
+            return torch_checkpoint(inner, *args, **kwargs)
 
     def install(self, model: Module, *, selective: bool = False) -> Module:
         """Switches on gradient checkpointing in a transformers model (or its PEFT wrapper), through this engine."""
-        return checkpoints.install(self, model, selective=selective)
+        wrapped: Any = model  # the library does without the classes of transformers and PEFT
+        if not hasattr(wrapped, "gradient_checkpointing_enable"):
+            name = type(model).__name__
+            raise TypeError(f"{name} is not a transformers model: call its layers as engine.checkpoint(layer, hidden)")
+        wrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in wrapped.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = functools.partial(self.checkpoint, selective=selective)
+        return model
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """On this thread nothing is offloaded inside; what was packed before can still come back."""
-        before, self._local.disabled = self.is_disabled, True
+        before, self._local.disabled = self._local.disabled, True
         try:
             yield
         finally:
@@ -175,7 +200,7 @@ class OffloadEngine:
         if self._unified or tensor.device != engine.device:
             return Kept(tensor)
         if tensor.dim() and tensor.numel() < _SHORT * tensor.shape[-1]:
-            self.report(
+            self._report(
                 f"a saved tensor of shape {tuple(tensor.shape)} has fewer than {_SHORT} tokens: its copies take longer "
                 "than the layer they hide behind. Offload gains with longer sequences; a larger min_bytes keeps these"
             )
@@ -194,71 +219,60 @@ class OffloadEngine:
 
     # ---- hooks ----
 
-    def saving(self, group: Callable[[], int]) -> torch.autograd.graph.saved_tensors_hooks:
+    def _saving(self, group: Callable[[], int]) -> torch.autograd.graph.saved_tensors_hooks:
         """The saved-tensor hooks; `group` names the group of each tensor."""
         self._check_open()
 
         def pack(tensor: Tensor) -> Record:
-            self._local.seen = self._seen + 1
-            return Kept(tensor) if self.is_disabled else self.pack(tensor, group())
+            self._local.seen += 1
+            return Kept(tensor) if self._local.disabled else self.pack(tensor, group())
 
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda record: record.unpack())
-
-    def next_group(self) -> int:
-        return next(self._groups)
-
-    @property
-    def is_disabled(self) -> bool:
-        return getattr(self._local, "disabled", False)
-
-    @property
-    def _seen(self) -> int:
-        return getattr(self._local, "seen", 0)
 
     # ---- the core ----
 
     def _open(self, device: torch.device) -> Core:
         with self._opening:
             if self._core is None:
-                backend = self._backend
-                if backend == "auto":
-                    backend = "cuda" if device.type == "cuda" else "host"
                 handle = core.new(
-                    backend,
+                    self._make_backend(device),
                     device,
                     host_bytes=self._host_bytes,
                     depths=self._depths,
                     on_full=self._on_full,
-                    schedule=self._schedule,
-                    poison=self._poison,
                 )
                 self._core = Core(handle, device)
                 self._unified = core.unified(handle)
                 if self._unified:
-                    self.report(f"{device} shares its memory with the host: offload gains nothing there and is off")
+                    self._report(f"{device} shares its memory with the host: offload gains nothing there and is off")
             return self._core
+
+    def _make_backend(self, device: torch.device) -> int:
+        on_device = "cuda" if device.type == "cuda" else "host"
+        return core.make_backend(on_device if self._backend == "auto" else self._backend, device)
 
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this OffloadEngine is closed: make a new one")
 
-    def report(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         """Warns, once for each kind of message."""
         kind = text[:20]
         if kind not in self._reported:
             self._reported.add(kind)
             warnings.warn(f"offload: {text}", stacklevel=3)
 
-    def report_invisible(self, name: str, tensor: Tensor) -> None:
+    def _report_keywords(self, keywords: dict[str, Any]) -> None:
         """Counts hidden states that go by keyword, and reports them with the remedy."""
-        if tensor.nbytes < self._min_bytes:
-            return
-        self._invisible += tensor.nbytes
-        self.report(
-            f"keyword tensor {name!r} ({tensor.nbytes} bytes) of a checkpointed function stays on the device: "
-            "saved-tensor hooks see tensors passed by position alone. "
-            f"Call it as layer({name}, ...) and not layer({name}={name}, ...)"
-        )
+        for name, value in keywords.items():
+            is_hidden = isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
+            if is_hidden and value.nbytes >= self._min_bytes:
+                self._invisible += value.nbytes
+                self._report(
+                    f"keyword tensor {name!r} ({value.nbytes} bytes) of a checkpointed function stays on the device: "
+                    "saved-tensor hooks see tensors passed by position alone. "
+                    f"Call it as layer({name}, ...) and not layer({name}={name}, ...)"
+                )
 
 
 def _require_at_least(least: int, **values: int) -> None:

@@ -73,7 +73,8 @@ class Offloaded(Record):
 
     def unpack(self) -> Tensor:
         self.check()
-        return core.unpack(self.core.handle, self.id, self.size, self.stride, self.dtype, self.core.device)
+        tensor: Tensor = core.unpack(self.core.handle, self.id, self.size, self.stride, self.dtype, self.core.device)
+        return tensor
 
     def __del__(self) -> None:
         if self._drop is not None:

@@ -129,9 +129,10 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
     from pyarrow.parquet import read_table
 
     try:
-        return read_table(path).to_pylist()
+        rows: list[dict[str, Any]] = read_table(path).to_pylist()
     except (ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read ({error}); remove the file to leave its step out") from error
+    return rows
 
 
 def _sampled(row: Mapping[str, Any], total: float | None) -> Sampled:

@@ -26,7 +26,7 @@ class NF4Config(QuantizationConfig):
     """Which of the engine's linears are packed. A fused one is left out whole where one of its parts is."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # vLLM leaves it untyped
         self.packed: set[str] = set()
 
     def get_name(self) -> Any:

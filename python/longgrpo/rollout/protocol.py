@@ -39,9 +39,8 @@ Finished = Callable[[int, Completion], None]
 
 class RolloutEngine(Protocol):
     name: str
-    shares_weights: bool
     model: PreTrainedModel
-    """The model to train. Where shares_weights holds, its parameters are views of the engine's storage."""
+    """The model to train: its parameters are the engine's own, or views of them."""
     cache_bytes: int
     """Of the key-value cache that a rollout has, whatever its length; 0 where it grows with what is sampled."""
 

@@ -28,7 +28,6 @@ class TransformersEngine:
     """See RolloutEngine. The model that is sampled from and the one that is trained are one object."""
 
     name = "transformers"
-    shares_weights = True
     cache_bytes = 0
 
     def __init__(self, config: RolloutConfig, model: ModelConfig) -> None:

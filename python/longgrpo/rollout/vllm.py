@@ -27,7 +27,6 @@ class VllmEngine:
     """See RolloutEngine. One a process, and torch's thread count is to be set before it is built."""
 
     name = "vllm"
-    shares_weights = True
 
     def __init__(self, config: RolloutConfig, model: ModelConfig, lora: LoraConfig | None = None) -> None:
         self.config = config

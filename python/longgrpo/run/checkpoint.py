@@ -155,7 +155,8 @@ def find(run: Path, which: str) -> Path:
 
 def read_state(directory: Path) -> dict[str, Any]:
     """What a checkpoint holds besides tensors."""
-    return json.loads((directory / "state.json").read_text())
+    state: dict[str, Any] = json.loads((directory / "state.json").read_text())
+    return state
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:

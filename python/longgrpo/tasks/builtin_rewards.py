@@ -115,7 +115,8 @@ def _score(reply: str, entry: dict[str, Any]) -> float:
 def _task_scorer(name: str) -> Callable[[str, dict[str, Any]], float]:
     from reasoning_gym import get_score_answer_fn
 
-    return get_score_answer_fn(name)
+    scorer: Callable[[str, dict[str, Any]], float] = get_score_answer_fn(name)
+    return scorer
 
 
 # ---- form

@@ -93,7 +93,8 @@ def load_rows(task: TaskConfig, held_out: bool = False) -> Rows:
 def _load_rows(name: str, split: str, task: TaskConfig, seed: int) -> Rows:
     path = Path(name).expanduser()
     if ":" in name:
-        return load_function(name, "task.name")(split=split, **task.parameters)
+        rows: Rows = load_function(name, "task.name")(split=split, **task.parameters)
+        return rows
     if path.suffix in JSON:
         return _json_lines(path)
     if not is_reasoning_gym(name):
@@ -125,13 +126,16 @@ def _data_set(path: Path, split: str, parameters: dict[str, Any]) -> Rows:
     """A parquet file, a directory that datasets wrote, or a data set of the hub (memory-mapped, all of them)."""
     import datasets
 
+    rows: Rows
     if path.suffix == ".parquet":
-        return datasets.load_dataset("parquet", data_files=str(path), split="train", **parameters)
-    if (path / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(str(path), **parameters)[split]
-    if (path / "dataset_info.json").is_file():
-        return datasets.load_from_disk(str(path), **parameters)
-    return datasets.load_dataset(str(path), split=split, **parameters)
+        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", **parameters)
+    elif (path / "dataset_dict.json").is_file():
+        rows = datasets.load_from_disk(str(path), **parameters)[split]
+    elif (path / "dataset_info.json").is_file():
+        rows = datasets.load_from_disk(str(path), **parameters)
+    else:
+        rows = datasets.load_dataset(str(path), split=split, **parameters)
+    return rows
 
 
 def _reasoning_gym(name: str, parameters: dict[str, Any], seed: int) -> Rows:
@@ -144,7 +148,8 @@ def _reasoning_gym(name: str, parameters: dict[str, Any], seed: int) -> Rows:
         raise DataError(f"task.name = {name!r}: reasoning_gym has no such task; {remedy}")
     if "seed" in parameters:
         raise DataError("task.parameters.seed: set task.seed (training) and task.eval_seed (held out) instead")
-    return reasoning_gym.create_dataset(name, **{"size": DEFAULT_SIZE, **parameters, "seed": seed})
+    rows: Rows = reasoning_gym.create_dataset(name, **{"size": DEFAULT_SIZE, **parameters, "seed": seed})
+    return rows
 
 
 # ---- problems
@@ -255,7 +260,8 @@ def permutation(count: int, seed: int) -> Tensor:
 
 def make_sampler(task: TaskConfig, source: Source) -> Sampler:
     if task.sampler:
-        return load_function(task.sampler, "task.sampler")(source, task.seed)
+        sampler: Sampler = load_function(task.sampler, "task.sampler")(source, task.seed)
+        return sampler
     shuffles = task.shuffle and not is_reasoning_gym(task.name)  # whose problems are drawn at random already
     return (Shuffled if shuffles else Sampler)(source, task.seed)
 

@@ -15,7 +15,7 @@ from longgrpo.errors import ConfigError
 def load_function(spec: str, what: str) -> Callable[..., Any]:
     """The function or class that `spec` names. Raises ConfigError, which begins with `what`."""
     where, _, name = spec.rpartition(":")
-    function = getattr(_module(where, f"{what} {spec!r}"), name, None)
+    function: Callable[..., Any] | None = getattr(_module(where, f"{what} {spec!r}"), name, None)
     if not callable(function):
         raise ConfigError(f"{what} {spec!r}: {where} has no function {name!r}")
     return function

@@ -6,7 +6,6 @@ import copy
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from longgrpo.config.run import build_config
 from longgrpo.run.trainer import Trainer
 from longgrpo.train import loop
 from longgrpo.train import policy as policy_module
+from testing import OWN_REWARDS
 
-OWN = Path(__file__).parent / "own_rewards.py"
 CHECKS = {
     "end token", "seeds", "spread", "agreement", "advantages", "trainable", "gradient", "weights", "update", "engine",
 }  # fmt: skip
@@ -124,11 +123,11 @@ def test_a_prefix_cache_that_vllm_does_not_drop(tree, tiny_model, tmp_path):
 
 
 def test_a_constant_reward(policy):
-    assert "nothing to learn" in failed(policy(rewards=[{"function": f"{OWN}:constant"}]))["spread"]
+    assert "nothing to learn" in failed(policy(rewards=[{"function": f"{OWN_REWARDS}:constant"}]))["spread"]
 
 
 def test_a_reward_that_is_not_a_number(policy):
-    assert "returned nan" in failed(policy(rewards=[{"function": f"{OWN}:nan"}]))["rewards"]
+    assert "returned nan" in failed(policy(rewards=[{"function": f"{OWN_REWARDS}:nan"}]))["rewards"]
 
 
 def test_one_seed_for_all(policy, monkeypatch):

@@ -6,12 +6,13 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2-arithmetic.yaml"
+from testing import ROOT
+
+EXAMPLE = ROOT / "examples" / "smollm2-arithmetic.yaml"
 SMALLER = ["--task.eval_n", "24", "--task.eval_prefill", "null", "--train.probe_prompts", "4"]
 
 

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -17,9 +16,9 @@ from longgrpo.tasks.data import (
     load_rows,
     make_sampler,
 )
+from testing import OWN_DATA
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-OWN = Path(__file__).parent / "own_data.py"
 ROWS = [{"prompt": f"What is {i}?", "answer": str(i), "level": {"digits": len(str(i))}} for i in range(30)]
 
 
@@ -63,7 +62,7 @@ def test_every_kind_of_source_gives_the_same_problems(tmp_path, rows_file, monke
     datasets.DatasetDict({"train": data, "test": data.select([3])}).save_to_disk(str(tmp_path / "splits"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "train.jsonl").write_text(rows_file.read_text())
-    names = (rows_file, tmp_path / "rows.parquet", tmp_path / "saved", tmp_path / "splits", f"{OWN}:thirty",
+    names = (rows_file, tmp_path / "rows.parquet", tmp_path / "saved", tmp_path / "splits", f"{OWN_DATA}:thirty",
              tmp_path / "folder")  # fmt: skip
     for name in names:
         source = problems(TaskConfig(str(name)))
@@ -74,7 +73,7 @@ def test_every_kind_of_source_gives_the_same_problems(tmp_path, rows_file, monke
 
 
 def test_a_function_gets_the_split_and_the_parameters():
-    task = TaskConfig(f"{OWN}:numbered", {"count": 2}, eval_split="test")
+    task = TaskConfig(f"{OWN_DATA}:numbered", {"count": 2}, eval_split="test")
     assert questions(problems(task)) == ["train 0", "train 1"]
     assert questions(problems(task, held_out=True)) == ["test 0", "test 1"]
 
@@ -112,7 +111,7 @@ def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.parquet"):
         problems(TaskConfig("nowhere.parquet"))
     with pytest.raises(ConfigError, match="has no function 'absent'"):
-        problems(TaskConfig(f"{OWN}:absent"))
+        problems(TaskConfig(f"{OWN_DATA}:absent"))
     with pytest.raises(DataError, match=r"'chain_sumz'.*did you mean chain_sum"):
         problems(TaskConfig("chain_sumz"))
     with pytest.raises(DataError, match=r"(?s)color.*red"):
@@ -208,7 +207,7 @@ def test_rows_are_shuffled_anew_each_epoch(rows_file):
     assert questions(stream(TaskConfig(str(rows_file), shuffle=False)).take(60)) == everything * 2
 
 
-@pytest.mark.parametrize("sampler", [None, f"{OWN}:Harder"])
+@pytest.mark.parametrize("sampler", [None, f"{OWN_DATA}:Harder"])
 def test_a_stream_given_a_state_goes_on_with_the_same_problems(rows_file, sampler):
     import torch
 
@@ -228,7 +227,7 @@ def test_a_stream_given_a_state_goes_on_with_the_same_problems(rows_file, sample
 def test_a_curriculum_chooses_by_what_was_earned(rows_file):
     import torch
 
-    running = stream(TaskConfig(str(rows_file), sampler=f"{OWN}:Harder"))
+    running = stream(TaskConfig(str(rows_file), sampler=f"{OWN_DATA}:Harder"))
     first = running.take(4)
     assert {problem.columns["level"]["digits"] for problem in first} == {1}
     running.observe(first, torch.zeros(4, 2))

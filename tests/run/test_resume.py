@@ -11,19 +11,18 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
-from full_disk import limited_file_size
 
 from longgrpo.config.run import build_config
 from longgrpo.errors import UserError
 from longgrpo.run.trainer import Trainer
+from testing import OWN_DATA, OWN_REWARDS, ROOT
+from testing.full_disk import limited_file_size
 
-OWN = Path(__file__).parent / "own_rewards.py"
 KILLS = 10
-differences = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "resume.py"))["differences"]
+differences = runpy.run_path(str(ROOT / "bench" / "resume.py"))["differences"]
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +75,9 @@ def assert_same_run(whole, other):
 @pytest.fixture
 def eventful(tree):
     """A config with all that a checkpoint has to bring back."""
-    tree["rewards"] = [{"function": f"{OWN}:noisy_digits"}]
+    tree["rewards"] = [{"function": f"{OWN_REWARDS}:noisy_digits"}]
     tree["loss"] = {"beta": 0.05}
-    tree["task"] = {"name": f"{OWN.with_name('own_data.py')}:thirty", "eval_n": 4}
+    tree["task"] = {"name": f"{OWN_DATA}:thirty", "eval_n": 4}
     tree["train"] |= {"steps": 7, "warmup_steps": 5, "passes": 2, "reference_sync_steps": 2, "max_refills": 1}
     tree["train"]["best_metric"] = "reward/mean"
     return tree

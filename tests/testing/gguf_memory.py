@@ -1,4 +1,7 @@
-"""Run by test_gguf.py: gguf_memory.py DIRECTORY. Bounds the memory of converting and of loading by counting it."""
+"""Run by tests/model/test_gguf.py: python -m testing.gguf_memory DIRECTORY.
+
+Bounds the memory of converting and of loading by counting it.
+"""
 
 import os
 import sys
@@ -6,8 +9,9 @@ import threading
 from pathlib import Path
 
 import torch
-from gguf_files import write_gguf
-from tiny import tiny_model
+
+from testing.gguf_files import write_gguf
+from testing.models import random_model
 
 WIDTH = 2048  # a square matrix of 16 MiB
 TENSOR = WIDTH * WIDTH * 4
@@ -42,7 +46,7 @@ def anonymous():
 
 def write(directory):
     sizes = dict(hidden_size=WIDTH, intermediate_size=WIDTH, num_attention_heads=WIDTH // 8, num_key_value_heads=2)
-    model = tiny_model("llama", **sizes)
+    model = random_model("llama", **sizes)
     write_gguf(directory / "large.gguf", model)
     return sum(p.nbytes for p in model.parameters())
 
@@ -55,7 +59,7 @@ def main(directory):
     os.wait()
     from longgrpo.model.load import load_model, resolve_model
 
-    small = tiny_model("llama")
+    small = random_model("llama")
     write_gguf(directory / "small.gguf", small)
     load_model(resolve_model(str(directory / "small.gguf")))  # whatever is imported and made once
     with Peak() as converting:

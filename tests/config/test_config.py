@@ -1,11 +1,10 @@
-from pathlib import Path
-
 import pytest
 import yaml
 
 from longgrpo.config.overrides import parse_overrides
 from longgrpo.config.run import build_config, dump_config, load_config
 from longgrpo.errors import ConfigError
+from testing import ROOT
 
 
 @pytest.fixture
@@ -22,7 +21,7 @@ def test_what_is_printed_reads_back_the_same(path, tmp_path):
 
 
 def test_the_example_is_valid():
-    config = load_config(Path(__file__).parents[2] / "examples" / "smollm2-arithmetic.yaml")
+    config = load_config(ROOT / "examples" / "smollm2-arithmetic.yaml")
     assert config.train.learning_rate == 1e-3
     assert config.loss.loss_type == "dapo"
     assert len(config.rewards) == 2

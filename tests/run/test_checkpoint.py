@@ -8,12 +8,12 @@ import sys
 import numpy
 import pytest
 import torch
-from full_disk import limited_file_size
 
 from longgrpo.errors import ConfigError, UserError
 from longgrpo.run import checkpoint
 from longgrpo.train.generators import random_states, seed_everything, set_random_states
 from longgrpo.train.metrics import best_metric
+from testing.full_disk import limited_file_size
 
 
 def training(seed):

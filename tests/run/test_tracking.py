@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -14,14 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError
 from longgrpo.run.trainer import Trainer
-
-OWN = Path(__file__).parent / "own_rewards.py"
+from testing import OWN_REWARDS
 
 
 @pytest.fixture
 def tree(tree):
     tree["task"]["eval_n"] = 0
-    tree["rewards"] += [{"function": f"{OWN}:logs_mixed", "weight": 0}]
+    tree["rewards"] += [{"function": f"{OWN_REWARDS}:logs_mixed", "weight": 0}]
     return tree
 
 

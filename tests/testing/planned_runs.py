@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from longgrpo.config.run import TrainConfig, build_config
+from testing import ROOT
 
-MODELS = Path(__file__).parents[2] / "examples" / "models"
+MODELS = ROOT / "examples" / "models"
 SMOLLM2 = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 576, "intermediate_size": 1536,
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 
 import psutil
 import pytest
 
 from longgrpo.config.run import build_config
+from longgrpo.run import trainer as train_module
 from longgrpo.run.trainer import Trainer
-from longgrpo.train import trainer as train_module
+from testing import OWN_REWARDS
 
-OWN = Path(__file__).parent / "own_rewards.py"
 STEPS, WARM = 1000, 300
 PER_STEP = 16 << 10  # bytes: a fifth of the weights
 
@@ -24,7 +23,7 @@ def test_a_thousand_steps_grow_neither_in_memory_nor_in_open_files(tree, tmp_pat
     tree["rollout"] |= {"num_generations": 2, "max_completion_length": 2}
     tree["task"]["eval_n"] = 0
     tree["loss"] = {"beta": 0.01}
-    tree["rewards"] = [{"function": f"{OWN}:{name}"} for name in ("noisy_digits", "digits_async", "logs_mixed")]
+    tree["rewards"] = [{"function": f"{OWN_REWARDS}:{name}"} for name in ("noisy_digits", "digits_async", "logs_mixed")]
     held, process, whole = {}, psutil.Process(), train_module.step
 
     def watched(policy, number):

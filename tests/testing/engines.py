@@ -3,35 +3,22 @@
 from contextlib import contextmanager
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from longgrpo.config.model import ModelConfig
-from longgrpo.model.lora import add_lora, trainable_parameters
+from longgrpo.model.lora import add_lora
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine
+from testing.models import random_model, trainable_parameters
 
 VOCABULARY = 1000  # not a multiple of 64: vLLM pads it
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 PROMPTS = [[3 + i] * (20 + 5 * i) for i in range(4)]
 RANDOM = Sampling(max_tokens=16, ignore_eos=True)
 
 
 def write_model(architecture, directory, **sizes):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 192, **sizes}
-    config = AutoConfig.for_model(
-        architecture,
-        **sizes,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-        tie_word_embeddings=architecture.startswith("gemma"),
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
+    model = random_model(
+        architecture, tie_word_embeddings=architecture.startswith("gemma"), pad_token_id=0, **SIZES | sizes
     )
-    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:  # made as zeros and ones, which would hide a mix-up

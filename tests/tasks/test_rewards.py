@@ -1,11 +1,9 @@
 import math
 import os
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from own_rewards import digits
 from transformers import TrainerState
 
 from longgrpo.config.task import RewardConfig
@@ -25,8 +23,8 @@ from longgrpo.tasks.builtin_rewards import (
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.rewards import Reward, Rewarding, load_reward
 from longgrpo.tasks.sample import Sample
-
-OWN = Path(__file__).parent / "own_rewards.py"
+from testing import OWN_REWARDS
+from testing.own_rewards import digits
 
 
 def replies(*texts):
@@ -132,7 +130,7 @@ def test_functions_get_trls_arguments():
 )
 def test_a_function_at_fault_is_named(name, message):
     with pytest.raises(RewardError, match=message):
-        call(load_reward(RewardConfig(f"{OWN}:{name}")))
+        call(load_reward(RewardConfig(f"{OWN_REWARDS}:{name}")))
 
 
 def test_a_function_that_returns_no_list():
@@ -148,11 +146,11 @@ def test_any_sequence_of_numbers_will_do(kind):
 
 
 def test_never_applicable():
-    assert call(load_reward(RewardConfig(f"{OWN}:never"))).isnan().all()
+    assert call(load_reward(RewardConfig(f"{OWN_REWARDS}:never"))).isnan().all()
 
 
 def test_functions_are_found_by_module(monkeypatch):
-    monkeypatch.syspath_prepend(str(OWN.parent))
+    monkeypatch.syspath_prepend(str(OWN_REWARDS.parent))
     assert call(load_reward(RewardConfig("own_rewards:constant", 2.0))).tolist() == [0.1, 0.1]
 
 
@@ -160,7 +158,7 @@ def test_functions_are_found_by_module(monkeypatch):
     ("spec", "message"),
     [
         ("score_answr", "did you mean 'score_answer'"),
-        (f"{OWN}:absent", "no function 'absent'"),
+        (f"{OWN_REWARDS}:absent", "no function 'absent'"),
         ("nowhere.py:f", "no file nowhere.py"),
         ("no_such_module:f", "ModuleNotFoundError"),
     ],
@@ -178,7 +176,8 @@ def at_work():
     made = []
 
     def rewarding(*configs):
-        made.append(Rewarding([load_reward(RewardConfig(f"{OWN}:{name}", **options)) for name, options in configs]))
+        rewards = [load_reward(RewardConfig(f"{OWN_REWARDS}:{name}", **options)) for name, options in configs]
+        made.append(Rewarding(rewards))
         return made[-1]
 
     yield rewarding
@@ -228,7 +227,7 @@ def test_an_async_function_works_while_others_are_sampled(tree, tmp_path, monkey
     from longgrpo.run.trainer import Trainer
     from longgrpo.train.loop import step
 
-    tree["rewards"] = [{"function": f"{OWN}:digits_async"}]
+    tree["rewards"] = [{"function": f"{OWN_REWARDS}:digits_async"}]
     tree["task"]["eval_n"] = 0
     policy = Trainer(build_config(tree), tmp_path / "run").policy
     monkeypatch.setattr(engine_module, "BATCH", 4)  # one group
@@ -295,7 +294,7 @@ def test_a_function_in_a_process_of_its_own(at_work):
 
 def test_a_function_that_cannot_be_loaded_in_its_process():
     with pytest.raises(ConfigError, match="has no function 'absent'"):
-        load_reward(RewardConfig(f"{OWN}:absent", isolate=True))
+        load_reward(RewardConfig(f"{OWN_REWARDS}:absent", isolate=True))
 
 
 def test_extra_columns_have_one_entry_a_completion(at_work):

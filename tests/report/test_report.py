@@ -11,10 +11,8 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
 
 import pytest
-from own_rewards import PAYLOADS
 
 from longgrpo import cli
 from longgrpo.config.run import build_config, dump_config
@@ -25,8 +23,10 @@ from longgrpo.run.tracking import Tracker
 from longgrpo.run.trainer import Trainer
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.sample import Sample
+from testing import OWN_REWARDS, ROOT
+from testing.own_rewards import PAYLOADS
 
-BUILD = Path(__file__).parents[2] / "build"
+BUILD = ROOT / "build"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -71,8 +71,7 @@ def two_runs(base_tree, tmp_path_factory):
     Trainer(build_config(tree), directory / "plain").run()
     tree["loss"] = {"beta": 0.04}
     tree["train"] |= {"passes": 2, "learning_rate": 2e-2}
-    own = Path(__file__).parent / "own_rewards.py"
-    tree["rewards"].append({"function": f"{own}:logs_payloads", "weight": 0, "name": PAYLOADS[0]})
+    tree["rewards"].append({"function": f"{OWN_REWARDS}:logs_payloads", "weight": 0, "name": PAYLOADS[0]})
     Trainer(build_config(tree), directory / "with-kl").run()
     return directory / "plain", directory / "with-kl"
 
@@ -363,7 +362,7 @@ CONTRASTS = """() => {
 
 def documented_metrics():
     """The names in the page's table; one that begins with a slash goes on from the name before it."""
-    page = (Path(__file__).parents[2] / "docs/report.md").read_text()
+    page = (ROOT / "docs/report.md").read_text()
     rows = page.partition("| names | what |")[2].partition("\n\n")[0].splitlines()
     names = []
     for name in re.findall(r"`([^`]+)`", " ".join(row.split("|")[1] for row in rows if row)):

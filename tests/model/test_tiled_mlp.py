@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from longgrpo.model.tiled_mlp import tile_mlp, tile_norms, untile_mlp
-from longgrpo.offload import OffloadEngine
-
-transformers = pytest.importorskip("transformers")
+from testing.models import random_model
+from testing.offload import PoisonedEngine
 
 HIDDEN = 16
+SIZES = {"vocab_size": 64, "intermediate_size": 64, "initializer_range": 0.02}
 
 
 class Mlp(nn.Module):
@@ -105,16 +105,7 @@ def test_intermediates_are_of_one_tile():
 
 
 def llama():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return transformers.LlamaForCausalLM(config).double().train()
+    return random_model("llama", num_hidden_layers=3, **SIZES).double().train()
 
 
 def step(model):
@@ -139,12 +130,7 @@ def test_in_a_checkpointed_model_the_mlp_runs_twice_and_not_three_times():
 
 
 def test_tiled_norms_are_those_of_the_whole():
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8,
-    )  # fmt: skip
-    model = transformers.Qwen3ForCausalLM(config).train()
+    model = random_model("qwen3", **SIZES).train()
     want = step(model)
     tile_norms(model, 10)
     norm = model.model.layers[0].self_attn.q_norm
@@ -159,7 +145,7 @@ def test_with_offload_bit_for_bit():
     model = tile_mlp(llama(), 10)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     want = step(model)
-    engine = OffloadEngine(min_bytes=0, host_bytes=1 << 24, schedule="lazy", poison=True)
+    engine = PoisonedEngine("lazy", host_bytes=1 << 24)
     engine.install(model, selective=True)
     assert all(torch.equal(a, b) for a, b in zip(step(model), want, strict=True))
 

@@ -1,20 +1,9 @@
 """docs/config.md is what the dataclasses say."""
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 from longgrpo.config.run import TrainConfig
-
-ROOT = Path(__file__).parents[2]
-
-
-def load(path):
-    description = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(description)
-    description.loader.exec_module(module)
-    return module
-
+from testing import ROOT, load
 
 docs = load(ROOT / "scripts" / "config_docs.py")
 
