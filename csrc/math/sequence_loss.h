@@ -23,6 +23,11 @@ struct SequenceSums {  // over the tokens of the mask
     if (config.type == LossType::gmpo) clipped_log_ratio += gmpo_clip(config, log_ratio_t, token.advantage, &clipped);
     if (config.type == LossType::vespo && token.importance > 0) log_importance += vespo_clamp(logf(token.importance));
   }
+
+  LONGGRPO_HD void merge(const SequenceSums& other) {
+    count += other.count, log_ratio += other.log_ratio;
+    clipped_log_ratio += other.clipped_log_ratio, log_importance += other.log_importance;
+  }
 };
 
 struct Sequence {
@@ -81,6 +86,11 @@ LONGGRPO_HD SequenceTerm sequence_term(const LossConfig& config, const Token& to
     if (config.kl_correction && !config.sequence_level) term.token.kl_slope += ratio * kl.value;
   }
   return term;
+}
+
+// A token's part of what all tokens of its sequence share.
+LONGGRPO_HD double shared_part(const LossConfig& config, const Token& token, const SequenceTerm& term, float weight) {
+  return double(weight) * (policy_part(config, token, term.shared_policy) + config.beta * term.shared_kl);
 }
 
 }  // namespace longgrpo

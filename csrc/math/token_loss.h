@@ -38,7 +38,10 @@ struct LossConfig {
   float sapo_temperature_pos, sapo_temperature_neg;
   float vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg;
 
-  LONGGRPO_HD bool exact_kl() const { return kl == Kl::exact_reverse || kl == Kl::exact_forward; }
+  // Whether the KL term is a sum over the vocabulary, which the head adds.
+  LONGGRPO_HD bool has_exact_kl() const { return beta != 0 && (kl == Kl::exact_reverse || kl == Kl::exact_forward); }
+  // Whether the head has a gradient other than logp's.
+  LONGGRPO_HD bool beyond_logp() const { return entropy_coef != 0 || has_exact_kl(); }
   // Whether c needs all of a sequence before it is known.
   LONGGRPO_HD bool needs_sequence() const {
     return sequence_level || type == LossType::vespo || type == LossType::gmpo;

@@ -1,20 +1,15 @@
 // From the ops' arguments to plain structs, the same on every device.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 #include <vector>
 
+#include "../head/sweeps.h"
 #include "../head/types.h"
-#include "../math/token_batch.h"
+#include "torch_runtime.h"
 
 namespace longgrpo {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 template <class T = float>
@@ -59,7 +54,7 @@ inline LossConfig loss_config(const std::vector<int64_t>& options, const std::ve
 }
 
 inline ExactKl exact_kl_of(const LossConfig& config) {
-  if (config.beta == 0 || !config.exact_kl()) return ExactKl::none;
+  if (!config.has_exact_kl()) return ExactKl::none;
   return config.kl == Kl::exact_reverse ? ExactKl::reverse : ExactKl::forward;
 }
 
@@ -71,6 +66,10 @@ inline TokenBatch token_batch(const Tensor& token_weight, const Tensor& advantag
                               const OptionalTensor& ref_logp, const OptionalTensor& importance) {
   return {token_weight.numel(), read(token_weight), read(advantages),
           pointer(old_logp),    pointer(ref_logp),  pointer(importance)};
+}
+
+inline Sequences sequences_of(const OptionalTensor& cu_seqlens) {
+  return {pointer<int32_t>(cu_seqlens), cu_seqlens ? cu_seqlens->numel() - 1 : 0};
 }
 
 }  // namespace longgrpo

@@ -1,6 +1,6 @@
 // Every formula of csrc/math, called from a kernel: compiled only.
+#include "math/row.h"
 #include "math/sequence_loss.h"
-#include "math/softmax.h"
 
 using namespace longgrpo;
 

@@ -6,8 +6,9 @@
 #include <memory>
 #include <stdexcept>
 
-#include "kernels/loss.h"
-#include "kernels/numbers.cuh"
+#include "cuda/cuda_head.h"
+#include "cuda/numbers.cuh"
+#include "head/fused_loss.h"
 
 namespace py = pybind11;
 using namespace longgrpo;
@@ -48,9 +49,9 @@ struct SimulatedRuntime {
   Stream stream() const { return nullptr; }
   Scratch scratch(int64_t bytes) { return Scratch(bytes); }
 
-  GpuPlan plan(const GpuWish& wish, int64_t limit_bytes) {
-    if (forced_rows == 0) return plan_gpu(wish, limit_bytes, ::chip);
-    GpuPlan plan = forced_chunk && wish.can_chunk() ? row_chunks(wish, forced_chunk) : whole_rows(wish);
+  CudaPlan plan(const CudaWish& wish, int64_t limit_bytes) {
+    if (forced_rows == 0) return plan_cuda(wish, limit_bytes, ::chip);
+    CudaPlan plan = forced_chunk && wish.can_chunk() ? row_chunks(wish, forced_chunk) : whole_rows(wish);
     plan.tile_rows = forced_rows;
     return plan;
   }
@@ -120,6 +121,10 @@ Sequences sequences_of(const py::dict& d) {
 
 LossOutputs loss_of(const py::dict& d) { return {pointer(d, "loss"), pointer<LossMetrics>(d, "metrics")}; }
 
+CudaDevice<SimulatedRuntime> device_of(const py::dict& d, int64_t active = 0) {
+  return {runtime, shape_of(d), d["workspace"].cast<int64_t>(), active};
+}
+
 // One launch of the row kernel over logits [rows, stride].
 void rows(const py::dict& d) {
   const HeadInputs in = inputs_of(d);
@@ -153,24 +158,26 @@ PYBIND11_MODULE(longgrpo_kernels, m) {
   m.def("launches", [] { return sim::launches; });
   m.def("rows", rows);
   m.def("plan", [](int64_t n, int64_t h, int64_t v, int dtype, bool trains, int64_t workspace) {
-    const GpuPlan p = plan_gpu({{n, h, v}, Dtype(dtype), Dtype(dtype), false, trains, false}, workspace, chip);
+    const CudaPlan p = plan_cuda({{n, h, v}, Dtype(dtype), Dtype(dtype), false, trains, false}, workspace, chip);
     return std::make_tuple(p.flash, p.tile_rows, p.chunk, p.bytes());
   });
-  m.def("linear_logprob", [](const py::dict& d) {
-    gpu_linear_logprob(runtime, shape_of(d), inputs_of(d), outputs_of(d), d["workspace"].cast<int64_t>());
-  });
+  m.def("linear_logprob", [](const py::dict& d) { device_of(d).pass(inputs_of(d), outputs_of(d), RowLoss{}); });
   m.def("linear_logprob_backward", [](const py::dict& d) {
-    gpu_linear_logprob_backward(runtime, shape_of(d), inputs_of(d), outputs_of(d), pointer(d, "c"), pointer(d, "e"),
-                                d["workspace"].cast<int64_t>());
+    const RowLoss loss{.kind = RowLoss::given, .c = pointer(d, "c"), .e = pointer(d, "e")};
+    device_of(d).pass(inputs_of(d), outputs_of(d), loss);
   });
   m.def("token_loss", [](const py::dict& d, const std::vector<int64_t>& options, const std::vector<float>& constants) {
-    gpu_token_loss(runtime, config_of(options, constants), batch_of(d), sequences_of(d), pointer(d, "logp"),
-                   pointer(d, "entropy"), nullptr, pointer(d, "logp_grad"), loss_of(d));
+    const TokenBatch batch = batch_of(d);
+    CudaDevice<SimulatedRuntime>(runtime, {batch.tokens, 0, 0}, 0, 0)
+        .sum({config_of(options, constants), batch, sequences_of(d), pointer(d, "logp"), pointer(d, "entropy"), nullptr,
+              pointer(d, "logp_grad")},
+             loss_of(d));
   });
   m.def("linear_grpo_loss", [](const py::dict& d, const std::vector<int64_t>& options,
                                const std::vector<float>& constants, int64_t active, bool report) {
-    GpuFusedLoss<SimulatedRuntime>(runtime, config_of(options, constants), shape_of(d), inputs_of(d), batch_of(d),
-                                   sequences_of(d), outputs_of(d), active, report, d["workspace"].cast<int64_t>())
+    auto device = device_of(d, active);
+    FusedLoss(device, config_of(options, constants), shape_of(d), inputs_of(d), batch_of(d), sequences_of(d),
+              outputs_of(d), report)
         .run(loss_of(d));
   });
   m.def("scale_rows",

@@ -98,6 +98,7 @@ def linear_grpo_loss(*arguments) -> tuple[Tensor, ...]:
     hidden, weight = head[:2]
     (n, h), v = hidden.shape, weight.shape[0]
     loss, values, scale = zeros(1), zeros(METRICS), zeros(n if need_hidden else 0)
+    logp, entropy = zeros(n), zeros(n)
     direction = zeros(n if need_hidden else 0, h, dtype=hidden.dtype)
     dweight, dbias = zeros(v if need_weight else 0, h), zeros(v if need_bias else 0)
     beta, kl = constants[0], options[1]
@@ -108,7 +109,7 @@ def linear_grpo_loss(*arguments) -> tuple[Tensor, ...]:
         | _addresses(
             token_weight=token_weight, advantages=advantages, old_logp=old_logp, ref_logp=ref_logp,
             importance=importance, cu_seqlens=cu_seqlens, ref_hidden=ref_hidden, ref_weight=ref_weight, loss=loss,
-            metrics=values, direction=direction, scale=scale, dweight=dweight, dbias=dbias,
+            metrics=values, logp=logp, entropy=entropy, direction=direction, scale=scale, dweight=dweight, dbias=dbias,
         ),
         options, constants, active, metrics,
     )  # fmt: skip
