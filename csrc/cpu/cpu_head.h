@@ -301,6 +301,10 @@ class CpuDevice {
     if (out.dweight && !dweight_begun) std::fill_n(out.dweight, shape_.vocabulary * shape_.hidden, 0.0f);
   }
 
+  void correct(const LossArguments& arguments, float* sequence_ratio, float* kept) const {
+    longgrpo::correct(arguments, sequence_ratio, kept);
+  }
+
   void sum(const LossArguments& arguments, const LossOutputs& out) const {
     const LossSums sums = longgrpo::sum(arguments);
     *out.loss = sums.loss(), *out.metrics = sums.metrics();

@@ -11,7 +11,7 @@ CpuRows visit(const Visits& visits, float* weight) {
       if (weight[t] != 0) (moves ? rows.order : quiet).push_back(t);
     }
   };
-  if (visits.config.needs_sequence()) {
+  if (visits.batch.needs_sequence(visits.config)) {
     const int32_t* bounds = visits.sequences.bounds;
     for (int64_t s = 0; s < visits.sequences.count; ++s)
       visit(bounds[s], bounds[s + 1], visits.sequence_moves(OneThread{}, bounds[s], bounds[s + 1]));
@@ -31,10 +31,16 @@ CpuRows rows_of(const RowLoss& loss, const int64_t* target, int64_t tokens) {
   return rows;
 }
 
+void correct(const LossArguments& arguments, float* sequence_ratio, float* kept) {
+  const int32_t* bounds = arguments.sequences.bounds;
+  for (int64_t s = 0; s < arguments.sequences.count; ++s)
+    arguments.correct(OneThread{}, sequence_ratio, kept, bounds[s], bounds[s + 1]);
+}
+
 LossSums sum(const LossArguments& arguments) {
   LossSums sums;
   const int32_t* bounds = arguments.sequences.bounds;
-  if (arguments.config.needs_sequence()) {
+  if (arguments.batch.needs_sequence(arguments.config)) {
     for (int64_t s = 0; s < arguments.sequences.count; ++s)
       arguments.sequence(OneThread{}, sums, bounds[s], bounds[s + 1]);
   } else {

@@ -20,6 +20,8 @@ CpuRows visit(const Visits& visits, float* weight);
 // Every token that has a target and that `loss` does not skip.
 CpuRows rows_of(const RowLoss& loss, const int64_t* target, int64_t tokens);
 
+void correct(const LossArguments& arguments, float* sequence_ratio, float* kept);
+
 LossSums sum(const LossArguments& arguments);
 
 }  // namespace longgrpo

@@ -326,6 +326,10 @@ class CudaDevice {
     CudaHead<Runtime>(runtime_, wish, plan, in, out, loss, memory.data()).run(active);
   }
 
+  void correct(const LossArguments& arguments, float* sequence_ratio, float* kept) const {
+    launch_correct(arguments, sequence_ratio, kept, runtime_.stream());
+  }
+
   void sum(const LossArguments& arguments, const LossOutputs& out) const {
     const int64_t partials = std::max<int64_t>(loss_partials(arguments), 1);
     const auto memory = runtime_.scratch(partials * int64_t(sizeof(LossSums)));

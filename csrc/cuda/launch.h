@@ -92,6 +92,9 @@ void launch_normalize(const float* from, float* to, float* highest, int64_t n, S
 // weight [tokens] receives visits.weight of every token.
 void launch_visited(const Visits& visits, float* weight, Stream stream);
 
+// The arrays [tokens] that LossArguments::correct makes; either may be null.
+void launch_correct(const LossArguments& arguments, float* sequence_ratio, float* kept, Stream stream);
+
 // Partial sums that launch_token_loss needs.
 int64_t loss_partials(const LossArguments& arguments);
 // The loss, its metrics and c; partials [loss_partials] is scratch.

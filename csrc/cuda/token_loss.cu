@@ -13,7 +13,7 @@ int64_t blocks_of(int64_t tokens) { return std::clamp<int64_t>((tokens + kThread
 }  // namespace
 
 void launch_visited(const Visits& visits, float* weight, Stream stream) {
-  if (!visits.config.needs_sequence())
+  if (!visits.batch.needs_sequence(visits.config))
     launch("visited_tokens_kernel", visited_tokens_kernel<kThreads>, blocks_of(visits.batch.tokens), kThreads, 0,
            stream, visits, weight);
   else if (visits.sequences.count > 0)
@@ -21,13 +21,20 @@ void launch_visited(const Visits& visits, float* weight, Stream stream) {
            visits, weight);
 }
 
+void launch_correct(const LossArguments& arguments, float* sequence_ratio, float* kept, Stream stream) {
+  if (arguments.sequences.count > 0)
+    launch("correct_kernel", correct_kernel<kThreads>, arguments.sequences.count, kThreads, 0, stream, arguments,
+           sequence_ratio, kept);
+}
+
 int64_t loss_partials(const LossArguments& arguments) {
-  return arguments.config.needs_sequence() ? arguments.sequences.count : blocks_of(arguments.batch.tokens);
+  return arguments.batch.needs_sequence(arguments.config) ? arguments.sequences.count
+                                                          : blocks_of(arguments.batch.tokens);
 }
 
 void launch_token_loss(const LossArguments& arguments, LossSums* partials, const LossOutputs& out, Stream stream) {
   const int64_t blocks = loss_partials(arguments);
-  if (!arguments.config.needs_sequence())
+  if (!arguments.batch.needs_sequence(arguments.config))
     launch("token_kernel", token_kernel<kThreads>, blocks, kThreads, 0, stream, arguments, partials);
   else if (blocks > 0)
     launch("sequence_kernel", sequence_kernel<kThreads>, blocks, kThreads, 0, stream, arguments, partials);

@@ -42,6 +42,13 @@ visited_sequences_kernel(Visits visits, float* weight) {
 
 template <int kThreads>
 KERNEL(kThreads)
+correct_kernel(LossArguments a, float* sequence_ratio, float* kept) {
+  const int64_t begin = a.sequences.bounds[blockIdx.x], end = a.sequences.bounds[blockIdx.x + 1];
+  a.correct(Block<kThreads>{}, sequence_ratio, kept, begin, end);
+}
+
+template <int kThreads>
+KERNEL(kThreads)
 token_kernel(LossArguments a, LossSums* partials) {
   LossSums sums;
   each_token<kThreads>(a.batch.tokens, [&](int64_t t) { a.token(sums, t); });

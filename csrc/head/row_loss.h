@@ -4,8 +4,14 @@
 #include "../math/row.h"
 #include "../math/sequence_loss.h"
 #include "../math/token_batch.h"
+#include "types.h"
 
 namespace longgrpo {
+
+inline ExactKl exact_kl_of(const LossConfig& config) {
+  if (!config.has_exact_kl()) return ExactKl::none;
+  return config.kl == Kl::exact_reverse ? ExactKl::reverse : ExactKl::forward;
+}
 
 struct RowLoss {
   enum Kind {
@@ -40,7 +46,7 @@ struct RowLoss {
 
  private:
   LONGGRPO_HD float token_gradient(int64_t t, float logp) const {
-    const Token it = batch.at(t, logp);
+    const Token it = batch.at(config, t, logp);
     return logp_gradient(config, token_term(config, it), it, weight[t]);
   }
 };

@@ -30,11 +30,6 @@ struct Any {
   LONGGRPO_HD void merge(Any other) { value |= other.value; }
 };
 
-struct DoubleSum {
-  double value;
-  LONGGRPO_HD void merge(DoubleSum other) { value += other.value; }
-};
-
 // ---- which tokens a pass visits ----
 
 struct Visits {
@@ -67,10 +62,17 @@ struct LossOutputs {
   LossMetrics* metrics;  // [1]
 };
 
+struct CorrectionSums {  // over the tokens of a sequence that are in the loss
+  double count = 0, log_ratio = 0, moved = 0;
+  LONGGRPO_HD void merge(const CorrectionSums& other) {
+    count += other.count, log_ratio += other.log_ratio, moved += other.moved;
+  }
+};
+
 struct LossArguments {
   LossConfig config;
   TokenBatch batch;
-  Sequences sequences;    // read if config.needs_sequence()
+  Sequences sequences;    // read if the loss looks at sequences
   const float* logp;      // [tokens], and so are the others
   const float* entropy;   // or null
   const float* exact_kl;  // or null
@@ -82,7 +84,7 @@ struct LossArguments {
       logp_gradient[t] = 0;
       return;
     }
-    const Token token = batch.at(t, logp[t]);
+    const Token token = batch.at(config, t, logp[t]);
     const TokenTerm term = token_term(config, token);
     finish_token(sums, t, token, term, ::longgrpo::logp_gradient(config, term, token, weight));
   }
@@ -92,16 +94,16 @@ struct LossArguments {
   LONGGRPO_TEAM void sequence(const Team& team, LossSums& sums, int64_t begin, int64_t end) const {
     SequenceSums own;
     for (int64_t t = begin + team.first(); t < end; t += team.step())
-      if (batch.weight[t] != 0) own.add(config, batch.at(t, logp[t]));
+      if (batch.weight[t] != 0) own.add(config, batch.at(config, t, logp[t]));
     const Sequence sequence = finish_sequence(config, team.reduce(own));
 
-    DoubleSum shared{0};
+    Shared shared;
     for (int64_t t = begin + team.first(); t < end; t += team.step()) {
       if (batch.weight[t] == 0) continue;
-      const Token token = batch.at(t, logp[t]);
-      shared.value += shared_part(config, token, sequence_term(config, token, sequence), batch.weight[t]);
+      const Token token = batch.at(config, t, logp[t]);
+      shared.merge(shared_part(config, token, sequence_term(config, token, sequence), batch.weight[t]));
     }
-    const float share = float(team.reduce(shared).value / sequence.count);
+    shared = team.reduce(shared);
 
     for (int64_t t = begin + team.first(); t < end; t += team.step()) {
       const float weight = batch.weight[t];
@@ -109,10 +111,31 @@ struct LossArguments {
         logp_gradient[t] = 0;
         continue;
       }
-      const Token token = batch.at(t, logp[t]);
+      const Token token = batch.at(config, t, logp[t]);
       const SequenceTerm term = sequence_term(config, token, sequence);
-      const float direct = ::longgrpo::logp_gradient(config, term.token, token, weight);
-      finish_token(sums, t, token, term.token, direct + (term.follows ? share : 0.0f));
+      finish_token(sums, t, token, term.token, sequence_logp_gradient(config, term, token, weight, shared, sequence));
+    }
+  }
+
+  // What the whole sequence says of the policy term of each of its tokens: the correction's ratio, and whether the
+  // sequence has moved too far. Either array may be null. logp is read on policy, and for `kept`.
+  template <class Team>
+  LONGGRPO_TEAM void correct(const Team& team, float* sequence_ratio, float* kept, int64_t begin, int64_t end) const {
+    CorrectionSums own;
+    for (int64_t t = begin + team.first(); t < end; t += team.step()) {
+      if (batch.weight[t] == 0) continue;
+      const double old = batch.old_logp ? batch.old_logp[t] : logp[t];
+      own.count += 1;
+      if (sequence_ratio) own.log_ratio += old - batch.sampling_logp[t];
+      if (kept) own.moved += old - logp[t];
+    }
+    own = team.reduce(own);
+    const double count = own.count > 0 ? own.count : 1;
+    const float ratio = importance_ratio(float(own.log_ratio / count));
+    const bool far = own.moved / count > config.threshold;
+    for (int64_t t = begin + team.first(); t < end; t += team.step()) {
+      if (sequence_ratio) sequence_ratio[t] = ratio;
+      if (kept) kept[t] = far && batch.advantage[t] < 0 ? 0.0f : 1.0f;
     }
   }
 

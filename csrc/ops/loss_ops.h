@@ -101,28 +101,30 @@ struct LossOps {
   static std::tuple<Tensor, Tensor, Tensor> token_loss(const Tensor& logp, const Tensor& token_weight,
                                                        const Tensor& advantages, const OptionalTensor& old_logp,
                                                        const OptionalTensor& ref_logp, const OptionalTensor& importance,
+                                                       const OptionalTensor& sampling_logp,
                                                        const OptionalTensor& cu_seqlens, const OptionalTensor& entropy,
                                                        const std::vector<int64_t>& options,
                                                        const std::vector<double>& constants) {
     Runtime runtime(logp);
-    const TokenBatch batch = token_batch(token_weight, advantages, old_logp, ref_logp, importance);
+    const TokenBatch batch = token_batch(token_weight, advantages, old_logp, ref_logp, importance, sampling_logp);
     Tensor gradient = runtime.zeros({batch.tokens}, ScalarType::Float);
     const LossResult result(runtime);
-    runtime.device({batch.tokens, 0, 0}, 0, 0)
-        .sum({loss_config(options, constants), batch, sequences_of(cu_seqlens), read(logp), pointer(entropy), nullptr,
-              data(gradient)},
-             result.outputs());
+    auto device = runtime.device({batch.tokens, 0, 0}, 0, 0);
+    longgrpo::token_loss(device,
+                         {loss_config(options, constants), batch, sequences_of(cu_seqlens), read(logp),
+                          pointer(entropy), nullptr, data(gradient)},
+                         result.outputs());
     return {result.loss, result.metrics, gradient};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_grpo_loss(
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_grpo_loss(
       const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
       const OptionalTensor& token_temperature, double temperature, double softcap, double logit_scale,
       const Tensor& token_weight, const Tensor& advantages, const OptionalTensor& old_logp,
-      const OptionalTensor& ref_logp, const OptionalTensor& importance, const OptionalTensor& cu_seqlens,
-      const OptionalTensor& ref_hidden, const OptionalTensor& ref_weight, const std::vector<int64_t>& options,
-      const std::vector<double>& constants, bool need_hidden, bool need_weight, bool need_bias, bool metrics,
-      int64_t workspace, int64_t active) {
+      const OptionalTensor& ref_logp, const OptionalTensor& importance, const OptionalTensor& sampling_logp,
+      const OptionalTensor& cu_seqlens, const OptionalTensor& ref_hidden, const OptionalTensor& ref_weight,
+      const std::vector<int64_t>& options, const std::vector<double>& constants, bool need_hidden, bool need_weight,
+      bool need_bias, bool metrics, int64_t workspace, int64_t active) {
     Runtime runtime(hidden);
     const LossConfig config = loss_config(options, constants);
     HeadArguments head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale);
@@ -139,10 +141,11 @@ struct LossOps {
     const LossResult result(runtime);
     auto device = runtime.device(head.shape, workspace, active < 0 ? n : active);
     FusedLoss(device, config, head.shape, head.in,
-              token_batch(token_weight, advantages, old_logp, ref_logp, importance), sequences_of(cu_seqlens), out,
-              metrics)
+              token_batch(token_weight, advantages, old_logp, ref_logp, importance, sampling_logp),
+              sequences_of(cu_seqlens), out, metrics)
         .run(result.outputs());
-    return {result.loss, result.metrics, gradients.direction, gradients.scale, gradients.dweight, gradients.dbias};
+    return {result.loss,     result.metrics,    logp,           entropy, gradients.direction,
+            gradients.scale, gradients.dweight, gradients.dbias};
   }
 
   static void scale_rows_(const Tensor& x, const Tensor& scale) { scale_rows_into(x, scale, x); }

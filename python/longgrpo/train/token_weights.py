@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longgrpo.config.tree import TrainConfig
-from longgrpo.loss.grpo import per_token
+from longgrpo.loss.flatten import per_token
 from longgrpo.rollout.engine import RolloutConfig
 from longgrpo.train.packing import MicroBatch
 

@@ -17,6 +17,7 @@ namespace {
 
 Chip chip{4, 100 << 10};
 int64_t forced_rows = 0, forced_chunk = 0;  // 0: what the rule says
+int64_t multiply_adds = 0;                  // of all GEMMs so far
 
 float element(const Operand& m, int64_t i, int64_t j) {
   const int64_t offset = i * m.row_stride + j * m.column_stride;
@@ -57,6 +58,7 @@ struct SimulatedRuntime {
   }
 
   void gemm(const Operand& a, const Operand& b, float* c, int64_t c_stride) {
+    multiply_adds += a.rows * a.columns * b.columns;
     const std::vector<float> x = unpacked(a), y = unpacked(b);
     std::vector<double> row(size_t(b.columns));
     for (int64_t i = 0; i < a.rows; ++i) {
@@ -105,14 +107,9 @@ HeadOutputs outputs_of(const py::dict& d) {
           pointer(d, "scale"), pointer(d, "dweight"), pointer(d, "dbias")};
 }
 
-LossConfig config_of(const std::vector<int64_t>& o, const std::vector<float>& f) {
-  return {LossType(o.at(0)), Kl(o.at(1)), o.at(2) != 0, o.at(3) != 0, o.at(4) != 0, f.at(0), f.at(1), f.at(2),
-          f.at(3),           f.at(4),     f.at(5),      f.at(6),      f.at(7),      f.at(8), f.at(9), f.at(10)};
-}
-
 TokenBatch batch_of(const py::dict& d) {
-  return {d["tokens"].cast<int64_t>(), pointer(d, "token_weight"), pointer(d, "advantages"),
-          pointer(d, "old_logp"),      pointer(d, "ref_logp"),     pointer(d, "importance")};
+  return {d["tokens"].cast<int64_t>(), pointer(d, "token_weight"), pointer(d, "advantages"),   pointer(d, "old_logp"),
+          pointer(d, "ref_logp"),      pointer(d, "importance"),   pointer(d, "sampling_logp")};
 }
 
 Sequences sequences_of(const py::dict& d) {
@@ -155,6 +152,7 @@ PYBIND11_MODULE(longgrpo_kernels, m) {
   m.def("set_schedule", [](int schedule) { sim::schedule = sim::Schedule(schedule); });
   m.def("set_chip", [](int multiprocessors, int64_t shared) { chip = {multiprocessors, shared}; });
   m.def("force_tiles", [](int64_t rows, int64_t chunk) { forced_rows = rows, forced_chunk = chunk; });
+  m.def("multiply_adds", [] { return multiply_adds; });
   m.def("launches", [] { return sim::launches; });
   m.def("rows", rows);
   m.def("plan", [](int64_t n, int64_t h, int64_t v, int dtype, bool trains, int64_t workspace) {
@@ -168,17 +166,19 @@ PYBIND11_MODULE(longgrpo_kernels, m) {
   });
   m.def("token_loss", [](const py::dict& d, const std::vector<int64_t>& options, const std::vector<float>& constants) {
     const TokenBatch batch = batch_of(d);
-    CudaDevice<SimulatedRuntime>(runtime, {batch.tokens, 0, 0}, 0, 0)
-        .sum({config_of(options, constants), batch, sequences_of(d), pointer(d, "logp"), pointer(d, "entropy"), nullptr,
-              pointer(d, "logp_grad")},
-             loss_of(d));
+    CudaDevice<SimulatedRuntime> device(runtime, {batch.tokens, 0, 0}, 0, 0);
+    token_loss(device,
+               {unpack_config(options, constants), batch, sequences_of(d), pointer(d, "logp"), pointer(d, "entropy"),
+                nullptr, pointer(d, "logp_grad")},
+               loss_of(d));
   });
   m.def("linear_grpo_loss", [](const py::dict& d, const std::vector<int64_t>& options,
                                const std::vector<float>& constants, int64_t active, bool report) {
     auto device = device_of(d, active);
-    FusedLoss(device, config_of(options, constants), shape_of(d), inputs_of(d), batch_of(d), sequences_of(d),
-              outputs_of(d), report)
-        .run(loss_of(d));
+    const LossConfig config = unpack_config(options, constants);
+    HeadInputs in = inputs_of(d);
+    in.exact_kl = exact_kl_of(config);
+    FusedLoss(device, config, shape_of(d), in, batch_of(d), sequences_of(d), outputs_of(d), report).run(loss_of(d));
   });
   m.def("scale_rows",
         [](uintptr_t from, int from_dtype, uintptr_t to, int to_dtype, uintptr_t scale, int64_t rows, int64_t columns) {
