@@ -236,8 +236,8 @@ class _LinearGRPOLoss:
         if hasattr(weight, "ds_id"):
             raise RuntimeError("DeepSpeed ZeRO-3 takes the head away before the backward: use fused_loss=False")
         self.result = linear_grpo_loss(
-            hidden, weight, targets, **vars(self.tokens), normalizer=self.normalizer, config=self.config, bias=bias, temperature=temperature, softcap=softcap,
-            logit_scale=logit_scale, workspace=self.workspace,
+            hidden, weight, targets, **vars(self.tokens), normalizer=self.normalizer, config=self.config, bias=bias,
+            temperature=temperature, softcap=softcap, logit_scale=logit_scale, workspace=self.workspace,
         )  # fmt: skip
         first = torch.arange(len(targets), device=targets.device) == 0
         return torch.where(first, self.result.loss, 0.0), None, None, None, None
