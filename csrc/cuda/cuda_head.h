@@ -7,7 +7,7 @@
 //
 // No value on the device is read by the host. Rows are visited in the order they have; a row without a target, outside
 // the loss or without a gradient becomes a zero row, which costs its share of the GEMMs and nothing else. That share is
-// saved where the host knows such rows: the caller leaves them out of `hidden`, or puts them last and hands in
+// saved if the host knows such rows: the caller leaves them out of `hidden`, or puts them last and hands in
 // `active`.
 #pragma once
 
@@ -88,8 +88,8 @@ inline CudaPlan with_tile(CudaPlan plan, const CudaWish& wish, int64_t limit_byt
   return plan;
 }
 
-// The rule, to be overturned by measurement alone. Whole rows, unless their tile is too small for the second GEMM to
-// give every multiprocessor a tile of its output; then chunks, where the loss permits them. Both tilings give the same
+// The rule, to be overturned only by measurement. Whole rows, unless their tile is too small for the second GEMM to
+// give every multiprocessor a tile of its output; then chunks, if the loss permits them. Both tilings give the same
 // logp bit for bit (see softmax.cuh), as far as the library's GEMM does for their two shapes; so that it need not, the
 // rule does not ask whether there is a gradient: scoring and a frozen head's gradient take the same tiling.
 inline CudaPlan plan_cuda(const CudaWish& wish, int64_t limit_bytes, const Chip& chip) {

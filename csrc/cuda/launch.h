@@ -14,7 +14,7 @@ namespace longgrpo {
 
 constexpr int64_t kStrideUnit = 8;
 
-// Threads of a row, by the vocabulary alone: every kernel that sums a row must do it in the same order.
+// Threads of a row, by nothing but the vocabulary: every kernel that sums a row must do it in the same order.
 constexpr int kFewThreads = 256, kManyThreads = 1024;
 constexpr int64_t kFewColumns = 8192;
 // Columns that are summed by themselves before they join the row's sums: the chunk of flash.cuh, which must not change
@@ -39,7 +39,7 @@ struct RowTile {
   LONGGRPO_HD bool skips(int64_t token) const { return target[token] < 0 || loss.skips(token); }
 };
 
-struct RowOutputs {  // null where not wanted
+struct RowOutputs {  // null if not wanted
   float* logp;       // [tokens]
   float* entropy;    // [tokens]
   float* kl;         // [tokens]
@@ -59,7 +59,7 @@ struct ChunkState {
   float rescale;                 // what the last chunk multiplies sums over earlier chunks by
 };
 
-// Adds the columns [column, column + columns) to `state` [rows]; tile.logits holds these columns alone. With `gradient`
+// Adds the columns [column, column + columns) to `state` [rows]; tile.logits holds only these columns. With `gradient`
 // the logits become 2^t_j (1 - tanh_j^2) in `dtype`, 0 at the target.
 void launch_chunk(const RowTile& tile, int64_t column, int64_t columns, ChunkState* state, bool gradient, Dtype dtype,
                   Stream stream);
@@ -76,7 +76,7 @@ void launch_rescale_add(float* sums, const float* product, const ChunkState* sta
 
 // ---- matrices ----
 
-// to[i, j] = scale_i from[i, j], 0 where scale_i is 0, and from[i, j] itself where `scale` is null. In place is fine.
+// to[i, j] = scale_i from[i, j], 0 if scale_i is 0, and from[i, j] itself if `scale` is null. In place is fine.
 void launch_scale_rows(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, const float* scale, int64_t rows,
                        int64_t columns, Stream stream);
 // to += *factor from, n numbers; factor null: 1

@@ -1,7 +1,7 @@
 // One column of a row of logits, on every device: the transform of the logit, and dL/dz for everything that a loss can
 // ask of a row.
 //
-// `Math` names the device's own exp and tanh: Math::exp(x) for x <= 0, 0 where fp32 has no number, and Math::tanh(x).
+// `Math` names the device's own exp and tanh: Math::exp(x) for x <= 0, 0 if fp32 has no number for it, and Math::tanh(x).
 #pragma once
 
 #include "softmax.h"
@@ -18,7 +18,7 @@ LONGGRPO_COLUMN float capped_logit(float x, float cap, float to_cap) {
   return cap * Math::tanh(x * to_cap);
 }
 
-// dx'/dx of the cap from x' itself, 1 - tanh^2 without its cancellation; 1 where inverse_cap is 0.
+// dx'/dx of the cap from x' itself, 1 - tanh^2 without its cancellation; 1 if inverse_cap is 0.
 LONGGRPO_COLUMN float cap_slope(float capped, float inverse_cap) {
   const float t = capped * inverse_cap;
   return (1.0f - t) * (1.0f + t);

@@ -71,7 +71,7 @@ LONGGRPO_HD SequenceTerm sequence_term(const LossConfig& config, const Token& to
     policy = vespo_term(config, sequence.log_weight, token.advantage, token.logp);
     term.token.policy_slope = policy.slope;
   } else {
-    // The ratio of the sequence, or, where only a correction asks for the sequence, the token's own.
+    // The sequence's ratio, or the token's own if only a correction asks for the sequence.
     const bool shares = config.sequence_level || config.type == LossType::gmpo;
     const float ratio = shares ? sequence.policy_ratio : token_ratio;
     if (config.type == LossType::cispo) {

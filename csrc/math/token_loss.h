@@ -49,7 +49,7 @@ LONGGRPO_HD PolicyTerm sapo_term(const LossConfig& config, float ratio, float ad
   const float t = advantage > 0 ? config.sapo_temperature_pos : config.sapo_temperature_neg;
   const float x = t * (ratio - 1);
   const float gate = 1.0f / (1.0f + expf(-x));
-  const float e = expf(-fabsf(x));  // gate (1 - gate) = e / (1 + e)^2, which does not cancel where the gate is open
+  const float e = expf(-fabsf(x));  // gate (1 - gate) = e / (1 + e)^2, which does not cancel when the gate is open
   return {-(4 / t) * gate * advantage, -4 * (e / ((1 + e) * (1 + e))) * advantage};
 }
 

@@ -35,7 +35,7 @@ struct HeadArguments {
            ExactKl::none} {}
 };
 
-// The tensors behind HeadOutputs' gradients, empty where none is wanted.
+// The tensors behind HeadOutputs' gradients, empty if not wanted.
 struct Gradients {
   Tensor direction, scale, dweight, dbias;
 
