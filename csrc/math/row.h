@@ -1,7 +1,8 @@
 // One column of a row of logits, on every device: the transform of the logit, and dL/dz for everything that a loss can
 // ask of a row.
 //
-// `Math` names the device's own exp and tanh: Math::exp(x) for x <= 0, 0 if fp32 has no number for it, and Math::tanh(x).
+// `Math` names the device's own exp and tanh: Math::exp(x) for x <= 0, 0 if fp32 has no number for it, and
+// Math::tanh(x).
 #pragma once
 
 #include "softmax.h"
