@@ -184,3 +184,15 @@ def test_each_tokens_gradient_with_an_exact_kl(seed, config, correction, train_h
     bound = (1e-5 + 2**-23 * largest) * magnitude
     error = (gradient.double() - wanted).norm(dim=-1)
     assert bool((error <= bound).all()), (error / bound).nan_to_num().max()
+
+
+@pytest.mark.parametrize("ratio", [0.1, 5.0, 17.0, 19.0, 30.0])
+def test_sapos_open_gate_keeps_its_slope(ratio):
+    """gate (1 - gate) of a sigmoid that is 1 in fp32."""
+    logp = torch.tensor([-1.0]).requires_grad_()
+    old, config = logp.detach() - torch.tensor([ratio]).log(), GRPOLossConfig(loss_type="sapo")
+    arguments = {"cu_seqlens": torch.tensor([0, 1]), "old_logp": old, "config": config}
+    (gradient,) = torch.autograd.grad(grpo_loss(logp, torch.ones(1), **arguments).loss, logp)
+    x = torch.tensor(ratio - 1, dtype=torch.float64)
+    wanted = -4 * ratio * torch.sigmoid(x) * torch.sigmoid(-x)
+    assert float(gradient) == pytest.approx(float(wanted), rel=1e-4)
