@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels/head.h"
+#include "cuda/cuda_head.h"
 
 namespace bench {
 

@@ -9,8 +9,8 @@
 
 #include "bench.h"
 #include "cublas.h"
-#include "kernels/device.h"
-#include "kernels/loss.h"
+#include "cuda/cuda_head.h"
+#include "cuda/device.h"
 
 using namespace longgrpo;
 
@@ -98,7 +98,7 @@ struct CublasRuntime {
 
   const Chip& chip() const { return chip_; }
   Stream stream() const { return nullptr; }
-  GpuPlan plan(const GpuWish& wish, int64_t limit_bytes) const { return plan_gpu(wish, limit_bytes, chip_); }
+  CudaPlan plan(const CudaWish& wish, int64_t limit_bytes) const { return plan_cuda(wish, limit_bytes, chip_); }
   void gemm(const Operand& a, const Operand& b, float* c, int64_t c_stride) const { blas.gemm(a, b, c, c_stride); }
 
   // One allocation, kept, as torch's allocator would.
@@ -232,7 +232,7 @@ bench::Case head_case(CublasRuntime& runtime, const std::shared_ptr<HeadBuffers>
                           .direction = gradient ? b->direction.data() : nullptr,
                           .scale = gradient ? scores + b->shape.tokens : nullptr,
                           .dweight = trains_head ? b->dweight.data<float>() : nullptr};
-    gpu_pass(runtime, b->shape, in, out, RowLoss{}, gradient ? b->shape.tokens : 0, workspace);
+    CudaDevice<CublasRuntime>(runtime, b->shape, workspace, b->shape.tokens).pass(in, out, RowLoss{});
   };
   const double hidden_bytes = double(b->direction.bytes()), weight_bytes = double(b->weight.bytes());
   const double bytes =

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/head.h"
+#include "cpu/cpu_head.h"
 #include "cpu/simd.h"
 
 #ifdef LONGGRPO_BLAS
@@ -105,11 +105,24 @@ struct HostRuntime {
 
   int64_t threads() { return omp_get_max_threads(); }
 
+  // Kept between calls, as torch's allocator keeps what is freed.
+  struct Scratch {
+    void* at;
+    void* data() const { return at; }
+  };
+  Scratch scratch(int64_t bytes) {
+    if (int64_t(memory_.size()) < bytes) memory_.resize(size_t(bytes));
+    return {memory_.data()};
+  }
+
   template <class F>
   void parallel_for(int64_t n, F&& f) {
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < n; ++i) f(i);
   }
+
+ private:
+  std::vector<char> memory_;
 };
 
 }  // namespace bench

@@ -169,19 +169,20 @@ struct HeadBuffers {
   Dtype dtype;
   std::vector<std::vector<char>> hidden;  // [kInputs][tokens, hidden]
   std::vector<char> weight, direction;
-  std::vector<int64_t> target, rows;
-  std::vector<float> logp, scale, dweight, workspace;
+  std::vector<int64_t> target;
+  std::vector<float> c, logp, scale, dweight;
 
   HeadBuffers(const HeadShape& s, Dtype d)
       : shape(s),
         dtype(d),
         weight(random_bytes(s.vocabulary * s.hidden, 3.0f / std::sqrt(float(s.hidden)), 9, d)),
         direction(size_t(s.tokens * s.hidden * size_of(d))),
+        c(size_t(s.tokens), 1e-3f),
         logp(size_t(s.tokens)),
         scale(size_t(s.tokens)),
         dweight(size_t(s.vocabulary * s.hidden)) {
     for (int i = 0; i < bench::kInputs; ++i) hidden.push_back(random_bytes(s.tokens * s.hidden, 1, uint64_t(i), d));
-    for (int64_t t = 0; t < s.tokens; ++t) rows.push_back(t), target.push_back((t * 7919) % s.vocabulary);
+    for (int64_t t = 0; t < s.tokens; ++t) target.push_back((t * 7919) % s.vocabulary);
   }
 };
 
@@ -205,18 +206,8 @@ bench::Case head_case(bench::HostRuntime& runtime, const std::shared_ptr<HeadBuf
     out.logp = b->logp.data();
     if (gradient) out.direction = b->direction.data(), out.scale = b->scale.data();
     if (trains_head) out.dweight = b->dweight.data();
-    HeadPlan plan{b->shape.tokens,
-                  gradient ? b->shape.tokens : 0,
-                  0,
-                  staging_bytes(b->shape, in, trains_head, runtime.threads()),
-                  gradient,
-                  trains_head,
-                  false};
-    plan = plan_tiles(plan, b->shape, kWorkspace);
-    b->workspace.resize(size_t(workspace_bytes(plan, b->shape, plan.tile_rows) / 4 + 1));
-    const RowLoss loss = [](int64_t, float) { return RowGradient{1e-3f, 0, 0}; };
-    CpuHead<bench::HostRuntime> head(runtime, b->shape, plan, in, out, b->rows, loss, false, b->workspace.data());
-    head_pass(head, plan);
+    const RowLoss loss{.kind = RowLoss::given, .c = b->c.data()};
+    CpuDevice<bench::HostRuntime>(runtime, b->shape, kWorkspace).pass(in, out, loss);
   };
   const int gemms = 1 + gradient + trains_head;
   return {gemms == 1   ? "head, scoring"

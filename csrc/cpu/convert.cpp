@@ -8,7 +8,7 @@ namespace longgrpo {
 namespace {
 
 #if defined(__aarch64__)
-using Half = __fp16;  // GCC 12's C++ knows _Float16 on x86 alone
+using Half = __fp16;  // GCC 12's C++ knows _Float16 only on x86
 #else
 using Half = _Float16;
 #endif

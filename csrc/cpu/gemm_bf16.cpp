@@ -10,7 +10,7 @@ namespace longgrpo::bf16 {
 namespace {
 
 // Of k at once: all of it, so that C is written once, or little enough for many columns to stay packed. It depends on k
-// alone, for it decides how a product is summed.
+// only, for it decides how a product is summed.
 constexpr int64_t kWholeK = 2048, kBlockK = 1024;
 constexpr int64_t kBlockRows = 8 * kTileRows;
 // Pairs of bf16 from one row of packed A, and from one panel of packed B, to the next: no power of two, so that they

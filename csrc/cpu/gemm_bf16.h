@@ -3,7 +3,7 @@
 // and later); elsewhere the head upcasts and uses the fp32 GEMM.
 //
 // Each thread has a rectangle of C and packs what it reads by itself: packed operands that threads share are written by
-// one core and read by another, which took a third of the time where the two have no cache in common. A product is
+// one core and read by another, which took a third of the time if the two have no cache in common. A product is
 // summed in the order of k whatever the shape of the call is, so a row of C depends on nothing but its operands.
 #pragma once
 

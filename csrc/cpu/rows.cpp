@@ -25,7 +25,7 @@ LONGGRPO_INLINE void exp_sums_of(float* x, int64_t n, float factor, float max_x,
     const float d = factor * (x[j] - max_x);
     const float e = simd::exp_nonpositive(d);
     s += e;
-    w += e * (d < -87.0f ? -87.0f : d);
+    w += e * (d < kLowestLogP ? kLowestLogP : d);
     if (kKeep) x[j] = e;
   }
   *sum += s;
@@ -39,22 +39,19 @@ LONGGRPO_CLONES void exp_sums_keep(float* x, int64_t n, float factor, float max_
   exp_sums_of<true>(x, n, factor, max_x, sum, weighted);
 }
 
-LONGGRPO_CLONES void affine(float* x, const float* bias, int64_t n, float scale) {
+LONGGRPO_CLONES void scale_logits(float* x, const float* bias, int64_t n, float scale) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) x[j] = scale * (x[j] + bias[j]);
+  for (int64_t j = 0; j < n; ++j) x[j] = scaled_logit(x[j], bias[j], scale);
 }
 
-LONGGRPO_CLONES void cap(float* x, int64_t n, float inner, float outer) {
+LONGGRPO_CLONES void cap_logits(float* x, int64_t n, float cap, float to_cap) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) x[j] = outer * simd::tanh(inner * x[j]);
+  for (int64_t j = 0; j < n; ++j) x[j] = capped_logit<simd::Math>(x[j], cap, to_cap);
 }
 
-LONGGRPO_CLONES void cap_derivative(float* gradient, const float* x, int64_t n, float inner) {
+LONGGRPO_CLONES void multiply_cap_slope(float* gradient, const float* x, int64_t n, float inverse_cap) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const float t = x[j] * inner;
-    gradient[j] *= 1.0f - t * t;
-  }
+  for (int64_t j = 0; j < n; ++j) gradient[j] *= cap_slope(x[j], inverse_cap);
 }
 
 // log p of the columns of one row, as arguments of a vector loop
@@ -64,42 +61,28 @@ struct LogP {
   LONGGRPO_INLINE float operator()(float x) const { return factor * (x - max_x) - offset; }
 };
 
-LONGGRPO_CLONES void sign(const float* x, float* out, int64_t n, LogP logp, float c, float e, float entropy) {
+LONGGRPO_CLONES void sign(const float* x, float* out, int64_t n, LogP logp, RowGradient g, float entropy) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const float d = logp(x[j]);
-    out[j] = -simd::exp_nonpositive(d) * (c + e * ((d < -87.0f ? -87.0f : d) + entropy));
-  }
+  for (int64_t j = 0; j < n; ++j) out[j] = logit_gradient<simd::Math>(g, logp(x[j]), entropy);
 }
 
 LONGGRPO_CLONES void add_reverse_kl(const float* x, const float* ref, float* out, int64_t n, LogP logp, LogP ref_logp,
                                     float weight, float kl) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const float d = logp(x[j]);
-    const float p = simd::exp_nonpositive(d);
-    const float term = weight * p * ((d - ref_logp(ref[j])) - kl);
-    out[j] += p == 0.0f ? 0.0f : term;
-  }
+  for (int64_t j = 0; j < n; ++j) out[j] += reverse_kl_gradient<simd::Math>(weight, logp(x[j]), ref_logp(ref[j]), kl);
 }
 
 LONGGRPO_CLONES void add_forward_kl(const float* x, const float* ref, float* out, int64_t n, LogP logp, LogP ref_logp,
                                     float weight) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j)
-    out[j] += weight * (simd::exp_nonpositive(logp(x[j])) - simd::exp_nonpositive(ref_logp(ref[j])));
+  for (int64_t j = 0; j < n; ++j) out[j] += forward_kl_gradient<simd::Math>(weight, logp(x[j]), ref_logp(ref[j]));
 }
 
-// sum_j a_j (log a_j - log b_j) of one block
+// KL(a || b) over one block
 LONGGRPO_CLONES float divergence(const float* a, const float* b, int64_t n, LogP a_logp, LogP b_logp) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const float d = a_logp(a[j]);
-    const float p = simd::exp_nonpositive(d);
-    const float term = p * (d - b_logp(b[j]));
-    sum += p == 0.0f ? 0.0f : term;
-  }
+  for (int64_t j = 0; j < n; ++j) sum += divergence_term<simd::Math>(a_logp(a[j]), b_logp(b[j]));
   return sum;
 }
 
@@ -113,11 +96,11 @@ void blocks(int64_t n, F&& f) {
 float prepare_row(const LogitTransform& t, float temperature, float* x) {
   float factor = t.logit_scale;
   if (t.bias) {
-    affine(x, t.bias, t.vocabulary, factor);
+    scale_logits(x, t.bias, t.vocabulary, factor);
     factor = 1.0f;
   }
   if (t.softcap > 0) {
-    cap(x, t.vocabulary, factor / t.softcap, t.softcap);
+    cap_logits(x, t.vocabulary, t.softcap, factor / t.softcap);
     factor = 1.0f;
   }
   return factor / temperature;
@@ -155,14 +138,14 @@ void sign_row(const LogitTransform& transform, float* x, int64_t target, const R
   const LogP logp(row), ref_logp(reference.statistics);
   float block[kBlock];
   blocks(transform.vocabulary, [&](int64_t j, int64_t n) {
-    sign(x + j, block, n, logp, gradient.logp, gradient.entropy, row.softmax.entropy);
+    sign(x + j, block, n, logp, gradient, row.softmax.entropy);
     if (j <= target && target < j + n)
       block[target - j] = target_logit_gradient(gradient, row.softmax.logp, row.softmax.entropy);
     if (reference.kind == ExactKl::reverse)
       add_reverse_kl(x + j, reference.x + j, block, n, logp, ref_logp, gradient.kl, reference.divergence);
     if (reference.kind == ExactKl::forward)
       add_forward_kl(x + j, reference.x + j, block, n, logp, ref_logp, gradient.kl);
-    if (transform.softcap > 0) cap_derivative(block, x + j, n, 1.0f / transform.softcap);
+    if (transform.softcap > 0) multiply_cap_slope(block, x + j, n, 1.0f / transform.softcap);
     std::copy(block, block + n, x + j);
   });
 }

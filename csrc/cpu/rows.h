@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "../head/types.h"
-#include "../math/softmax.h"
+#include "../math/row.h"
 
 namespace longgrpo {
 
@@ -33,7 +33,7 @@ struct ReferenceRow {
 // KL between a row and a reference row over the whole vocabulary.
 float exact_kl(const float* x, int64_t vocabulary, const RowStatistics& row, const ReferenceRow& reference);
 
-// x becomes dL/dz (1 - tanh^2), the signed row for any gradient; the target's entry keeps full relative accuracy.
+// x becomes dL/dx', the signed row for any gradient; the target's entry keeps full relative accuracy.
 void sign_row(const LogitTransform& transform, float* x, int64_t target, const RowStatistics& row,
               const RowGradient& gradient, const ReferenceRow& reference);
 

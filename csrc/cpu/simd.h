@@ -47,4 +47,10 @@ LONGGRPO_INLINE float tanh(float x) {
   return a < 0.625f ? near : far_signed;
 }
 
+// What the formulas of math/row.h take for exp and tanh.
+struct Math {
+  static LONGGRPO_INLINE float exp(float x) { return exp_nonpositive(x); }
+  static LONGGRPO_INLINE float tanh(float x) { return simd::tanh(x); }
+};
+
 }  // namespace longgrpo::simd

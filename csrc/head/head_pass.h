@@ -14,11 +14,9 @@
 #include <stdexcept>
 #include <string>
 
-namespace longgrpo {
+#include "types.h"
 
-struct HeadShape {
-  int64_t tokens, hidden, vocabulary;
-};
+namespace longgrpo {
 
 struct HeadPlan {
   int64_t rows;    // rows that are visited

@@ -19,6 +19,10 @@ struct LogitTransform {
   const float* bias;  // [vocabulary] or null
 };
 
+struct HeadShape {
+  int64_t tokens, hidden, vocabulary;
+};
+
 struct HeadInputs {
   const void* hidden;            // [tokens, hidden]
   const void* reference_hidden;  // the same, or null
@@ -31,9 +35,11 @@ struct HeadInputs {
   float temperature;
   LogitTransform transform;
   ExactKl exact_kl;
+
+  bool reference() const { return exact_kl != ExactKl::none && reference_hidden; }
 };
 
-struct HeadOutputs {          // null where not wanted
+struct HeadOutputs {          // null if not wanted
   float* logp = nullptr;      // [tokens]
   float* entropy = nullptr;   // [tokens]
   float* kl = nullptr;        // [tokens]
@@ -41,6 +47,9 @@ struct HeadOutputs {          // null where not wanted
   float* scale = nullptr;     // [tokens]; null: direction is dL/dhidden itself
   float* dweight = nullptr;   // [vocabulary, hidden]; zeroed on CUDA, written by the first active tile on the CPU
   float* dbias = nullptr;     // [vocabulary], zeroed
+
+  bool scores() const { return logp || entropy || kl; }
+  bool gradient() const { return direction || dweight || dbias; }
 };
 
 }  // namespace longgrpo

@@ -35,17 +35,4 @@ LONGGRPO_HD RowSoftmax finish_row(const RowSums& rest, float target_z) {
   return {logp, rest_entropy + target_entropy, offset};
 }
 
-// dL/d(logp), dL/d(entropy) and the weight of the exact KL of one row: all that a loss ever tells the head.
-struct RowGradient {
-  float logp;
-  float entropy;
-  float kl;
-};
-
-// dL/dz_j = c (1[j = y] - p_j) - e p_j (log p_j + entropy), at the target.
-LONGGRPO_HD float target_logit_gradient(const RowGradient& g, float logp, float entropy) {
-  const float entropy_part = g.entropy == 0 ? 0.0f : g.entropy * expf(logp) * (logp + entropy);
-  return -g.logp * expm1f(logp) - entropy_part;
-}
-
 }  // namespace longgrpo

@@ -1,59 +1,27 @@
-// Every loss of the GRPO family as one scalar a token: c = dL/d(logp). Each formula stands here and nowhere else.
+// Every loss of the GRPO family as one scalar a token: c = dL/d(logp). Each formula stands here and nowhere else; the
+// table of the types is loss_types.h.
 //
 // Sources: GRPO arXiv:2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, CISPO 2506.13585, GSPO 2507.18071,
 // GMPO 2507.20673, SAPO 2511.20347, VESPO 2602.10693; KL estimators: Schulman 2020, "Approximating KL divergence".
 #pragma once
 
-#include "portable.h"
+#include "loss_config.h"
 
 namespace longgrpo {
 
-// The order of these names is the order of LOSS_TYPES and KL_ESTIMATORS in python/longgrpo/loss/config.py.
-enum class LossType : int { grpo, bnpo, dr_grpo, dapo, cispo, sapo, vespo, luspo, gmpo };
-enum class Kl : int {
-  k1,
-  abs,
-  k2,
-  k3,
-  k3_plus,
-  forward,
-  forward_unbiased,
-  article_reverse,
-  article_forward,
-  exact_reverse,
-  exact_forward
-};
-
-struct LossConfig {
-  LossType type;
-  Kl kl;
-  bool sequence_level;  // the importance ratio is the sequence's geometric mean (GSPO)
-  bool kl_correction;   // k3 weighted by the importance ratio
-  bool detach;          // false: the on-policy ratio exp(q - q), whose policy gradient is zero
-  float beta;
-  float epsilon;
-  float epsilon_high;
-  float delta;  // infinity: no upper bound on the ratio
-  float entropy_coef;
-  float sapo_temperature_pos, sapo_temperature_neg;
-  float vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg;
-
-  LONGGRPO_HD bool exact_kl() const { return kl == Kl::exact_reverse || kl == Kl::exact_forward; }
-  // Whether c needs all of a sequence before it is known.
-  LONGGRPO_HD bool needs_sequence() const {
-    return sequence_level || type == LossType::vespo || type == LossType::gmpo;
-  }
-};
-
 constexpr float kMaxLogRatio = 20.0f;  // exp stays finite in fp32, and inf times 0 is NaN
 
-LONGGRPO_HD float clamp(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
+template <class T>
+LONGGRPO_HD T clamp(T x, T low, T high) {
+  return x < low ? low : (x > high ? high : x);
+}
 
+// The exponential saturates at both ends, in value and slope: d ratio / d log_ratio = ratio everywhere.
 LONGGRPO_HD float importance_ratio(float log_ratio) { return expf(clamp(log_ratio, -kMaxLogRatio, kMaxLogRatio)); }
 
 struct PolicyTerm {
   float value;
-  float slope;  // derivative by the ratio, or by logp where the ratio is detached
+  float slope;  // derivative by the ratio, or by logp if the ratio is detached
   bool clip_low = false;
   bool clip_high = false;
 };
@@ -79,8 +47,10 @@ LONGGRPO_HD PolicyTerm ppo_term(const LossConfig& config, float ratio, float adv
 // SAPO: a sigmoid gate instead of the clip; its temperature depends on the sign of the advantage.
 LONGGRPO_HD PolicyTerm sapo_term(const LossConfig& config, float ratio, float advantage) {
   const float t = advantage > 0 ? config.sapo_temperature_pos : config.sapo_temperature_neg;
-  const float gate = 1.0f / (1.0f + expf(-t * (ratio - 1)));
-  return {-(4 / t) * gate * advantage, -4 * gate * (1 - gate) * advantage};
+  const float x = t * (ratio - 1);
+  const float gate = 1.0f / (1.0f + expf(-x));
+  const float e = expf(-fabsf(x));  // gate (1 - gate) = e / (1 + e)^2, which does not cancel when the gate is open
+  return {-(4 / t) * gate * advantage, -4 * (e / ((1 + e) * (1 + e))) * advantage};
 }
 
 // Losses that are a function of the ratio; GMPO's clip is inside its ratio.
@@ -96,21 +66,31 @@ LONGGRPO_HD PolicyTerm cispo_term(const LossConfig& config, float ratio, float a
   return {-capped * advantage * logp, -capped * advantage, false, ratio > config.epsilon_high};
 }
 
-LONGGRPO_HD float vespo_clamp(float log_weight) { return clamp(log_weight, -18.420681f /* log 1e-8 */, kMaxLogRatio); }
+LONGGRPO_HD double vespo_clamp(double log_weight) {
+  return clamp(log_weight, -18.420680743952367 /* log 1e-8 */, double(kMaxLogRatio));
+}
 
 // VESPO: a detached weight that falls off on both sides of a log weight of 0.
-LONGGRPO_HD PolicyTerm vespo_term(const LossConfig& config, float log_weight, float advantage, float logp) {
-  const float k = advantage >= 0 ? config.vespo_k_pos : config.vespo_k_neg;
-  const float lambda = advantage >= 0 ? config.vespo_lambda_pos : config.vespo_lambda_neg;
-  const float phi = expf(lambda + k * log_weight - lambda * expf(log_weight));
+LONGGRPO_HD PolicyTerm vespo_term(const LossConfig& config, double log_weight, float advantage, float logp) {
+  const double k = advantage >= 0 ? config.vespo_k_pos : config.vespo_k_neg;
+  const double lambda = advantage >= 0 ? config.vespo_lambda_pos : config.vespo_lambda_neg;
+  const float phi = float(exp(lambda + k * log_weight - lambda * exp(log_weight)));
   return {-phi * advantage * logp, -phi * advantage};
 }
 
 // GMPO clips each token's log ratio before the geometric mean.
-LONGGRPO_HD float gmpo_clip(const LossConfig& config, float log_ratio, float advantage, bool* clipped) {
+LONGGRPO_HD double gmpo_clip(const LossConfig& config, double log_ratio, float advantage, bool* clipped) {
   *clipped = advantage > 0 ? log_ratio > config.epsilon_high : log_ratio < -config.epsilon;
   if (!*clipped) return log_ratio;
   return advantage > 0 ? config.epsilon_high : -config.epsilon;
+}
+
+// What an off-policy correction multiplies the policy term by, from its ratio; `cut` if that is not the ratio itself.
+LONGGRPO_HD float correction_factor(const LossConfig& config, float ratio, bool* cut) {
+  if (config.correction == Correction::none) return *cut = false, 1.0f;
+  *cut = ratio > config.cap || (masks(config.correction) && ratio < 1 / config.cap);
+  if (!*cut) return ratio;  // a NaN too
+  return masks(config.correction) ? 0.0f : config.cap;
 }
 
 struct KlTerm {
@@ -150,9 +130,13 @@ LONGGRPO_HD KlTerm kl_term(Kl kl, float logp, float ref) {
 struct Token {
   float logp;
   float old_logp;  // logp itself on policy
-  float ref_logp;  // read only where beta != 0
+  float ref_logp;  // read only if beta != 0
   float advantage;
-  float importance;  // weighs the policy term alone
+  float importance;  // weighs only the policy term: what the caller hands in times the correction's factor
+  // Of the sampling policy; 0, 1 and false if its logp is not known.
+  float sampling_difference = 0;  // |old_logp - sampling_logp|
+  float sampling_ratio = 1;
+  bool cut = false;
 };
 
 struct TokenTerm {
@@ -162,7 +146,12 @@ struct TokenTerm {
   bool clip_low, clip_high;
 };
 
-// A token-level loss: everything is known from the token alone.
+// d (ratio k3) / d logp with the token's own ratio: its two parts cancel to ratio (logp - ref).
+LONGGRPO_HD float corrected_kl_slope(const LossConfig& config, const Token& token, const KlTerm& kl, float ratio) {
+  return ratio * (config.detach ? token.logp - token.ref_logp : kl.slope);  // without the detach the ratio is constant
+}
+
+// A token-level loss: everything is known from the token itself.
 LONGGRPO_HD TokenTerm token_term(const LossConfig& config, const Token& token) {
   const float ratio = importance_ratio(token.logp - token.old_logp);
   const bool detached = config.type == LossType::cispo;
@@ -173,14 +162,15 @@ LONGGRPO_HD TokenTerm token_term(const LossConfig& config, const Token& token) {
   if (config.beta != 0) {
     const KlTerm kl = kl_term(config.kl, token.logp, token.ref_logp);
     term.kl = config.kl_correction ? ratio * kl.value : kl.value;
-    term.kl_slope = config.kl_correction ? ratio * (token.logp - token.ref_logp) : kl.slope;
+    term.kl_slope = config.kl_correction ? corrected_kl_slope(config, token, kl, ratio) : kl.slope;
   }
   return term;
 }
 
 // What multiplies the policy term. An importance of 0 is a mask; VESPO has the ratio itself inside its weight.
-LONGGRPO_HD float policy_part(const LossConfig& config, const Token& token, float value) {
-  if (token.importance == 0) return 0.0f;  // selected, not multiplied: the masked value may be inf or NaN
+template <class T>
+LONGGRPO_HD T policy_part(const LossConfig& config, const Token& token, T value) {
+  if (token.importance == 0) return 0;  // selected, not multiplied: the masked value may be inf or NaN
   return config.type == LossType::vespo ? value : token.importance * value;
 }
 

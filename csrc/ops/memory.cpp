@@ -1,6 +1,6 @@
 // What a head op allocates inside, for whoever plans memory: by the functions that the ops plan their own tiles with.
-#include "../cpu/head_bytes.h"
-#include "../kernels/head.h"
+#include "../cpu/cpu_head.h"
+#include "../cuda/cuda_head.h"
 #include "arguments.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(longgrpo, m) {
@@ -21,10 +21,14 @@ int64_t head_workspace(int64_t tokens, int64_t hidden, int64_t vocabulary, Scala
   const HeadShape shape{tokens, hidden, vocabulary};
   const Dtype h = dtype_of(hidden_dtype), w = dtype_of(weight_dtype);
   if (tokens == 0) return 0;
-  if (multiprocessors == 0)
-    return head_bytes(shape, h, w, hidden_gradient, weight_gradient, reference, torch::stable::get_num_threads(),
-                      workspace);
-  return plan_gpu({shape, h, w, reference, weight_gradient, beyond_logp}, workspace, {int(multiprocessors), 0}).bytes();
+  if (multiprocessors > 0)
+    return plan_cuda({shape, h, w, reference, weight_gradient, beyond_logp}, workspace, {int(multiprocessors), 0})
+        .bytes();
+  HeadInputs in{};
+  in.hidden_dtype = h, in.weight_dtype = w;
+  const HeadPlan plan = plan_cpu(shape, in, tokens, tokens, hidden_gradient, weight_gradient, reference,
+                                 torch::stable::get_num_threads(), workspace);
+  return workspace_bytes(plan, shape, plan.tile_rows);
 }
 
 }  // namespace

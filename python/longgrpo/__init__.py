@@ -5,9 +5,12 @@ from longgrpo.loss import (
     GRPOLossConfig,
     LinearGRPOLoss,
     LogProb,
+    LossTokens,
+    OffPolicyCorrection,
     grpo_loss,
     linear_grpo_loss,
     linear_logprob,
+    loss_normalizer,
 )
 from longgrpo.offload import OffloadEngine
 
@@ -18,8 +21,11 @@ __all__ = [
     "GRPOLossConfig",
     "LinearGRPOLoss",
     "LogProb",
+    "LossTokens",
+    "OffPolicyCorrection",
     "OffloadEngine",
     "grpo_loss",
     "linear_grpo_loss",
     "linear_logprob",
+    "loss_normalizer",
 ]

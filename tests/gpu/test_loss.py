@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_grpo import check_fused, fused_and_oracle, lengths_of, near_a_clip
 
 from longgrpo import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_logprob
-from longgrpo.loss.config import LOSS_TYPES
+from longgrpo.loss.types import LOSS_TYPES
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 MIB = 1 << 20
@@ -102,7 +102,7 @@ def test_fused_loss(head, config, seed, train_head, on_policy, importance):
     batch = make_batch(
         seed, lengths_of(len(logp)), logp=logp, importance=importance, off_policy=None if on_policy else 0.2
     )
-    batch.mask &= head.target >= 0
+    batch = batch.masked(head.target >= 0)
     assume(not near_a_clip(batch, config))
     check_fused(*cuda_and_cpu(head, batch, config, train_head=train_head), head.hidden.dtype)
 
@@ -137,7 +137,7 @@ def test_large_head(loss_type, train_head, dtype, workspace):
     batch = make_batch(3, [200, 400], logp=logp, off_policy=0.1)
     config = GRPOLossConfig(loss_type=loss_type, beta=0.04, epsilon_high=5.0 if loss_type == "cispo" else None,
                             max_completion_length=400)  # fmt: skip
-    batch.mask &= head.target >= 0
+    batch = batch.masked(head.target >= 0)
     if not near_a_clip(batch, config):
         check_fused(*cuda_and_cpu(head, batch, config, train_head=train_head, workspace=workspace), dtype)
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longgrpo import GRPOLossConfig
+from longgrpo import GRPOLossConfig, LossTokens, OffPolicyCorrection
 from longgrpo.loss import reference
-from longgrpo.loss.config import KL_ESTIMATORS, LOSS_TYPES
+from longgrpo.loss.types import CORRECTIONS, KL_ESTIMATORS, LOSS_TYPES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -95,63 +95,92 @@ def heads(draw, max_tokens: int = 40) -> Head:
     )
 
 
+NO_CORRECTION = OffPolicyCorrection()
+
+
 @dataclass
 class Batch:
     """Per-token inputs of the loss over flat sequences. Masked positions hold NaN and inf on purpose."""
 
     logp: Tensor
     entropy: Tensor
-    advantages: Tensor
-    mask: Tensor
-    cu_seqlens: Tensor
-    old_logp: Tensor | None
-    ref_logp: Tensor
-    importance: Tensor | None
+    tokens: LossTokens
+
+    @property
+    def advantages(self) -> Tensor:
+        return self.tokens.advantages
+
+    @property
+    def mask(self) -> Tensor:
+        return self.tokens.mask
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return self.tokens.cu_seqlens
+
+    @property
+    def old_logp(self) -> Tensor | None:
+        return self.tokens.old_logp
+
+    def without(self, *names: str) -> Batch:
+        return replace(self, tokens=replace(self.tokens, **dict.fromkeys(names)))
+
+    def masked(self, used: Tensor) -> Batch:
+        """Fewer tokens in the loss."""
+        return replace(self, tokens=replace(self.tokens, mask=self.mask & used))
 
     def arguments(self, config: GRPOLossConfig) -> dict:
-        return {
-            "mask": self.mask, "cu_seqlens": self.cu_seqlens, "old_logp": self.old_logp,
-            "ref_logp": self.ref_logp if config.beta else None, "importance": self.importance,
-        }  # fmt: skip
+        """The keyword arguments beside the advantages."""
+        values = dict(vars(self.tokens))
+        del values["advantages"]
+        return values if config.beta else {**values, "ref_logp": None}
 
-    def oracle(self, config: GRPOLossConfig, normalizer: float | None = None, **overrides) -> Tensor:
+    def oracle(
+        self, config: GRPOLossConfig, normalizer: float | None = None,
+        correction: OffPolicyCorrection = NO_CORRECTION, **overrides,
+    ) -> Tensor:  # fmt: skip
         """The reference in float64, or in the dtype of the logp that overrides this batch's."""
         values = {"logp": self.logp.double(), "entropy": self.entropy.double(), **overrides}
         dtype = values["logp"].dtype
-        per_token = {k: None if v is None else v.to(dtype) for k, v in self.arguments(config).items()
-                     if k in ("old_logp", "ref_logp", "importance")}  # fmt: skip
+        tokens = LossTokens(**{
+            name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for name, x in vars(self.tokens).items()
+        })  # fmt: skip
         return reference.grpo_loss(
-            values["logp"], self.advantages.to(dtype), mask=self.mask, cu_seqlens=self.cu_seqlens, **per_token,
-            entropy=values["entropy"], exact=values.get("exact"), normalizer=normalizer, config=config,
+            values["logp"], tokens, entropy=values["entropy"], exact=values.get("exact"), normalizer=normalizer,
+            correction=correction, config=config,
         )  # fmt: skip
 
 
 def make_batch(
     seed: int, lengths: list[int], *, masked: float = 0.3, off_policy: float | None = 0.2, importance: bool = False,
-    token_advantages: bool = False, zero_advantages: float = 0.2, logp: Tensor | None = None,
+    token_advantages: bool = False, zero_advantages: float = 0.2, logp: Tensor | None = None, distance: float = 0.5,
+    engine: float | None = None, largest_advantage: float = 1.0,
 ) -> Batch:  # fmt: skip
-    """off_policy: deviation of the log ratio, None for old_logp=None."""
+    """off_policy: deviation of the log ratio, None for old_logp=None; distance: deviation of ref - logp; engine: that
+    of old_logp - sampling_logp, None for sampling_logp=None."""
     g = torch.Generator().manual_seed(seed)
     n, sequences = sum(lengths), len(lengths)
     noise = lambda scale: torch.randn(n, generator=g) * scale  # noqa: E731
     if logp is None:
         logp = -torch.rand(n, generator=g) * 4
     mask = torch.rand(n, generator=g) >= masked
-    advantages = torch.randn(n if token_advantages else sequences, generator=g)
+    advantages = torch.randn(n if token_advantages else sequences, generator=g) * largest_advantage
     advantages[torch.rand(advantages.numel(), generator=g) < zero_advantages] = 0
     old = None if off_policy is None else logp.detach() + noise(off_policy)
-    ref = logp.detach() + noise(0.5)
+    ref = logp.detach() + noise(distance)
+    sampling = None if engine is None else (logp.detach() if old is None else old) + noise(engine)
     ratio = None
     if importance:
         ratio = noise(0.3).exp()
         ratio[torch.rand(n, generator=g) < 0.2] = 0
-    for poisoned in (old, ref, ratio, advantages if token_advantages else None):
+    for poisoned in (old, ref, sampling, ratio, advantages if token_advantages else None):
         if poisoned is not None:
             poisoned[~mask] = torch.tensor([float("nan"), float("inf"), -float("inf")])[
                 torch.randint(0, 3, (int((~mask).sum()),), generator=g)
             ]
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Batch(logp, torch.rand(n, generator=g), advantages, mask, bounds, old, ref, ratio)
+    return Batch(logp, torch.rand(n, generator=g), LossTokens(advantages, mask, bounds, old, ref, sampling, ratio))
 
 
 @st.composite
@@ -184,6 +213,16 @@ def batches(draw) -> Batch:
         off_policy=draw(st.sampled_from([None, 0.05, 0.5])),
         importance=draw(st.booleans()),
         token_advantages=draw(st.booleans()),
+        distance=draw(st.sampled_from([0.5, 6.0])),
+        engine=draw(st.sampled_from([0.05, 1.0])),
+        largest_advantage=draw(st.sampled_from([1.0, 100.0])),
+    )
+
+
+@st.composite
+def corrections(draw) -> OffPolicyCorrection:
+    return OffPolicyCorrection(
+        draw(st.sampled_from(CORRECTIONS)), draw(st.sampled_from([1.2, 2.0])), draw(st.sampled_from([None, 0.1, 3.0]))
     )
 
 

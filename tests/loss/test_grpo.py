@@ -7,20 +7,34 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import DTYPES, Head, batches, configs, heads, make_batch, make_head, relative_error
+from cases import (
+    DTYPES,
+    NO_CORRECTION,
+    Head,
+    batches,
+    configs,
+    corrections,
+    heads,
+    make_batch,
+    make_head,
+    relative_error,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import longgrpo.loss.grpo as grpo
 from longgrpo import GRPOLossConfig, LinearGRPOLoss, grpo_loss, linear_grpo_loss, linear_logprob
 from longgrpo.loss import reference
-from longgrpo.loss.config import KL_ESTIMATORS, LOSS_TYPES
+from longgrpo.loss.flatten import rows_known_on_host
+from longgrpo.loss.types import KL_ESTIMATORS, LOSS_TYPES
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-def near_a_clip(batch, config) -> bool:
+def near_a_clip(batch, config, correction=NO_CORRECTION) -> bool:
     """fp32 and float64 may fall on two sides of a clip: such a draw says nothing."""
+    if near_a_cut(batch, correction):
+        return True
     if batch.old_logp is None:
         return False
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
@@ -31,16 +45,34 @@ def near_a_clip(batch, config) -> bool:
     return any(bool(((ratios - edge).abs() < 1e-4).any()) for edge in edges)
 
 
+def near_a_cut(batch, correction) -> bool:
+    """The same of the correction's cap and threshold."""
+    old = batch.logp if batch.old_logp is None else batch.old_logp
+    for a, b in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+        keep = batch.mask[a:b]
+        moved = float((old - batch.logp)[a:b][keep].double().mean().nan_to_num())
+        if correction.threshold is not None and abs(moved - correction.threshold) < 1e-4:
+            return True
+        if correction.importance != "none" and bool(keep.any()):
+            d = (old - batch.tokens.sampling_logp)[a:b][keep].double()
+            ratios = torch.cat([d, d.mean()[None]]).exp()
+            for edge in (correction.cap, 1 / correction.cap):
+                if bool(((ratios - edge).abs() < 1e-4).any()):
+                    return True
+    return False
+
+
 @settings(max_examples=600, deadline=None)
-@given(batch=batches(), config=configs(), normalizer=st.sampled_from([None, 37.0]))
-def test_any_loss(batch, config, normalizer):
-    assume(not near_a_clip(batch, config))
+@given(batch=batches(), config=configs(), correction=corrections(), normalizer=st.sampled_from([None, 37.0]))
+def test_any_loss(batch, config, correction, normalizer):
+    assume(not near_a_clip(batch, config, correction))
     logp, entropy = batch.logp.clone().requires_grad_(), batch.entropy.clone().requires_grad_()
     result = grpo_loss(
-        logp, batch.advantages, **batch.arguments(config), entropy=entropy, normalizer=normalizer, config=config
-    )
+        logp, batch.advantages, **batch.arguments(config), entropy=entropy, normalizer=normalizer,
+        correction=correction, config=config,
+    )  # fmt: skip
     logp64, entropy64 = (x.detach().double().requires_grad_() for x in (logp, entropy))
-    expected = batch.oracle(config, normalizer, logp=logp64, entropy=entropy64)
+    expected = batch.oracle(config, normalizer, correction, logp=logp64, entropy=entropy64)
     torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=2e-5, atol=2e-5)
     actual = torch.autograd.grad(result.loss, (logp, entropy), allow_unused=True, materialize_grads=True)
     if expected.requires_grad:
@@ -52,7 +84,9 @@ def test_any_loss(batch, config, normalizer):
     assert bool((actual[0][~batch.mask] == 0).all())
 
 
-def fused_and_oracle(head: Head, batch, config, *, train_head: bool, ref: Head | None = None, **options):
+def fused_and_oracle(
+    head: Head, batch, config, *, train_head: bool, ref: Head | None = None, correction=NO_CORRECTION, **options
+):
     """(loss, gradients) of the fused op; (loss, gradients, sums of the magnitudes that make each of them) of float64
     autograd. Gradients are scaled so that none is subnormal in fp16."""
     scale = 4096.0
@@ -60,7 +94,7 @@ def fused_and_oracle(head: Head, batch, config, *, train_head: bool, ref: Head |
     mine, truth = head.cast(head.hidden.dtype, train_head=train_head), head.cast(torch.float64, train_head=train_head)
     extra = {} if ref is None else {"ref_hidden": ref.hidden, "ref_weight": ref.weight if train_head else None}
     result = linear_grpo_loss(mine.hidden, mine.weight, mine.target, batch.advantages, **arguments, **extra,
-                              config=config, **mine.options, **options)  # fmt: skip
+                              config=config, correction=correction, **mine.options, **options)  # fmt: skip
     shift = torch.zeros(len(head.hidden), len(head.weight), dtype=torch.float64, requires_grad=True)  # [N, V]
     rows = replace(truth, bias=shift if truth.bias is None else shift + truth.bias).rows()
     logp, entropy = reference.logprob_and_entropy(rows, head.target)
@@ -72,8 +106,8 @@ def fused_and_oracle(head: Head, batch, config, *, train_head: bool, ref: Head |
             **{**truth.options, "bias": None if truth.bias is None else truth.bias.detach()},
         )  # fmt: skip
         exact = reference.exact_kl(rows, ref_rows, config.kl)
-    batch.mask &= head.target >= 0
-    expected = batch.oracle(config, logp=logp, entropy=entropy, exact=exact)
+    batch = batch.masked(head.target >= 0)
+    expected = batch.oracle(config, correction=correction, logp=logp, entropy=entropy, exact=exact)
     leaves = [*truth.leaves, shift]
     *gradients, d_logits = (
         torch.autograd.grad(scale * expected, leaves, allow_unused=True, materialize_grads=True)
@@ -104,16 +138,17 @@ def lengths_of(tokens: int) -> list[int]:
 
 @settings(max_examples=200, deadline=None)
 @given(head=heads(), config=configs(), seed=st.integers(0, 2**31), train_head=st.booleans(), on_policy=st.booleans(),
-       importance=st.booleans(), metrics=st.booleans())  # fmt: skip
-def test_any_fused_loss(head, config, seed, train_head, on_policy, importance, metrics):
+       importance=st.booleans(), metrics=st.booleans(), correction=corrections())  # fmt: skip
+def test_any_fused_loss(head, config, seed, train_head, on_policy, importance, metrics, correction):
     assume(head.target.numel() != len(lengths_of(0)))  # importance would be read as the sequences'
     with torch.no_grad():
         logp = linear_logprob(head.hidden, head.weight, head.target, **head.options).logp
-    batch = make_batch(seed, lengths_of(len(logp)), logp=logp, importance=importance,
+    batch = make_batch(seed, lengths_of(len(logp)), logp=logp, importance=importance, engine=0.5,
                        off_policy=None if on_policy else 0.2)  # fmt: skip
-    batch.mask &= head.target >= 0
-    assume(not near_a_clip(batch, config))
-    check_fused(*fused_and_oracle(head, batch, config, train_head=train_head, metrics=metrics), head.hidden.dtype)
+    batch = batch.masked(head.target >= 0)
+    assume(not near_a_clip(batch, config, correction))
+    both = fused_and_oracle(head, batch, config, train_head=train_head, metrics=metrics, correction=correction)
+    check_fused(*both, head.hidden.dtype)
 
 
 @pytest.mark.parametrize("kl", ["exact_reverse", "exact_forward"])
@@ -201,8 +236,8 @@ def test_rows_that_the_host_leaves_out_change_nothing(loss_type, metrics, train_
         out = linear_grpo_loss(leaves.hidden, leaves.weight, leaves.target, advantages, **batch.arguments(config),
                                config=config, metrics=metrics)  # fmt: skip
         results.append((out, torch.autograd.grad(out.loss, leaves.leaves)))
-        rows.append(grpo._rows_known_on_host(leaves.target.shape, advantages, batch.mask, batch.cu_seqlens, config,
-                                             metrics))  # fmt: skip
+        rows.append(rows_known_on_host(leaves.target.shape, advantages, batch.mask, batch.cu_seqlens, config,
+                                       config.needs_sequences, metrics))  # fmt: skip
     (a, gradients), (b, planned_gradients) = results
     torch.testing.assert_close(a.loss, b.loss, rtol=1e-6, atol=1e-7)
     for name in a.metrics:

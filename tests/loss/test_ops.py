@@ -10,8 +10,9 @@ import torch
 from cases import make_batch, make_head
 from torch.utils.checkpoint import checkpoint
 
-from longgrpo import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_logprob
+from longgrpo import GRPOLossConfig, OffPolicyCorrection, grpo_loss, linear_grpo_loss, linear_logprob
 from longgrpo._ops import loss as loss_ops
+from longgrpo.loss.config import packed
 
 ops = torch.ops.longgrpo
 HEAD = (None, None, 1.0, 0.0, 1.0)  # bias, token_temperature, temperature, softcap, logit_scale
@@ -26,11 +27,11 @@ def head_tensors(train_head: bool) -> tuple:
 def token_tensors() -> tuple:
     n = 12
     return (torch.full((n,), 1 / n), torch.randn(n), torch.randn(n) - 2, torch.randn(n) - 2, torch.rand(n),
-            torch.tensor([0, 5, n], dtype=torch.int32))  # fmt: skip
+            torch.randn(n) - 2, torch.tensor([0, 5, n], dtype=torch.int32))  # fmt: skip
 
 
 def op_samples():
-    config = GRPOLossConfig(beta=0.1, loss_type="grpo").packed()
+    config = packed(GRPOLossConfig(beta=0.1, loss_type="grpo"), OffPolicyCorrection("sequence_mask"))
     for train_head in (False, True):
         head = head_tensors(train_head)
         yield "linear_logprob", (*head, *HEAD, True, not train_head, MIB)

@@ -9,7 +9,7 @@ import torch
 from cases import make_batch, make_head, relative_error
 
 from longgrpo import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_logprob
-from longgrpo.loss.config import KL_ESTIMATORS, LOSS_TYPES
+from longgrpo.loss.types import KL_ESTIMATORS, LOSS_TYPES
 
 SAMPLED_KL = [kl for kl in KL_ESTIMATORS if not kl.startswith("exact")]
 
@@ -34,7 +34,9 @@ def test_masked_positions_change_nothing(loss_type, train_head):
         if poison:
             head.hidden[~batch.mask] = float("nan")
         else:
-            arguments = {k: v if k == "cu_seqlens" else v.nan_to_num(0, 0, 0) for k, v in arguments.items()}
+            arguments = {
+                k: v if v is None or k == "cu_seqlens" else v.nan_to_num(0, 0, 0) for k, v in arguments.items()
+            }
             advantages = advantages.nan_to_num(0, 0, 0)
         h = head.cast(torch.float32, train_head=train_head)
         loss = linear_grpo_loss(h.hidden, h.weight, h.target, advantages, **arguments, config=config).loss

@@ -1,6 +1,6 @@
 // Every formula of csrc/math, called from a kernel: compiled only.
+#include "math/row.h"
 #include "math/sequence_loss.h"
-#include "math/softmax.h"
 
 using namespace longgrpo;
 
@@ -8,8 +8,11 @@ __global__ void formulas(const LossConfig config, const Token* tokens, const Row
   const Token token = tokens[threadIdx.x];
   SequenceSums sums;
   sums.add(config, token);
-  const SequenceTerm term = sequence_term(config, token, finish_sequence(config, sums));
+  const Sequence sequence = finish_sequence(config, sums);
+  const SequenceTerm term = sequence_term(config, token, sequence);
+  const Shared shared = shared_part(config, token, term, 1.0f);
   const RowSoftmax row = finish_row(rows[threadIdx.x], token.logp);
-  const RowGradient gradient{logp_gradient(config, token_term(config, token), token, 1.0f), term.shared_kl, 0.0f};
-  out[threadIdx.x] = term.shared_policy + target_logit_gradient(gradient, row.logp, row.entropy);
+  const RowGradient gradient{logp_gradient(config, token_term(config, token), token, 1.0f), 0.5f, 0.0f};
+  out[threadIdx.x] = sequence_logp_gradient(config, term, token, 1.0f, shared, sequence) +
+                     target_logit_gradient(gradient, row.logp, row.entropy);
 }

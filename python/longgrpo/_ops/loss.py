@@ -7,9 +7,11 @@ from torch import Tensor
 
 from longgrpo._ops.library import ops
 
-# The order of LossMetrics in csrc/cpu/token_loss.h.
+# The order of LossMetrics in csrc/math/token_batch.h; the last four if sampling_logp is known.
+SAMPLING_METRICS = ("sampling_diff_mean", "sampling_diff_max", "sampling_ratio_mean", "sampling_cut")
 METRICS = (
     "policy_loss", "kl", "entropy", "ratio_mean", "ratio_min", "ratio_max", "clip_low", "clip_high", "active", "tokens",
+    *SAMPLING_METRICS,
 )  # fmt: skip
 
 _LIBRARY = torch.library.Library("longgrpo", "FRAGMENT")
@@ -41,20 +43,25 @@ def _(
 
 
 @torch.library.register_fake("longgrpo::token_loss", lib=_LIBRARY)
-def _(logp, token_weight, advantages, old_logp, ref_logp, importance, cu_seqlens, entropy, options, constants):
+def _(
+    logp, token_weight, advantages, old_logp, ref_logp, importance, sampling_logp, cu_seqlens, entropy, options,
+    constants,
+):  # fmt: skip
     return _f32(logp), _f32(logp, len(METRICS)), _f32(logp, logp.shape[0])
 
 
 @torch.library.register_fake("longgrpo::linear_grpo_loss", lib=_LIBRARY)
 def _(
     hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, token_weight, advantages,
-    old_logp, ref_logp, importance, cu_seqlens, ref_hidden, ref_weight, options, constants, need_hidden, need_weight,
-    need_bias, metrics, workspace, active=-1,
+    old_logp, ref_logp, importance, sampling_logp, cu_seqlens, ref_hidden, ref_weight, options, constants, need_hidden,
+    need_weight, need_bias, metrics, workspace, active=-1,
 ):  # fmt: skip
     (n, h), v = hidden.shape, weight.shape[0]
     return (
         _f32(hidden),
         _f32(hidden, len(METRICS)),
+        _f32(hidden, n),
+        _f32(hidden, n),
         hidden.new_empty((n if need_hidden else 0, h)),
         _f32(hidden, n if need_hidden else 0),
         _f32(hidden, v if need_weight else 0, h),
@@ -161,7 +168,7 @@ torch.library.register_autograd(
 
 
 def _setup_token_loss(ctx, inputs, output):
-    token_weight, entropy, constants = inputs[1], inputs[7], inputs[9]
+    token_weight, entropy, constants = inputs[1], inputs[8], inputs[10]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.entropy_coef = constants[4] if entropy is not None else 0.0
@@ -170,12 +177,12 @@ def _setup_token_loss(ctx, inputs, output):
 
 def _token_loss_backward(ctx, loss_grad, _metrics, _logp_grad):
     if loss_grad is None:
-        return (None,) * 10
+        return (None,) * 11
     logp_grad, token_weight = ctx.saved_tensors
     # None and not zeros: for them the head's backward would make its logits again.
-    wanted = ctx.needs_input_grad[7] and ctx.entropy_coef != 0
+    wanted = ctx.needs_input_grad[8] and ctx.entropy_coef != 0
     entropy_grad = -ctx.entropy_coef * loss_grad * token_weight if wanted else None
-    return (logp_grad * loss_grad, None, None, None, None, None, None, entropy_grad, None, None)
+    return (logp_grad * loss_grad, *(None,) * 7, entropy_grad, None, None)
 
 
 torch.library.register_autograd(
@@ -184,7 +191,7 @@ torch.library.register_autograd(
 
 
 def _setup_linear_grpo_loss(ctx, inputs, output):
-    _, _, direction, scale, d_weight, d_bias = output
+    _, _, _, _, direction, scale, d_weight, d_bias = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.dtypes = inputs[1].dtype, None if inputs[3] is None else inputs[3].dtype
@@ -193,7 +200,7 @@ def _setup_linear_grpo_loss(ctx, inputs, output):
 
 def _linear_grpo_loss_backward(ctx, loss_grad, *_):
     if loss_grad is None:
-        return (None,) * 24
+        return (None,) * 25
     direction, scale, d_weight, d_bias = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     weight_dtype, bias_dtype = ctx.dtypes
@@ -202,7 +209,7 @@ def _linear_grpo_loss_backward(ctx, loss_grad, *_):
         _scale_weight(d_weight, loss_grad, weight_dtype) if need_weight else None,
         _scale_weight(d_bias, loss_grad, bias_dtype) if need_bias else None,
     )
-    return (d_hidden, d_weight, None, d_bias, *(None,) * 20)
+    return (d_hidden, d_weight, None, d_bias, *(None,) * 21)
 
 
 torch.library.register_autograd(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longgrpo.errors import PublishError, UserError
 from longgrpo.loss.reference import kl_estimate
+from longgrpo.loss.types import loss_type
 from longgrpo.model.load import end_token_ids, resolve_model
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.rewards import Rewarding
@@ -292,7 +293,7 @@ def _update_follows_advantages(
     policy: Policy, samples: Sequence[Sample], old: Sequence[Tensor], new: Sequence[Tensor]
 ) -> Check:
     """sum A (logp_new - logp_old) > 0, each token weighted as in the loss."""
-    mean_of_sequence = policy.config.loss.loss_type in ("grpo", "sapo", "gmpo")
+    mean_of_sequence = loss_type(policy.config.loss.loss_type).mean == "sequence"
     gain = 0.0
     for sample, before, after in zip(samples, old, new, strict=True):
         change = after - before if sample.policy_weight is None else (after - before) * sample.policy_weight

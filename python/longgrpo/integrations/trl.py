@@ -15,7 +15,15 @@ import trl.trainer.utils as fused_head
 from torch import Tensor
 
 from longgrpo.integrations._patch import Patch, require_version
-from longgrpo.loss import GRPOLoss, GRPOLossConfig, linear_grpo_loss, linear_logprob
+from longgrpo.loss import (
+    GRPOLoss,
+    GRPOLossConfig,
+    LossTokens,
+    linear_grpo_loss,
+    linear_logprob,
+    loss_normalizer,
+    loss_type,
+)
 from longgrpo.loss.linear import DEFAULT_WORKSPACE
 from longgrpo.offload import OffloadEngine
 
@@ -169,16 +177,12 @@ class LongGRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]  # mypy does not l
 
     def _normalizer(self, inputs: dict[str, Any], mask: Tensor) -> float | Tensor:
         """What TRL's loss of this type divides by, for one micro-batch."""
-        loss_type, sequences, steps = self.args.loss_type, len(mask), self._micro_batches
-        if loss_type in ("cispo", "dapo", "vespo"):
+        steps = self._micro_batches
+        kind = loss_type(self.args.loss_type)
+        if kind.divides_by == "tokens" and kind.name != "bnpo":  # TRL's bnpo is a mean over the micro-batch
             tokens: Tensor = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             return tokens * steps / self.args.steps_per_generation if self.model.training else tokens
-        if loss_type == "bnpo":
-            return mask.sum().clamp(min=1) * steps
-        if loss_type == "dr_grpo":
-            longest: int = self.max_completion_length
-            return sequences * longest * steps
-        return sequences * steps
+        return loss_normalizer(self.loss_config, len(mask), mask.sum()) * steps
 
     def _fused_metrics(self, result: GRPOLoss) -> dict[str, float]:
         """Means over the tokens of all ranks, under TRL's names."""
@@ -190,7 +194,7 @@ class LongGRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]  # mypy does not l
         metrics = {"entropy": mean["entropy"]}
         if self.beta != 0.0:
             metrics["kl"] = mean["kl"]
-        if self.args.loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo"):
+        if loss_type(self.args.loss_type).ppo_clip:
             metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"] = mean["clip_low"], mean["clip_high"]
             metrics["clip_ratio/region_mean"] = mean["clip_low"] + mean["clip_high"]
         return metrics
@@ -206,14 +210,14 @@ class _LinearGRPOLoss:
             return None if tensor is None else tensor.expand(mask.shape)[mask]
 
         advantages = inputs["advantages"]
-        self.advantages = advantages if advantages.dim() == 1 else advantages.expand(mask.shape)[mask]
-        self.cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()  # [B + 1]
         corrects = trainer.use_vllm and trainer.vllm_importance_sampling_correction
-        self.per_token: dict[str, Any] = {
-            "old_logp": packed("old_per_token_logps"),
-            "ref_logp": packed("ref_per_token_logps"),
-            "importance": packed("importance_sampling_ratio") if corrects else None,
-        }
+        self.tokens = LossTokens(
+            advantages if advantages.dim() == 1 else advantages.expand(mask.shape)[mask],
+            cu_seqlens=torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int(),  # [B + 1]
+            old_logp=packed("old_per_token_logps"),
+            ref_logp=packed("ref_per_token_logps"),
+            importance=packed("importance_sampling_ratio") if corrects else None,
+        )
         self.normalizer = trainer._normalizer(inputs, mask)
         self.config, self.workspace = trainer.loss_config, trainer.workspace
         self.result: GRPOLoss
@@ -233,9 +237,8 @@ class _LinearGRPOLoss:
         if hasattr(weight, "ds_id"):
             raise RuntimeError("DeepSpeed ZeRO-3 takes the head away before the backward: use fused_loss=False")
         self.result = linear_grpo_loss(
-            hidden, weight, targets, self.advantages, cu_seqlens=self.cu_seqlens, **self.per_token,
-            normalizer=self.normalizer, config=self.config, bias=bias, temperature=temperature, softcap=softcap,
-            logit_scale=logit_scale, workspace=self.workspace,
+            hidden, weight, targets, **vars(self.tokens), normalizer=self.normalizer, config=self.config, bias=bias,
+            temperature=temperature, softcap=softcap, logit_scale=logit_scale, workspace=self.workspace,
         )  # fmt: skip
         first = torch.arange(len(targets), device=targets.device) == 0
         return torch.where(first, self.result.loss, 0.0), None, None, None, None

@@ -77,10 +77,10 @@ def register_policy_loss(name: str = "longgrpo", **changes: Any) -> None:
         mask = response_mask.bool()
         loss_type, normalizer = _aggregation(loss_agg_mode, mask, **config.global_batch_info)
         ours = GRPOLossConfig(loss_type=loss_type, **{**_clip(config), **changes})
-        loss, _ = grpo_loss(
+        loss = grpo_loss(
             log_prob, advantages, mask=mask, old_logp=old_log_prob, importance=rollout_is_weights,
             normalizer=normalizer, config=ours,
-        )  # fmt: skip
+        ).loss  # fmt: skip
         return loss, _metrics(old_log_prob, log_prob.detach(), advantages, mask, ours)
 
     core_algos.register_policy_loss(name)(policy_loss)

@@ -1,7 +1,8 @@
 """The same losses in plain torch, as the papers write them: the oracle of the tests.
 
 Slow and memory-hungry on purpose: whole logits, a Python loop over sequences, autograd for every gradient. Runs in
-any dtype, float64 included, and has second derivatives.
+any dtype, float64 included, and has second derivatives. It has its own lists of loss types, for an oracle must not read
+the table that it is to judge.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longgrpo.loss.config import GRPOLossConfig
+from longgrpo.loss.config import GRPOLossConfig, OffPolicyCorrection
+from longgrpo.loss.tokens import LossTokens
 
 
 def log_softmax_rows(
@@ -56,21 +58,41 @@ def exact_kl(rows: Tensor, reference_rows: Tensor, kl: str) -> Tensor:
     return (reference_rows.exp() * (reference_rows - rows)).sum(-1)
 
 
+LIMIT = 20.0  # nats: exp of more leaves fp32's useful range, and inf times 0 is NaN
+
+
+def saturating_exp(x: Tensor, lowest: float = -torch.inf) -> Tensor:
+    """exp that saturates in value and slope: e = exp(clamp(x, lowest, LIMIT)) is the value, and de/dx = e everywhere,
+    so that a gradient keeps its sign where the value has stopped growing."""
+    return (x.clamp(lowest, LIMIT).detach() + (x - x.detach())).exp()
+
+
+def saturating_expm1(x: Tensor) -> Tensor:
+    """saturating_exp(x) - 1, with its digits where x is near 0."""
+    return torch.expm1(x.clamp(max=LIMIT).detach() + (x - x.detach()))
+
+
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """An importance ratio, saturated at both ends."""
+    return saturating_exp(log_ratio, -LIMIT)
+
+
 def kl_estimate(kl: str, logp: Tensor, ref: Tensor) -> Tensor:
-    """One token's estimate of the divergence from the reference, with the gradient that the estimator defines."""
+    """One token's estimate of the divergence from the reference, with the gradient that the estimator defines. The
+    exponential of D = ref - logp saturates at D = LIMIT."""
     d = ref - logp
-    k3 = torch.expm1(d) - d
+    e, k3 = saturating_exp(d), saturating_expm1(d) - d
     if kl == "k3_plus":  # the value of k3, the gradient of k2
         k2 = d.square() / 2
         return k2 + (k3 - k2).detach()
     if kl == "forward_unbiased":  # d/dtheta KL(ref || policy) = -E_policy[e^D dlogp/dtheta]
-        return (d.exp() * d).detach() - d.exp().detach() * (logp - logp.detach())
+        return (e * d).detach() - e.detach() * (logp - logp.detach())
     return {
         "k1": -d,
         "abs": d.abs(),
         "k2": d.square() / 2,
         "k3": k3,
-        "forward": d.exp() * d,
+        "forward": e * d,
         "article_reverse": logp.exp() * k3,
         "article_forward": ref.exp() * d,
     }[kl]
@@ -78,42 +100,68 @@ def kl_estimate(kl: str, logp: Tensor, ref: Tensor) -> Tensor:
 
 def grpo_loss(
     logp: Tensor,
-    advantages: Tensor,
+    tokens: LossTokens,
     *,
-    mask: Tensor,
-    cu_seqlens: Tensor,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    importance: Tensor | None = None,
     entropy: Tensor | None = None,
     exact: Tensor | None = None,
     normalizer: float | None = None,
+    correction: OffPolicyCorrection = OffPolicyCorrection(),  # noqa: B008 - frozen
     config: GRPOLossConfig,
 ) -> Tensor:
-    """The loss of flat tokens: logp, old_logp, ref_logp, importance, entropy and exact (the exact KL) are [N], mask [N]
-    bool, advantages [S] or [N], cu_seqlens [S + 1]."""
-    bounds = cu_seqlens.tolist()
+    """The loss of flat tokens: logp, entropy, exact (the exact KL) and the tokens' own are [N], with cu_seqlens [S + 1]
+    and a mask [N] bool."""
+    assert tokens.mask is not None
+    assert tokens.cu_seqlens is not None
+    bounds = tokens.cu_seqlens.tolist()
     total = logp.new_zeros(())
     for s in range(len(bounds) - 1):
         span = slice(bounds[s], bounds[s + 1])
-        keep = mask[span]
+        keep = tokens.mask[span]
         if not bool(keep.any()):
             continue
 
         def pick(x: Any, span: slice = span, keep: Tensor = keep) -> Any:
             return None if x is None else x[span][keep]
 
-        advantage = advantages[s] if advantages.numel() == len(bounds) - 1 else pick(advantages)
-        policy, kl_weight = _policy(pick(logp), pick(old_logp), advantage, pick(importance), config)
+        per_sequence = tokens.advantages.numel() == len(bounds) - 1
+        advantage = tokens.advantages[s].expand(int(keep.sum())) if per_sequence else pick(tokens.advantages)
+        logp_s, old = pick(logp), pick(tokens.old_logp)
+        factor = correction_factor(logp_s, old, pick(tokens.sampling_logp), advantage, correction)
+        importance = pick(tokens.importance)
+        if factor is not None:
+            importance = factor if importance is None else torch.where(importance == 0, 0, importance * factor)
+        policy, kl_weight = _policy(logp_s, old, advantage, importance, config)
         per_token = policy
         if config.beta:
-            estimate = pick(exact) if config.exact_kl else kl_estimate(config.kl, pick(logp), pick(ref_logp))
+            estimate = pick(exact) if config.exact_kl else kl_estimate(config.kl, logp_s, pick(tokens.ref_logp))
             per_token = per_token + config.beta * (kl_weight * estimate if config.kl_correction else estimate)
         if config.entropy_coef:
             per_token = per_token - config.entropy_coef * pick(entropy)
         share = int(keep.sum()) if config.loss_type in ("grpo", "sapo", "gmpo") else 1
         total = total + per_token.sum() / share
-    return total / _denominator(mask, len(bounds) - 1, normalizer, config)
+    return total / _denominator(tokens.mask, len(bounds) - 1, normalizer, config)
+
+
+def correction_factor(
+    logp: Tensor, old: Tensor | None, sampling: Tensor | None, advantage: Tensor, correction: OffPolicyCorrection
+) -> Tensor | None:
+    """What a correction multiplies the policy terms of one sequence by, [n]; None if by nothing."""
+    logp = logp.detach()
+    old = logp if old is None else old
+    factor = None
+    if correction.importance != "none":
+        assert sampling is not None
+        log_ratio = old - sampling
+        if correction.importance.startswith("sequence"):
+            log_ratio = log_ratio.mean().expand_as(log_ratio)
+        factor = ratio_of(log_ratio)
+        if correction.importance.endswith("truncate"):
+            factor = factor.clamp(max=correction.cap)
+        else:
+            factor = factor.masked_fill((factor > correction.cap) | (factor < 1 / correction.cap), 0)
+    if correction.threshold is not None and bool((old - logp).mean() > correction.threshold):
+        factor = torch.where(advantage < 0, 0, torch.ones_like(logp) if factor is None else factor)
+    return factor
 
 
 def _denominator(mask: Tensor, sequences: int, normalizer: float | None, config: GRPOLossConfig) -> float:
@@ -133,10 +181,9 @@ def _policy(
     """One sequence's policy terms [n], not yet weighted, and the ratio that kl_correction uses."""
     if old is None:
         old = logp.detach() if config.detach else logp
-    advantage = advantage.expand_as(logp)
     log_ratio = logp - old
-    token_ratio = log_ratio.clamp(-20, 20).exp()
-    sequence_ratio = log_ratio.mean().exp().expand_as(logp)
+    token_ratio = ratio_of(log_ratio)
+    sequence_ratio = ratio_of(log_ratio.mean()).expand_as(logp)
     ratio = sequence_ratio if config.importance_level == "sequence" else token_ratio
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     mask = torch.ones_like(logp) if importance is None else importance
@@ -151,7 +198,7 @@ def _policy(
         mask = (mask != 0).to(logp)
     elif config.loss_type == "gmpo":
         bounded = torch.where(advantage > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=-config.epsilon))
-        value = -bounded.mean().exp() * advantage
+        value = -ratio_of(bounded.mean()) * advantage
     else:
         bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
         value = -torch.minimum(bounded * advantage, ratio.clamp(1 - config.epsilon, 1 + high) * advantage)
@@ -160,10 +207,10 @@ def _policy(
 
 def _vespo_weight(log_ratio: Tensor, importance: Tensor | None, advantage: Tensor, config: GRPOLossConfig) -> Tensor:
     lowest = math.log(1e-8)
-    log_weight = log_ratio.clamp(-20, 20).sum()
+    log_weight = log_ratio.clamp(-LIMIT, LIMIT).sum()
     if importance is not None:
-        log_weight = log_weight + importance[importance > 0].log().clamp(lowest, 20).sum()
-    log_weight = log_weight.clamp(lowest, 20).detach()
+        log_weight = log_weight + importance[importance > 0].log().clamp(lowest, LIMIT).sum()
+    log_weight = log_weight.clamp(lowest, LIMIT).detach()
     positive = advantage >= 0
     k = torch.where(positive, config.vespo_k_pos, config.vespo_k_neg)
     lam = torch.where(positive, config.vespo_lambda_pos, config.vespo_lambda_neg)

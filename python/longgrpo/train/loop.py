@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from longgrpo import grpo_loss, linear_grpo_loss
 from longgrpo.errors import PublishError
-from longgrpo.loss.config import GRPOLossConfig
+from longgrpo.loss.config import GRPOLossConfig, loss_normalizer
 from longgrpo.loss.grpo import GRPOLoss
 from longgrpo.model.head import head_of
 from longgrpo.rollout.probe import EngineMismatch
@@ -288,11 +288,7 @@ def step_normalizer(
 ) -> float:
     """What the whole update divides by, so that the split into micro-batches changes nothing: sequences, their longest
     allowed length together, or the tokens of the loss (see GRPOLossConfig.loss_type)."""
-    if config.loss_type in ("grpo", "sapo", "luspo", "gmpo"):
-        return float(sequences)
-    if config.loss_type == "dr_grpo":
-        return float(sequences * (config.max_completion_length or max_completion_length))
-    return float(max(sum(map(len, counted)), 1))
+    return float(loss_normalizer(config, sequences, sum(map(len, counted)), max_completion_length))
 
 
 # ---- 7

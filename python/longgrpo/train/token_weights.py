@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.run import TrainConfig
-from longgrpo.loss.grpo import per_token
+from longgrpo.loss.flatten import per_token
 from longgrpo.train.packing import MicroBatch
 
 

@@ -6,8 +6,9 @@
 #include <memory>
 #include <stdexcept>
 
-#include "kernels/loss.h"
-#include "kernels/numbers.cuh"
+#include "cuda/cuda_head.h"
+#include "cuda/numbers.cuh"
+#include "head/fused_loss.h"
 
 namespace py = pybind11;
 using namespace longgrpo;
@@ -16,6 +17,7 @@ namespace {
 
 Chip chip{4, 100 << 10};
 int64_t forced_rows = 0, forced_chunk = 0;  // 0: what the rule says
+int64_t multiply_adds = 0;                  // of all GEMMs so far
 
 float element(const Operand& m, int64_t i, int64_t j) {
   const int64_t offset = i * m.row_stride + j * m.column_stride;
@@ -48,14 +50,15 @@ struct SimulatedRuntime {
   Stream stream() const { return nullptr; }
   Scratch scratch(int64_t bytes) { return Scratch(bytes); }
 
-  GpuPlan plan(const GpuWish& wish, int64_t limit_bytes) {
-    if (forced_rows == 0) return plan_gpu(wish, limit_bytes, ::chip);
-    GpuPlan plan = forced_chunk && wish.can_chunk() ? row_chunks(wish, forced_chunk) : whole_rows(wish);
+  CudaPlan plan(const CudaWish& wish, int64_t limit_bytes) {
+    if (forced_rows == 0) return plan_cuda(wish, limit_bytes, ::chip);
+    CudaPlan plan = forced_chunk && wish.can_chunk() ? row_chunks(wish, forced_chunk) : whole_rows(wish);
     plan.tile_rows = forced_rows;
     return plan;
   }
 
   void gemm(const Operand& a, const Operand& b, float* c, int64_t c_stride) {
+    multiply_adds += a.rows * a.columns * b.columns;
     const std::vector<float> x = unpacked(a), y = unpacked(b);
     std::vector<double> row(size_t(b.columns));
     for (int64_t i = 0; i < a.rows; ++i) {
@@ -104,14 +107,9 @@ HeadOutputs outputs_of(const py::dict& d) {
           pointer(d, "scale"), pointer(d, "dweight"), pointer(d, "dbias")};
 }
 
-LossConfig config_of(const std::vector<int64_t>& o, const std::vector<float>& f) {
-  return {LossType(o.at(0)), Kl(o.at(1)), o.at(2) != 0, o.at(3) != 0, o.at(4) != 0, f.at(0), f.at(1), f.at(2),
-          f.at(3),           f.at(4),     f.at(5),      f.at(6),      f.at(7),      f.at(8), f.at(9), f.at(10)};
-}
-
 TokenBatch batch_of(const py::dict& d) {
-  return {d["tokens"].cast<int64_t>(), pointer(d, "token_weight"), pointer(d, "advantages"),
-          pointer(d, "old_logp"),      pointer(d, "ref_logp"),     pointer(d, "importance")};
+  return {d["tokens"].cast<int64_t>(), pointer(d, "token_weight"), pointer(d, "advantages"),   pointer(d, "old_logp"),
+          pointer(d, "ref_logp"),      pointer(d, "importance"),   pointer(d, "sampling_logp")};
 }
 
 Sequences sequences_of(const py::dict& d) {
@@ -119,6 +117,10 @@ Sequences sequences_of(const py::dict& d) {
 }
 
 LossOutputs loss_of(const py::dict& d) { return {pointer(d, "loss"), pointer<LossMetrics>(d, "metrics")}; }
+
+CudaDevice<SimulatedRuntime> device_of(const py::dict& d, int64_t active = 0) {
+  return {runtime, shape_of(d), d["workspace"].cast<int64_t>(), active};
+}
 
 // One launch of the row kernel over logits [rows, stride].
 void rows(const py::dict& d) {
@@ -150,28 +152,33 @@ PYBIND11_MODULE(longgrpo_kernels, m) {
   m.def("set_schedule", [](int schedule) { sim::schedule = sim::Schedule(schedule); });
   m.def("set_chip", [](int multiprocessors, int64_t shared) { chip = {multiprocessors, shared}; });
   m.def("force_tiles", [](int64_t rows, int64_t chunk) { forced_rows = rows, forced_chunk = chunk; });
+  m.def("multiply_adds", [] { return multiply_adds; });
   m.def("launches", [] { return sim::launches; });
   m.def("rows", rows);
   m.def("plan", [](int64_t n, int64_t h, int64_t v, int dtype, bool trains, int64_t workspace) {
-    const GpuPlan p = plan_gpu({{n, h, v}, Dtype(dtype), Dtype(dtype), false, trains, false}, workspace, chip);
+    const CudaPlan p = plan_cuda({{n, h, v}, Dtype(dtype), Dtype(dtype), false, trains, false}, workspace, chip);
     return std::make_tuple(p.flash, p.tile_rows, p.chunk, p.bytes());
   });
-  m.def("linear_logprob", [](const py::dict& d) {
-    gpu_linear_logprob(runtime, shape_of(d), inputs_of(d), outputs_of(d), d["workspace"].cast<int64_t>());
-  });
+  m.def("linear_logprob", [](const py::dict& d) { device_of(d).pass(inputs_of(d), outputs_of(d), RowLoss{}); });
   m.def("linear_logprob_backward", [](const py::dict& d) {
-    gpu_linear_logprob_backward(runtime, shape_of(d), inputs_of(d), outputs_of(d), pointer(d, "c"), pointer(d, "e"),
-                                d["workspace"].cast<int64_t>());
+    const RowLoss loss{.kind = RowLoss::given, .c = pointer(d, "c"), .e = pointer(d, "e")};
+    device_of(d).pass(inputs_of(d), outputs_of(d), loss);
   });
   m.def("token_loss", [](const py::dict& d, const std::vector<int64_t>& options, const std::vector<float>& constants) {
-    gpu_token_loss(runtime, config_of(options, constants), batch_of(d), sequences_of(d), pointer(d, "logp"),
-                   pointer(d, "entropy"), nullptr, pointer(d, "logp_grad"), loss_of(d));
+    const TokenBatch batch = batch_of(d);
+    CudaDevice<SimulatedRuntime> device(runtime, {batch.tokens, 0, 0}, 0, 0);
+    token_loss(device,
+               {unpack_config(options, constants), batch, sequences_of(d), pointer(d, "logp"), pointer(d, "entropy"),
+                nullptr, pointer(d, "logp_grad")},
+               loss_of(d));
   });
   m.def("linear_grpo_loss", [](const py::dict& d, const std::vector<int64_t>& options,
                                const std::vector<float>& constants, int64_t active, bool report) {
-    GpuFusedLoss<SimulatedRuntime>(runtime, config_of(options, constants), shape_of(d), inputs_of(d), batch_of(d),
-                                   sequences_of(d), outputs_of(d), active, report, d["workspace"].cast<int64_t>())
-        .run(loss_of(d));
+    auto device = device_of(d, active);
+    const LossConfig config = unpack_config(options, constants);
+    HeadInputs in = inputs_of(d);
+    in.exact_kl = exact_kl_of(config);
+    FusedLoss(device, config, shape_of(d), in, batch_of(d), sequences_of(d), outputs_of(d), report).run(loss_of(d));
   });
   m.def("scale_rows",
         [](uintptr_t from, int from_dtype, uintptr_t to, int to_dtype, uintptr_t scale, int64_t rows, int64_t columns) {

@@ -7,9 +7,9 @@
 #include <stdexcept>
 #include <vector>
 
-#include "kernels/device.h"
-#include "kernels/launch.h"
-#include "kernels/numbers.cuh"
+#include "cuda/device.h"
+#include "cuda/launch.h"
+#include "cuda/numbers.cuh"
 
 using namespace longgrpo;
 

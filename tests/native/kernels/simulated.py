@@ -11,11 +11,13 @@ import torch
 from compiled import ROOT
 from torch import Tensor
 
+from longgrpo._ops.loss import METRICS
+
 HERE = Path(__file__).parent
 BUILD = ROOT / "build" / "native" / "kernels"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of Dtype in csrc/head/types.h
+replaced = False  # whether the plugin has put this module's functions in the place of the CPU's ops
 SCHEDULES = {"forward": 0, "reverse": 1, "shuffled": 2}
-METRICS = 10
 
 
 def build(into: Path = BUILD, root: Path = ROOT, sanitize: str = "") -> Path:
@@ -79,13 +81,15 @@ def linear_logprob_backward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def token_loss(
-    logp, token_weight, advantages, old_logp, ref_logp, importance, cu_seqlens, entropy, options, constants
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = zeros(1), zeros(METRICS), zeros(logp.shape[0])
+    logp, token_weight, advantages, old_logp, ref_logp, importance, sampling_logp, cu_seqlens, entropy, options,
+    constants,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    out = zeros(1), zeros(len(METRICS)), zeros(logp.shape[0])
     tokens = {"tokens": logp.shape[0], "sequences": 0 if cu_seqlens is None else cu_seqlens.numel() - 1}
     tensors = _addresses(
         logp=logp, token_weight=token_weight, advantages=advantages, old_logp=old_logp, ref_logp=ref_logp,
-        importance=importance, cu_seqlens=cu_seqlens, entropy=entropy, loss=out[0], metrics=out[1], logp_grad=out[2],
+        importance=importance, sampling_logp=sampling_logp, cu_seqlens=cu_seqlens, entropy=entropy, loss=out[0],
+        metrics=out[1], logp_grad=out[2],
     )  # fmt: skip
     kernels().token_loss(tokens | tensors, options, constants)
     return out[0].view(()), out[1], out[2]
@@ -93,26 +97,27 @@ def token_loss(
 
 def linear_grpo_loss(*arguments) -> tuple[Tensor, ...]:
     head, rest = arguments[:8], arguments[8:]
-    token_weight, advantages, old_logp, ref_logp, importance, cu_seqlens, ref_hidden, ref_weight = rest[:8]
-    options, constants, need_hidden, need_weight, need_bias, metrics, workspace, active = rest[8:]
+    token_weight, advantages, old_logp, ref_logp, importance, sampling_logp, cu_seqlens = rest[:7]
+    ref_hidden, ref_weight = rest[7:9]
+    options, constants, need_hidden, need_weight, need_bias, metrics, workspace, active = rest[9:]
     hidden, weight = head[:2]
     (n, h), v = hidden.shape, weight.shape[0]
-    loss, values, scale = zeros(1), zeros(METRICS), zeros(n if need_hidden else 0)
+    loss, values, scale = zeros(1), zeros(len(METRICS)), zeros(n if need_hidden else 0)
+    logp, entropy = zeros(n), zeros(n)
     direction = zeros(n if need_hidden else 0, h, dtype=hidden.dtype)
     dweight, dbias = zeros(v if need_weight else 0, h), zeros(v if need_bias else 0)
-    beta, kl = constants[0], options[1]
-    exact = {9: 1, 10: 2}.get(kl, 0) if beta else 0
     kernels().linear_grpo_loss(
         _head(*head, workspace)
-        | {"exact_kl": exact, "sequences": 0 if cu_seqlens is None else cu_seqlens.numel() - 1}
+        | {"sequences": 0 if cu_seqlens is None else cu_seqlens.numel() - 1}
         | _addresses(
             token_weight=token_weight, advantages=advantages, old_logp=old_logp, ref_logp=ref_logp,
-            importance=importance, cu_seqlens=cu_seqlens, ref_hidden=ref_hidden, ref_weight=ref_weight, loss=loss,
-            metrics=values, direction=direction, scale=scale, dweight=dweight, dbias=dbias,
+            importance=importance, sampling_logp=sampling_logp, cu_seqlens=cu_seqlens, ref_hidden=ref_hidden,
+            ref_weight=ref_weight, loss=loss, metrics=values, logp=logp, entropy=entropy, direction=direction,
+            scale=scale, dweight=dweight, dbias=dbias,
         ),
         options, constants, active, metrics,
     )  # fmt: skip
-    return loss.view(()), values, direction, scale, dweight, dbias
+    return loss.view(()), values, logp, entropy, direction, scale, dweight, dbias
 
 
 def scale_rows(x: Tensor, scale: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def harness(tmp_path_factory):
 
 
 def probe(root: Path, harness: list[Path], into: Path) -> subprocess.CompletedProcess:
-    rows = compile_object(root / "csrc" / "kernels" / "rows.cu", root, into)
+    rows = compile_object(root / "csrc" / "cuda" / "rows.cu", root, into)
     subprocess.run(["g++", *FLAGS, *harness, rows, "-o", into / "probe"], check=True)
     return subprocess.run([into / "probe"], capture_output=True, text=True, timeout=300, check=False)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from simulated import ROOT
 
-KERNELS = ROOT / "csrc" / "kernels"
+KERNELS = ROOT / "csrc" / "cuda"
 SOURCES = ("rows", "flash", "matrix", "token_loss")
 ARCHITECTURES = ("80", "90a")
 

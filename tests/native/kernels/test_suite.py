@@ -14,7 +14,7 @@ from simulated import BUILD, HERE, ROOT, build
 
 # A million tokens, and workspaces that the CPU path alone can do with.
 LEFT_OUT = "not no_length_limit and not smollm2 and not tiles_change_nothing and not twice_plain_torch"
-SUITES = [f"tests/loss/test_{name}.py" for name in ("grpo", "rules", "linear")]
+SUITES = [f"tests/loss/test_{name}.py" for name in ("grpo", "rules", "linear", "correction", "wide")]
 
 
 def run_suite(*options: str, suites: list[str] = SUITES, left_out: str = LEFT_OUT, **environment: str) -> None:

@@ -70,7 +70,7 @@ finish_kernel(RowTile tile, RowOutputs out, const ChunkState* states, const floa
   const ChunkState state = states[i];
   const float temperature = tile.temperature_of(token);
   const Logits<kShaped> logits(tile.transform, temperature, 0, int(tile.transform.vocabulary));
-  RowStatistics row = finish(softmax_of(state, logits.factor2()), state.target_x);
+  Base2Statistics row = finish(softmax_of(state, logits.factor2()), state.target_x);
   const int64_t target = tile.target[token];
   const bool inside = target < tile.transform.vocabulary;
   if (!inside) row.softmax.logp = NAN;

@@ -24,6 +24,12 @@ namespace longgrpo {
 
 constexpr int kWidth = 4;  // columns of one 16-byte load
 
+// What the formulas of math/row.h take for exp and tanh.
+struct CudaMath {
+  DEVICE static float exp(float x) { return expf(x); }
+  DEVICE static float tanh(float x) { return tanhf(x); }
+};
+
 // The transform of the logits, with the rest as one factor: z_j = factor x'_j.
 template <bool kShaped>
 struct Logits {
@@ -43,15 +49,13 @@ struct Logits {
 
   DEVICE float operator()(float x, int column) const {
     if constexpr (!kShaped) return x;
-    const float b = bias && column < columns ? bias[column] : 0.0f;
-    const float y = scale * (x + b);
-    return cap > 0 ? cap * tanhf(y * inverse_cap) : y;
+    const float y = scaled_logit(x, bias && column < columns ? bias[column] : 0.0f, scale);
+    return cap > 0 ? capped_logit<CudaMath>(y, cap, inverse_cap) : y;
   }
   // d x'/d logit, without the scale
   DEVICE float slope(float shaped) const {
     if constexpr (!kShaped) return 1.0f;
-    const float t = shaped * inverse_cap;  // 0 without a cap
-    return (1.0f - t) * (1.0f + t);
+    return cap_slope(shaped, inverse_cap);
   }
 };
 
@@ -160,7 +164,7 @@ DEVICE Out* signed_row(float* logits, int64_t stride) {
 }
 
 // A row after its statistics: log p_j = ln2 t_j - softmax.offset.
-struct RowStatistics {
+struct Base2Statistics {
   float factor2, origin;  // t_j = factor2 (x'_j - origin)
   float rest;             // sum of 2^t_j over all columns but the target
   RowSoftmax softmax;
@@ -169,35 +173,26 @@ struct RowStatistics {
   DEVICE float logp(float x) const { return kLn2 * exponent(x) - softmax.offset; }
 };
 
-DEVICE RowStatistics finish(const OnlineSoftmax& rest, float target_x) {
-  RowStatistics row{rest.factor2, rest.origin(), rest.sum, {}};
+DEVICE Base2Statistics finish(const OnlineSoftmax& rest, float target_x) {
+  Base2Statistics row{rest.factor2, rest.origin(), rest.sum, {}};
   row.softmax = finish_row(rest.sums(), product(kLn2, row.exponent(target_x)));
   return row;
 }
 
-// What multiplies the three parts of a row's gradient, so that the signed row stays near 1 whatever the loss's
-// normalizer is. A NaN stays.
-DEVICE float common_scale(const RowGradient& g) {
-  float scale = fabsf(g.logp);
-  if (fabsf(g.entropy) > scale) scale = fabsf(g.entropy);
-  return fabsf(g.kl) > scale ? fabsf(g.kl) : scale;
-}
-
 // Terms of the KL between a row and its reference.
 struct KlTerms {
-  RowStatistics row, reference;
+  Base2Statistics row, reference;
   bool reverse;
 
   // Both take x' of the row and of the reference.
   DEVICE float divergence(float x, float r) const {
     const float d = row.logp(x), d_reference = reference.logp(r);
-    const float p = expf(reverse ? d : d_reference);
-    return p == 0 ? 0.0f : p * (reverse ? d - d_reference : d_reference - d);
+    return divergence_term<CudaMath>(reverse ? d : d_reference, reverse ? d_reference : d);
   }
-  DEVICE float gradient(float x, float r, float divergence) const {
-    const float d = row.logp(x), d_reference = reference.logp(r), p = expf(d);
-    if (!reverse) return p - expf(d_reference);
-    return p == 0 ? 0.0f : p * (d - d_reference - divergence);
+  DEVICE float gradient(float weight, float x, float r, float divergence) const {
+    const float d = row.logp(x), d_reference = reference.logp(r);
+    return reverse ? reverse_kl_gradient<CudaMath>(weight, d, d_reference, divergence)
+                   : forward_kl_gradient<CudaMath>(weight, d, d_reference);
   }
 };
 
@@ -242,7 +237,7 @@ row_kernel(RowTile tile, RowOutputs out, int kept_columns) {
 
   const int target = int(tile.target[token] < columns ? tile.target[token] : 0);
   const float target_x = row.logits(x[target], target);
-  RowStatistics statistics = finish(row.sum(target), target_x);
+  Base2Statistics statistics = finish(row.sum(target), target_x);
   if (tile.target[token] >= columns) statistics.softmax.logp = NAN;  // no way to raise an error from here
   const float logp = statistics.softmax.logp, entropy = statistics.softmax.entropy;
 
@@ -270,7 +265,7 @@ row_kernel(RowTile tile, RowOutputs out, int kept_columns) {
 
   const RowGradient whole = shared_gradient;
   // p_j / (1 - p_y) is the row's softmax without the target.
-  const float scale = common_scale(whole) * (kBeyond ? 1.0f : -expm1f(logp));
+  const float scale = whole.scale() * (kBeyond ? 1.0f : -expm1f(logp));
   if (threadIdx.x == 0) {
     out.row_scale[i] = scale;
     if (out.scale) out.scale[token] = scale;
@@ -282,13 +277,12 @@ row_kernel(RowTile tile, RowOutputs out, int kept_columns) {
   const float to_logits = tile.transform.logit_scale / temperature;
 
   if constexpr (kBeyond) {
-    const RowGradient g{whole.logp / scale, whole.entropy / scale, whole.kl / scale};
+    const RowGradient g = whole.over(scale);
     row.rewrite(to, [&](float value, int j) {
-      const float d = statistics.logp(value);
-      float dz = -expf(d) * (g.logp + g.entropy * (fmaxf(d, -87.0f) + entropy));
+      float dz = logit_gradient<CudaMath>(g, statistics.logp(value), entropy);
       if (j == target) dz = target_logit_gradient(g, logp, entropy);
       if (tile.reference_logits && j < columns)
-        dz += g.kl * terms.gradient(value, row.logits(reference.x[j], j), divergence);
+        dz += terms.gradient(g.kl, value, row.logits(reference.x[j], j), divergence);
       return to_logits * dz * row.logits.slope(value);
     });
   } else {

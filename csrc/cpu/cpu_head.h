@@ -1,19 +1,22 @@
-// The head pass's Device on the CPU. Runtime lends the GEMM and the threads: torch's in the extension, BLAS and OpenMP
-// in the benchmark binary.
+// The head on the CPU: head_pass.h's Device, and fused_loss.h's. Runtime lends memory, the GEMM and the threads:
+// torch's in the extension, BLAS and OpenMP in the benchmark binary.
 //   runtime.gemm(a, b, c)                 c = a b, fp32, any strides
 //   runtime.parallel_for(n, f)            f(i) for i in [0, n)
 //   runtime.threads()
+//   auto memory = runtime.scratch(bytes)  memory.data(), freed with `memory`
 #pragma once
 
 #include <cmath>
 #include <cstring>
-#include <functional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../head/head_pass.h"
 #include "convert.h"
 #include "gemm_bf16.h"
 #include "rows.h"
+#include "sweeps.h"
 
 namespace longgrpo {
 
@@ -47,15 +50,21 @@ inline int64_t staging_bytes(const HeadShape& shape, const HeadInputs& in, bool 
   return alignment + (staged ? 4 * weight_chunk(shape) * shape.hidden : 0);
 }
 
-// What the loss says of one row once its logp is there. Null: no gradient.
-using RowLoss = std::function<RowGradient(int64_t token, float logp)>;
+// The tiles of a pass over so many rows, of which the first `active` may have a gradient.
+inline HeadPlan plan_cpu(const HeadShape& shape, const HeadInputs& in, int64_t rows, int64_t active,
+                         bool hidden_gradient, bool weight_gradient, bool reference, int64_t threads,
+                         int64_t limit_bytes) {
+  const HeadPlan plan{
+      rows, active, 0, staging_bytes(shape, in, weight_gradient, threads), hidden_gradient, weight_gradient, reference};
+  return plan_tiles(plan, shape, limit_bytes);
+}
 
 template <class Runtime>
 class CpuHead {
  public:
-  // `rows` lists the tokens in the order of the pass. With `logits_kept` a gradient other than logp's is possible.
+  // `rows` lists the tokens in the order of the pass.
   CpuHead(Runtime& runtime, const HeadShape& shape, const HeadPlan& plan, const HeadInputs& in, const HeadOutputs& out,
-          const std::vector<int64_t>& rows, const RowLoss& loss, bool logits_kept, float* workspace)
+          const std::vector<int64_t>& rows, const RowLoss& loss, float* workspace)
       : runtime_(runtime),
         shape_(shape),
         plan_(plan),
@@ -63,7 +72,7 @@ class CpuHead {
         out_(out),
         rows_(rows),
         loss_(loss),
-        logits_kept_(logits_kept || in.transform.softcap > 0 || plan.reference),
+        logits_kept_(loss.beyond_logp() || in.transform.softcap > 0 || plan.reference),
         bf16_(native_bf16(in)),
         stride_(logits_stride(shape)),
         slots_(size_t(plan.tile_rows)) {
@@ -210,12 +219,8 @@ class CpuHead {
     if (keep) {
       slot.factor *= -std::exp(-row.softmax.offset);
     } else {
-      // A common factor of the three keeps the direction near 1, whatever the loss's normalizer is: no underflow in
-      // fp16.
-      slot.scale = std::max({std::fabs(g.logp), std::fabs(g.entropy), std::fabs(g.kl)});
-      if (slot.scale != 0)
-        sign_row(in_.transform, x, target, row, {g.logp / slot.scale, g.entropy / slot.scale, g.kl / slot.scale},
-                 reference);
+      slot.scale = g.scale();
+      if (slot.scale != 0) sign_row(in_.transform, x, target, row, g.over(slot.scale), reference);
     }
     if (out_.scale) out_.scale[token] = slot.scale;
     return slot;
@@ -271,5 +276,77 @@ class CpuHead {
   std::vector<Slot> slots_;
   float *logits_, *hidden_, *direction_ = nullptr, *reference_logits_ = nullptr, *reference_hidden_ = nullptr, *staged_;
 };
+
+// fused_loss.h's Device.
+template <class Runtime>
+class CpuDevice {
+ public:
+  using Rows = CpuRows;
+
+  CpuDevice(Runtime& runtime, const HeadShape& shape, int64_t workspace)
+      : runtime_(runtime), shape_(shape), workspace_(workspace) {}
+
+  auto scratch(int64_t bytes) const { return runtime_.scratch(bytes); }
+
+  Rows visit(const Visits& visits, float* weight) const { return longgrpo::visit(visits, weight); }
+
+  void pass(const HeadInputs& in, const HeadOutputs& out, const RowLoss& loss) const {
+    pass(in, out, loss, rows_of(loss, in.target, shape_.tokens));
+  }
+
+  void pass(const HeadInputs& in, const HeadOutputs& out, const RowLoss& loss, const Rows& rows) const {
+    const int64_t active = out.gradient() ? rows.active : 0;
+    const bool nothing = rows.order.empty() || (active == 0 && !out.scores());
+    const bool dweight_begun = !nothing && tiles(in, out, loss, rows.order, active);
+    if (out.dweight && !dweight_begun) std::fill_n(out.dweight, shape_.vocabulary * shape_.hidden, 0.0f);
+  }
+
+  void correct(const LossArguments& arguments, float* sequence_ratio, float* kept) const {
+    longgrpo::correct(arguments, sequence_ratio, kept);
+  }
+
+  void sum(const LossArguments& arguments, const LossOutputs& out) const {
+    const LossSums sums = longgrpo::sum(arguments);
+    *out.loss = sums.loss(), *out.metrics = sums.metrics();
+  }
+
+  void copy(const float* from, float* to, int64_t n) const { std::copy_n(from, n, to); }
+
+  // to[i, :] = scale_i from[i, :]; in place is fine.
+  void scale_rows(const void* from, void* to, Dtype dtype, const float* scale, int64_t rows, int64_t columns) const {
+    const int64_t bytes = columns * size_of(dtype);
+    runtime_.parallel_for(rows, [&](int64_t i) {
+      thread_local std::vector<float> row;
+      row.resize(size_t(columns));
+      to_float(static_cast<const char*>(from) + i * bytes, dtype, row.data(), columns);
+      from_float(row.data(), scale[i], static_cast<char*>(to) + i * bytes, dtype, columns);
+    });
+  }
+
+ private:
+  // -> whether any row had a gradient
+  bool tiles(const HeadInputs& in, const HeadOutputs& out, const RowLoss& loss, const std::vector<int64_t>& rows,
+             int64_t active) const {
+    const HeadPlan plan = plan_cpu(shape_, in, int64_t(rows.size()), active, out.direction, out.dweight || out.dbias,
+                                   in.reference(), runtime_.threads(), workspace_);
+    const auto memory = runtime_.scratch(workspace_bytes(plan, shape_, plan.tile_rows) + 4);
+    CpuHead<Runtime> head(runtime_, shape_, plan, in, out, rows, loss, static_cast<float*>(memory.data()));
+    head_pass(head, plan);
+    return head.dweight_begun();
+  }
+
+  Runtime& runtime_;
+  const HeadShape shape_;
+  const int64_t workspace_;
+};
+
+// The CPU can look at its targets.
+inline void check_targets(const int64_t* target, const HeadShape& shape) {
+  for (int64_t t = 0; t < shape.tokens; ++t)
+    if (target[t] >= shape.vocabulary)
+      throw std::invalid_argument("target[" + std::to_string(t) + "] = " + std::to_string(target[t]) +
+                                  " is outside the vocabulary of " + std::to_string(shape.vocabulary) +
+                                  " (a negative target is ignored)");
+}
 
 }  // namespace longgrpo

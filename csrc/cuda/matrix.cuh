@@ -1,4 +1,4 @@
-// Plain passes over matrices: bound by memory, 16 bytes at a time where rows allow it. Grids are a fixed number of
+// Plain passes over matrices: bound by memory, 16 bytes at a time if rows allow it. Grids are a fixed number of
 // blocks that stride over the work, so no size is too large for a grid.
 #pragma once
 
@@ -14,7 +14,7 @@ scale_rows_kernel(const From* from, To* to, const float* scale, int64_t rows, in
     const float factor = scale ? scale[i] : 1.0f;
     const From* const x = from + i * columns;
     To* const y = to + i * columns;
-    // Selected, not multiplied, where the factor is 0: a row that nobody asks for may hold NaN.
+    // Selected, not multiplied, if the factor is 0: a row that nobody asks for may hold NaN.
     const auto scaled = [&](float value) { return factor == 0 ? 0.0f : factor * value; };
     if (wide) {
       for (int64_t j = threadIdx.x * int64_t(kWidth); j < columns; j += kThreads * kWidth) {

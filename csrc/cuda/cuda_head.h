@@ -1,12 +1,13 @@
-// The head pass's Device on CUDA, for both tilings. No torch, no CUDA headers: kernels come through launch.h, and the
-// Runtime lends the GEMM:
+// The head on CUDA: head_pass.h's and flash_pass.h's Device, and fused_loss.h's. No torch, no CUDA headers: kernels
+// come through launch.h, and the Runtime lends memory and the GEMM:
 //   runtime.gemm(a, b, c, c_stride)    c = a b with fp32 accumulation and output, any strides, on runtime.stream()
 //   runtime.chip()                     of the device that the pass runs on
-//   runtime.plan(wish, limit_bytes)    plan_gpu, unless a test wants a tiling of its own
+//   runtime.plan(wish, limit_bytes)    plan_cuda, unless a test wants a tiling of its own
+//   auto memory = runtime.scratch(bytes)   memory.data(), freed with `memory` in the order of the stream
 //
 // No value on the device is read by the host. Rows are visited in the order they have; a row without a target, outside
 // the loss or without a gradient becomes a zero row, which costs its share of the GEMMs and nothing else. That share is
-// saved where the host knows such rows: the caller leaves them out of `hidden`, or puts them last and hands in
+// saved if the host knows such rows: the caller leaves them out of `hidden`, or puts them last and hands in
 // `active`.
 #pragma once
 
@@ -30,7 +31,7 @@ inline const void* at(const void* data, Dtype dtype, int64_t i) {
 inline void* at(void* data, Dtype dtype, int64_t i) { return static_cast<char*>(data) + i * size_of(dtype); }
 
 // What a pass wants, as far as memory and tiling are concerned.
-struct GpuWish {
+struct CudaWish {
   HeadShape shape;
   Dtype hidden_dtype, weight_dtype;
   bool reference, weight_gradient;
@@ -42,7 +43,7 @@ struct GpuWish {
   bool can_chunk() const { return !weight_gradient && !reference && !beyond_logp; }
 };
 
-struct GpuPlan {
+struct CudaPlan {
   bool flash;
   int64_t tile_rows;
   int64_t chunk;      // vocabulary columns at a time; all of them unless `flash`
@@ -58,7 +59,7 @@ constexpr int64_t kGradientRows = 2048;                 // rows of dW whose fp32
 constexpr int64_t kGemmRows = 128, kGemmColumns = 256;  // output tile of a library GEMM at full rate
 constexpr int64_t kAlignment = 256;
 
-inline int64_t fixed_bytes(const GpuWish& wish) {
+inline int64_t fixed_bytes(const CudaWish& wish) {
   constexpr int64_t kParts = 12;  // each is aligned
   const int64_t upcast = wish.mixed() ? std::min(wish.shape.vocabulary, kUpcastRows) : 0;
   const int64_t gradient = wish.weight_gradient ? std::min(wish.shape.vocabulary, kGradientRows) : 0;
@@ -66,7 +67,7 @@ inline int64_t fixed_bytes(const GpuWish& wish) {
 }
 
 // The two tilings, without their tile_rows.
-inline GpuPlan whole_rows(const GpuWish& wish) {
+inline CudaPlan whole_rows(const CudaWish& wish) {
   const int64_t v = wish.shape.vocabulary, stride = (v + kStrideUnit - 1) / kStrideUnit * kStrideUnit;
   const int64_t references = wish.reference ? 1 : 0;  // logits and hidden tile; beside them: direction, two scales
   return {false,
@@ -77,25 +78,25 @@ inline GpuPlan whole_rows(const GpuWish& wish) {
           fixed_bytes(wish)};
 }
 
-inline GpuPlan row_chunks(const GpuWish& wish, int64_t columns = kBlockColumns) {
+inline CudaPlan row_chunks(const CudaWish& wish, int64_t columns = kBlockColumns) {
   const int64_t chunk = std::min(columns, whole_rows(wish).stride);  // logits, hidden tile, direction, product
   return {true, 0, chunk, chunk, 4 * (chunk + 3 * wish.shape.hidden) + int64_t(sizeof(ChunkState)), fixed_bytes(wish)};
 }
 
-inline GpuPlan with_tile(GpuPlan plan, const GpuWish& wish, int64_t limit_bytes) {
+inline CudaPlan with_tile(CudaPlan plan, const CudaWish& wish, int64_t limit_bytes) {
   plan.tile_rows = rows_of_a_tile(wish.shape.tokens, plan.row_bytes, plan.fixed_bytes, limit_bytes, kGemmRows);
   return plan;
 }
 
-// The rule, to be overturned by measurement alone. Whole rows, unless their tile is too small for the second GEMM to
-// give every multiprocessor a tile of its output; then chunks, where the loss permits them. Both tilings give the same
+// The rule, to be overturned only by measurement. Whole rows, unless their tile is too small for the second GEMM to
+// give every multiprocessor a tile of its output; then chunks, if the loss permits them. Both tilings give the same
 // logp bit for bit (see softmax.cuh), as far as the library's GEMM does for their two shapes; so that it need not, the
 // rule does not ask whether there is a gradient: scoring and a frozen head's gradient take the same tiling.
-inline GpuPlan plan_gpu(const GpuWish& wish, int64_t limit_bytes, const Chip& chip) {
-  const GpuPlan rows = whole_rows(wish);
+inline CudaPlan plan_cuda(const CudaWish& wish, int64_t limit_bytes, const Chip& chip) {
+  const CudaPlan rows = whole_rows(wish);
   if (!wish.can_chunk()) return with_tile(rows, wish, limit_bytes);
   if (rows.row_bytes * kMinTileRows + rows.fixed_bytes <= limit_bytes) {
-    const GpuPlan plan = with_tile(rows, wish, limit_bytes);
+    const CudaPlan plan = with_tile(rows, wish, limit_bytes);
     const int64_t output = plan.tile_rows * wish.shape.hidden;
     if (plan.tile_rows >= wish.shape.tokens || output >= chip.multiprocessors * kGemmRows * kGemmColumns) return plan;
   }
@@ -103,10 +104,10 @@ inline GpuPlan plan_gpu(const GpuWish& wish, int64_t limit_bytes, const Chip& ch
 }
 
 template <class Runtime>
-class GpuHead {
+class CudaHead {
  public:
-  GpuHead(Runtime& runtime, const GpuWish& wish, const GpuPlan& plan, const HeadInputs& in, const HeadOutputs& out,
-          const RowLoss& loss, void* workspace)
+  CudaHead(Runtime& runtime, const CudaWish& wish, const CudaPlan& plan, const HeadInputs& in, const HeadOutputs& out,
+           const RowLoss& loss, void* workspace)
       : runtime_(runtime), wish_(wish), plan_(plan), in_(in), out_(out), next_(static_cast<char*>(workspace)) {
     const int64_t rows = plan.tile_rows, h = wish.shape.hidden, v = wish.shape.vocabulary;
     const auto take = [&](int64_t bytes) {
@@ -276,8 +277,8 @@ class GpuHead {
   }
 
   Runtime& runtime_;
-  const GpuWish wish_;
-  const GpuPlan plan_;
+  const CudaWish wish_;
+  const CudaPlan plan_;
   const HeadInputs in_;
   const HeadOutputs out_;
   RowTile tile_;
@@ -286,6 +287,68 @@ class GpuHead {
   float *row_scale_ = nullptr, *normalized_ = nullptr, *highest_ = nullptr;
   float *reference_logits_ = nullptr, *reference_hidden_ = nullptr, *upcast_ = nullptr, *dweight_ = nullptr;
   ChunkState* states_ = nullptr;
+};
+
+// fused_loss.h's Device. Arrays are [tokens], outputs are zeroed.
+template <class Runtime>
+class CudaDevice {
+ public:
+  struct Rows {
+    int64_t active;  // the first so many tokens may have a gradient
+  };
+
+  CudaDevice(Runtime& runtime, const HeadShape& shape, int64_t workspace, int64_t active)
+      : runtime_(runtime), shape_(shape), workspace_(workspace), active_(active) {}
+
+  auto scratch(int64_t bytes) const { return runtime_.scratch(bytes); }
+
+  Rows visit(const Visits& visits, float* weight) const {
+    launch_visited(visits, weight, runtime_.stream());
+    return {active_};
+  }
+
+  void pass(const HeadInputs& in, const HeadOutputs& out, const RowLoss& loss) const {
+    pass(in, out, loss, {shape_.tokens});
+  }
+
+  void pass(const HeadInputs& in, const HeadOutputs& out, const RowLoss& loss, const Rows& rows) const {
+    const int64_t active = out.gradient() ? rows.active : 0;
+    const bool gradient = active > 0;
+    if (shape_.tokens == 0 || !(gradient || out.scores())) return;
+    const CudaWish wish{shape_,
+                        in.hidden_dtype,
+                        in.weight_dtype,
+                        in.reference(),
+                        gradient && (out.dweight || out.dbias),
+                        gradient && loss.beyond_logp()};
+    const CudaPlan plan = runtime_.plan(wish, workspace_);
+    const auto memory = runtime_.scratch(plan.bytes());
+    CudaHead<Runtime>(runtime_, wish, plan, in, out, loss, memory.data()).run(active);
+  }
+
+  void correct(const LossArguments& arguments, float* sequence_ratio, float* kept) const {
+    launch_correct(arguments, sequence_ratio, kept, runtime_.stream());
+  }
+
+  void sum(const LossArguments& arguments, const LossOutputs& out) const {
+    const int64_t partials = std::max<int64_t>(loss_partials(arguments), 1);
+    const auto memory = runtime_.scratch(partials * int64_t(sizeof(LossSums)));
+    launch_token_loss(arguments, static_cast<LossSums*>(memory.data()), out, runtime_.stream());
+  }
+
+  void copy(const float* from, float* to, int64_t n) const {
+    launch_scale_rows(from, Dtype::f32, to, Dtype::f32, nullptr, 1, n, runtime_.stream());
+  }
+
+  // to[i, :] = scale_i from[i, :]; in place is fine.
+  void scale_rows(const void* from, void* to, Dtype dtype, const float* scale, int64_t rows, int64_t columns) const {
+    launch_scale_rows(from, dtype, to, dtype, scale, rows, columns, runtime_.stream());
+  }
+
+ private:
+  Runtime& runtime_;
+  const HeadShape shape_;
+  const int64_t workspace_, active_;
 };
 
 }  // namespace longgrpo

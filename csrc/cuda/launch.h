@@ -5,59 +5,21 @@
 // the second half of its row of logits: a sweep from the last column to the first writes only what it has read.
 #pragma once
 
+#include "../head/row_loss.h"
+#include "../head/sweeps.h"
 #include "../head/types.h"
-#include "../math/sequence_loss.h"
-#include "../math/softmax.h"
-#include "../math/token_batch.h"
 #include "chip.h"
 
 namespace longgrpo {
 
 constexpr int64_t kStrideUnit = 8;
 
-// Threads of a row, by the vocabulary alone: every kernel that sums a row must do it in the same order.
+// Threads of a row, by nothing but the vocabulary: every kernel that sums a row must do it in the same order.
 constexpr int kFewThreads = 256, kManyThreads = 1024;
 constexpr int64_t kFewColumns = 8192;
 // Columns that are summed by themselves before they join the row's sums: the chunk of flash.cuh, which must not change
 // the order of the sums.
 constexpr int kBlockColumns = 32768;
-
-// What a loss says of a row, without the host: which rows it skips, and the row's gradient once its logp is there.
-struct RowLoss {
-  enum Kind {
-    direction,  // dlogp itself
-    given,      // c and e from arrays
-    token,      // a token-level loss
-    sequence    // c from an array, where the sequences have been summed; the rest from the config
-  } kind = direction;
-  const float* c = nullptr;       // [tokens]
-  const float* e = nullptr;       // [tokens] or null
-  const float* weight = nullptr;  // [tokens] or null: 0 marks a token outside the loss
-  TokenBatch batch{};
-  LossConfig config{};
-
-  LONGGRPO_HD bool skips(int64_t t) const {
-    return (weight && weight[t] == 0) || (kind == given && c[t] == 0 && (!e || e[t] == 0));
-  }
-  LONGGRPO_HD RowGradient operator()(int64_t t, float logp) const {
-    if (kind == direction) return {1, 0, 0};
-    if (kind == given) return {c[t], e ? e[t] : 0.0f, 0};
-    const float w = weight[t];
-    float c_t;
-    if (kind == token) {
-      const Token it = batch.at(t, logp);
-      c_t = logp_gradient(config, token_term(config, it), it, w);
-    } else {
-      c_t = c[t];
-    }
-    return {c_t, -config.entropy_coef * w, config.exact_kl() ? config.beta * w : 0.0f};
-  }
-  // Whether a gradient other than logp's is possible.
-  LONGGRPO_HD bool beyond_logp() const {
-    if (kind == given) return e != nullptr;
-    return (kind == token || kind == sequence) && (config.entropy_coef != 0 || (config.beta != 0 && config.exact_kl()));
-  }
-};
 
 // A tile of rows as the kernels see it. Row i is the token first + i.
 struct RowTile {
@@ -77,7 +39,7 @@ struct RowTile {
   LONGGRPO_HD bool skips(int64_t token) const { return target[token] < 0 || loss.skips(token); }
 };
 
-struct RowOutputs {  // null where not wanted
+struct RowOutputs {  // null if not wanted
   float* logp;       // [tokens]
   float* entropy;    // [tokens]
   float* kl;         // [tokens]
@@ -97,7 +59,7 @@ struct ChunkState {
   float rescale;                 // what the last chunk multiplies sums over earlier chunks by
 };
 
-// Adds the columns [column, column + columns) to `state` [rows]; tile.logits holds these columns alone. With `gradient`
+// Adds the columns [column, column + columns) to `state` [rows]; tile.logits holds only these columns. With `gradient`
 // the logits become 2^t_j (1 - tanh_j^2) in `dtype`, 0 at the target.
 void launch_chunk(const RowTile& tile, int64_t column, int64_t columns, ChunkState* state, bool gradient, Dtype dtype,
                   Stream stream);
@@ -114,7 +76,7 @@ void launch_rescale_add(float* sums, const float* product, const ChunkState* sta
 
 // ---- matrices ----
 
-// to[i, j] = scale_i from[i, j], 0 where scale_i is 0, and from[i, j] itself where `scale` is null. In place is fine.
+// to[i, j] = scale_i from[i, j], 0 if scale_i is 0, and from[i, j] itself if `scale` is null. In place is fine.
 void launch_scale_rows(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, const float* scale, int64_t rows,
                        int64_t columns, Stream stream);
 // to += *factor from, n numbers; factor null: 1
@@ -127,16 +89,15 @@ void launch_normalize(const float* from, float* to, float* highest, int64_t n, S
 
 // ---- the loss from logp ----
 
-// weight'[t] = weight[t] where the pass visits the token: it has a target, and `report` or a gradient is possible.
-// `target` may be null.
-void launch_visited(const LossConfig& config, const TokenBatch& batch, const int64_t* target, const int32_t* cu_seqlens,
-                    int64_t sequences, bool report, float* visited, Stream stream);
+// weight [tokens] receives visits.weight of every token.
+void launch_visited(const Visits& visits, float* weight, Stream stream);
+
+// The arrays [tokens] that LossArguments::correct makes; either may be null.
+void launch_correct(const LossArguments& arguments, float* sequence_ratio, float* kept, Stream stream);
 
 // Partial sums that launch_token_loss needs.
-int64_t loss_partials(const LossConfig& config, int64_t tokens, int64_t sequences);
-// As token_loss of csrc/cpu; loss [1] and metrics receive the result, partials [loss_partials] is scratch.
-void launch_token_loss(const LossConfig& config, const TokenBatch& batch, const float* logp, const float* entropy,
-                       const float* exact_kl, const int32_t* cu_seqlens, int64_t sequences, float* logp_gradient,
-                       LossSums* partials, float* loss, LossMetrics* metrics, Stream stream);
+int64_t loss_partials(const LossArguments& arguments);
+// The loss, its metrics and c; partials [loss_partials] is scratch.
+void launch_token_loss(const LossArguments& arguments, LossSums* partials, const LossOutputs& out, Stream stream);
 
 }  // namespace longgrpo

@@ -9,7 +9,7 @@
 // (see rows.cuh), one number of threads for a vocabulary, and no product that a compiler may or may not fuse.
 #pragma once
 
-#include "../math/softmax.h"
+#include "../math/row.h"
 #include "numbers.cuh"
 
 namespace longgrpo {
