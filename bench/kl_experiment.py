@@ -31,8 +31,9 @@ from longgrpo.loss.reference import kl_estimate, log_softmax_rows
 from longgrpo.model.head import head_of
 from longgrpo.run.trainer import Trainer
 from longgrpo.tasks.evaluation import paired_interval
-from longgrpo.train.loop import roll_out, sample_prompts
-from longgrpo.train.policy import hidden_states, micro_batches_of
+from longgrpo.tasks.sample import Rollout
+from longgrpo.train.losses import hidden_states
+from longgrpo.train.update import batches_of
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "smollm2-arithmetic.yaml"
@@ -123,10 +124,9 @@ def kept(directory: Path) -> dict[str, Any]:
 
 # ---- the expected gradient
 @torch.no_grad()
-def logprobs(policy: Any, model: Any, batch: Any) -> Tensor:
+def logprobs(model: Any, batch: Any, temperature: float) -> Tensor:
     """[M, V] f64: of every token at every position of the loss."""
     hidden, head = hidden_states(model, batch), head_of(model)
-    temperature = policy.config.rollout.temperature
     return log_softmax_rows(hidden.double(), head.weight.double(), temperature=temperature, **head.options)
 
 
@@ -154,15 +154,18 @@ def distances(run: Path) -> dict[str, dict[str, float]]:
     over that of the divergence's gradient; and the norm itself over that of the divergence which it is named for. Over
     64 completions of the run's policy."""
     trainer = Trainer.resume(run)
-    policy = trainer.policy
-    assert policy.reference
-    samples = roll_out(policy, sample_prompts(policy, 8), policy.config.train.steps + 1)
+    config, collector, state = trainer.config, trainer.loop.collector, trainer.loop.state
+    assert state.reference
+    problems = collector.sample_prompts(8)
+    samples = collector.roll_out(problems, config.train.steps + 1)
+    rollout = Rollout.of(problems, samples, torch.zeros(0, 8, config.rollout.num_generations))
+    temperature = config.rollout.temperature
     squares = {kl: torch.zeros(3, dtype=torch.float64) for kl in EXPECTED}  # to reverse, to forward, its own
     true_squares = torch.zeros(2, dtype=torch.float64)  # reverse, forward
-    for batch in micro_batches_of(policy, samples):
-        logp = logprobs(policy, policy.model, batch)
-        with policy.reference() as model:
-            ref = logprobs(policy, model, batch)
+    for batch in batches_of(config, rollout, range(len(samples)), state.model.device):
+        logp = logprobs(state.model, batch, temperature)
+        with state.reference() as model:
+            ref = logprobs(model, batch, temperature)
         truths = divergence_gradients(logp, ref)
         true_squares += squared_norms(*truths)
         for kl in EXPECTED:

@@ -1,7 +1,7 @@
 """How a rollout and an update cost in each way of sharing the weights: python bench/rollout.py [--prompts 8 64]
 
-SmolLM2-135M on vLLM in this process, one engine after the other: tokens a second, seconds and bytes of a publish, the
-gap between the engine's logprobs and the trainer's, and the process's memory."""
+SmolLM2-135M on vLLM in this process, one engine after the other: tokens a second, seconds and bytes of a weight sync,
+the gap between the engine's logprobs and the trainer's, and the process's memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from longgrpo.model.lora import add_lora
 from longgrpo.model.packed_attention import packed_hidden, use_packed_attention
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine
 from longgrpo.rollout.support import sampled_logprob
-from longgrpo.tasks.sample import Sample
+from longgrpo.tasks.sample import Rollout, Sample
 from longgrpo.train.packing import pack
 
 CASES: dict[str, tuple[str, LoraConfig | None, dict[str, Any]]] = {
@@ -52,22 +52,23 @@ def measure(name: str, counts: list[int]) -> None:
                 p.add_(torch.randn_like(p), alpha=0.01 if lora else 1e-4)
     start = time.perf_counter()
     copied = engine.weights_changed()
-    publish = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     speeds = []
     for count in counts:
         start = time.perf_counter()
         completions = engine.generate(prompts[:count], sampling, range(count))
         speeds.append(count * TOKENS / (time.perf_counter() - start))
-    batch = pack([Sample(i, p, c, "") for i, (p, c) in enumerate(zip(prompts, completions, strict=False))][:8])
+    samples = [Sample(i, p, c, "") for i, (p, c) in enumerate(zip(prompts, completions, strict=False))][:8]
+    batch = pack(Rollout.of([], samples, torch.zeros(0, 1, len(samples))), range(len(samples)))
     with torch.no_grad():
         hidden = packed_hidden(model, batch.packed)[batch.rows]
         logp = sampled_logprob(hidden, head_of(model), batch.target, sampling).logp
-    gap = (logp - batch.engine_logp).abs()
-    ratio = (logp - batch.engine_logp).exp().mean()
+    gap = (logp - batch.tokens.sampling_logp).abs()
+    ratio = (logp - batch.tokens.sampling_logp).exp().mean()
     rss = psutil.Process().memory_info().rss / 2**30
     gaps = f"{gap.mean():.1e} / {gap.max():.1e} | {ratio:.4f}"
     rates = " | ".join(f"{speed:.0f}" for speed in speeds)
-    print(f"| {name} | {rates} | {publish:.2f} | {copied:,} | {gaps} | {rss:.1f} |", flush=True)
+    print(f"| {name} | {rates} | {seconds:.2f} | {copied:,} | {gaps} | {rss:.1f} |", flush=True)
     engine.close()
 
 
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     options = parser.parse_args()
     rates = " | ".join(f"tok/s, {count} prompts" for count in options.prompts)
-    print(f"| weights | {rates} | publish s | bytes copied | gap mean / max | mean ratio | RSS GiB |")
+    print(f"| weights | {rates} | weight sync s | bytes copied | gap mean / max | mean ratio | RSS GiB |")
     print("|---" * (6 + len(options.prompts)) + "|", flush=True)
     for name in options.cases:
         measure(name, options.prompts)

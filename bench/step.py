@@ -13,12 +13,13 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from longgrpo.checks.rehearsal import NOT_TRAINERS, longest_samples, rows_of
+from longgrpo.checks.rehearsal import NOT_TRAINERS, longest_rollout, rows_of
 from longgrpo.config.run import TrainConfig, build_config
 from longgrpo.memory.cards import GIB
 from longgrpo.memory.dryrun import MetaEngine
@@ -26,8 +27,10 @@ from longgrpo.memory.internal import Target
 from longgrpo.memory.plan import plan_memory
 from longgrpo.memory.shape import model_shape
 from longgrpo.offload import OffloadEngine
-from longgrpo.train.build import make_policy
 from longgrpo.train.loop import loss_and_backward, optimizer_step
+from longgrpo.train.losses import PolicyLoss
+from longgrpo.train.state import TrainState, make_state
+from longgrpo.train.update import plan_updates
 
 SHAPE = Path(__file__).parents[1] / "examples/models/llama-3.1-8b"
 MODES = {
@@ -64,20 +67,21 @@ def measure(
     with tempfile.TemporaryDirectory() as directory:
         config = run_config(Path(directory), kind, memory, sequences, tokens, layers)
         shape = model_shape(config.model.path)
-        samples = longest_samples(config, shape.context)
+        rollout = longest_rollout(config, shape.context)
         target = Target(torch.cuda.get_device_properties().multi_processor_count)
-        phase = plan_memory(config, shape, rows_of(config, samples), target).training
-        policy = random_policy(config)
-    groups = [samples] * sequences
-    every = [sample for part in groups for sample in part]
+        phase = plan_memory(config, shape, rows_of(config, rollout), target).training
+        state = random_state(config)
+    loss = PolicyLoss(config)
+    (once,) = plan_updates(config, rollout, torch.device("cuda"), parts=1)
+    update = replace(once, batches=once.batches * sequences)
     seconds = []
     for number in range(1, 5):
         if number == 2:  # the optimizer's state is there
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        loss_and_backward(policy, every, every)
-        optimizer_step(policy, number, every)
+        norm, _ = loss_and_backward(loss, state, update)
+        optimizer_step(config, state, number, update, norm)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated()
@@ -91,7 +95,7 @@ def measure(
         f"{planned / GIB:6.2f} ({peak / planned - 1:+.1%}), {result['seconds']:.2f} s a step",
         flush=True,
     )
-    del policy
+    del state
     torch.cuda.empty_cache()
     return result
 
@@ -117,8 +121,8 @@ def run_config(
     )  # fmt: skip
 
 
-def random_policy(config: TrainConfig) -> Any:
-    """The policy on the GPU, its weights small random numbers."""
+def random_state(config: TrainConfig) -> TrainState:
+    """The model in training on the GPU, its weights small random numbers."""
     engine: Any = MetaEngine(Path(config.model.path), torch.bfloat16, config.model.quantization)
     engine.model.to_empty(device="cuda")
     for parameter in engine.model.parameters():
@@ -128,8 +132,7 @@ def random_policy(config: TrainConfig) -> Any:
             parameter.data.random_(0, 255)
     rotary = engine.model.model.rotary_emb
     engine.model.model.rotary_emb = type(rotary)(config=engine.model.config).to("cuda")
-    others: dict[str, Any] = dict.fromkeys(("tokenizer", "probe", "rewarding", "stream"))
-    return make_policy(config, engine, OffloadEngine() if config.memory.offload else None, **others)
+    return make_state(config, engine, OffloadEngine() if config.memory.offload else None)
 
 
 if __name__ == "__main__":

@@ -63,21 +63,21 @@ def run_longgrpo(options: argparse.Namespace, directory: Path) -> Iterable[dict[
     from longgrpo.run.trainer import Trainer
     from longgrpo.train.loop import step
 
-    policy = Trainer(config_of(options, directory), directory).policy
+    trainer = Trainer(config_of(options, directory), directory)
     for number in range(1, options.steps + 1):
         start = usage()
-        result = step(policy, number)
+        result = step(trainer.loop, number)
         seconds = {
             name.removeprefix("seconds/"): s for name, s in result.metrics.items() if name.startswith("seconds/")
         }
-        rewards = [sum(REWARDS[name] * value for name, value in s.rewards.items()) for s in result.samples]
+        rewards = trainer.loop.collector.totals(result.rollout.rewards).flatten().tolist()
         yield {
             **since(start),
             "rollout": seconds["roll_out"],
             "rewards": seconds["reward"],
             "training": seconds["score"] + seconds["loss_and_backward"] + seconds["optimizer_step"],
             "prompt_rewards": means(rewards, options.generations),
-            "tokens": sum(map(len, result.samples)),
+            "tokens": result.rollout.bounds[-1],
         }
 
 

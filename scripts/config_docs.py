@@ -15,25 +15,26 @@ from longgrpo.config.run import TrainConfig
 
 HEAD = """# The config of a run
 
-One YAML file; `longgrpo train CONFIG.yaml --group.key VALUE` overrides any key (the value is YAML, a number indexes a
-list: `--rewards.0.weight 0.5`), `--print-config` shows the whole config with its defaults, and a typo is answered with
-the nearest key. This page is rendered from the dataclasses by `python scripts/config_docs.py > docs/config.md`.
+A config is one YAML file. `longgrpo train CONFIG.yaml --group.key VALUE` overrides any key (the value is YAML, and a
+number indexes a list: `--rewards.0.weight 0.5`), `--print-config` shows the whole config with its defaults, and a typo
+is answered with the nearest key. `python scripts/config_docs.py > docs/config.md` renders this page from the
+dataclasses.
 
-Defaults of the loss and the algorithm are those of TRL 1.16's `GRPOConfig` unless the table says what TRL has:
+The defaults of the loss and the algorithm are those of TRL 1.16's `GRPOConfig`, except for these:
 
 | key | here | TRL 1.16 | why |
 |---|---|---|---|
 """
 
 DIFFERENCES = [
-    ("train.learning_rate", "1e-6", "TRL's is for full fine-tuning; an adapter wants about ten times as much"),
-    ("train.betas", "[0.9, 0.999]", "the second moment would remember a thousand steps, longer than most runs"),
-    ("train.schedule", "linear", "with a constant rate a run can be prolonged, and its steps are comparable"),
-    ("rollout.max_completion_length", "512", "set what the task needs"),
-    ("rollout.importance", "sequence_mask, cap 3", "engine and trainer share their weights: little is to be corrected"),
-    ("loss.kl_correction", "true (`use_bias_correction_kl`)", "read where beta is not 0; plain k3 is the paper's"),
-    ("task.chat", "only where the data has messages", "a chat model answers a bare question through its template"),
-    ("memory.checkpoint", "checkpointing on (`gradient_checkpointing`)", "packed micro-batches bound the activations"),
+    ("train.learning_rate", "1e-6", "TRL's is for full fine-tuning; an adapter needs about ten times as much"),
+    ("train.betas", "[0.9, 0.999]", "TRL's second moment averages over a thousand steps, longer than most runs"),
+    ("train.schedule", "linear", "with a constant rate a run can be extended, and its steps are comparable"),
+    ("rollout.max_completion_length", "512", "set it to what the task needs"),
+    ("rollout.importance", "sequence_mask, cap 3", "engine and trainer share weights, so there is little to correct"),
+    ("loss.kl_correction", "true (`use_bias_correction_kl`)", "used if beta is not 0; plain k3 is the paper's"),
+    ("task.chat", "only if the data has messages", "a chat model answers a bare question through its template"),
+    ("memory.checkpoint", "checkpointing on (`gradient_checkpointing`)", "packed micro-batches limit the activations"),
 ]
 
 
@@ -54,7 +55,8 @@ def _table(group: type) -> list[str]:
 
 
 def _rows(group: type, fields: Any) -> list[str]:
-    docs, hints = field_docs(group), inspect.get_annotations(group)
+    docs = field_docs(group)
+    hints = {name: hint for cls in _bases(group) for name, hint in inspect.get_annotations(cls).items()}
     lines = ["| key | type | default | |", "|---|---|---|---|"]
     for field in fields:
         kind = str(hints[field.name]).replace("|", "\\|")
@@ -62,8 +64,18 @@ def _rows(group: type, fields: Any) -> list[str]:
     return lines
 
 
+def _bases(cls: type) -> list[type]:
+    """The dataclasses that a class is made of, itself last."""
+    return [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+
+
 def field_docs(cls: type) -> dict[str, str]:
-    """The string below each field, and for a class that lists its fields under "Attributes:", what stands there."""
+    """The description of each field, inherited ones included."""
+    return {name: text for base in _bases(cls) for name, text in _own_field_docs(base).items()}
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
+    """The string below each field, or the field's entry under "Attributes:" in the docstring of the class."""
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
     docs = {}
     for field, text in itertools.pairwise(body):

@@ -19,7 +19,7 @@ OPTIONS = (
     "--prompt-length", "--dry-run", "--json",
 )  # fmt: skip
 EPILOG = """any key of the config can be overridden: --train.steps 5 --rewards.1.weight 0.5
-exit status: 0 done, 1 the self-test failed, 2 something to put right, 128 + n stopped by signal n (the run is saved)"""
+exit status: 0 done, 1 the self-test failed, 2 a user error, 128 + n stopped by signal n (the run is saved)"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"longgrpo: {error.name} is not installed: pip install 'longgrpo[train]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("longgrpo: stopped at once; the last checkpoint stands", file=sys.stderr)
+        print("longgrpo: stopped at once; the last checkpoint is kept", file=sys.stderr)
         return 130
 
 
@@ -55,29 +55,29 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train a model")
     train.add_argument("config", nargs="?", type=Path, help="a YAML file; see examples/")
-    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this directory")
     train.add_argument(
         "--print-config", action="store_true", help="print the whole config, defaults included, and stop"
     )
-    train.add_argument("--force", action="store_true", help="train even where memory will not do")
+    train.add_argument("--force", action="store_true", help="train even if the memory does not suffice")
     plan = command("plan", _plan, "predict the memory of a run; exit status 1: it does not fit")
     plan.add_argument("config", type=Path)
-    plan.add_argument("--card", help="h100-80, h200-141, rtx4090-24, t4-16 or GiB; default: what is here")
+    plan.add_argument("--card", help="h100-80, h200-141, rtx4090-24, t4-16 or GiB; default: this machine")
     plan.add_argument("--prompt-length", type=int, help="tokens of the longest prompt")
-    plan.add_argument("--dry-run", action="store_true", help="count it too, on a step that runs without storage")
+    plan.add_argument("--dry-run", action="store_true", help="also count it, on a step that runs without storage")
     plan.add_argument("--json", action="store_true", help="print JSON")
-    test = command("selftest", _selftest, "would this run learn? one update, looked at from all sides")
+    test = command("selftest", _selftest, "can this run learn? checks one update from outside")
     test.add_argument("config", type=Path)
     evaluation = command("eval", _eval, "accuracy on the held-out problems")
-    evaluation.add_argument("source", type=Path, help="a config: its model untrained; or a run's directory")
+    evaluation.add_argument("source", type=Path, help="a config, for its untrained model, or a run's directory")
     export = command("export", _export, "write a run's weights for transformers, PEFT or vLLM")
     export.add_argument("source", type=Path, metavar="RUN")
-    export.add_argument("directory", type=Path, help="where to; must not exist")
+    export.add_argument("directory", type=Path, help="target directory; must not exist")
     export.add_argument("--as", choices=["adapter", "model"], default="model", dest="form")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of a model; default: model.dtype")
-    report = command("report", _report, "one HTML page of what runs have left on disk")
+    report = command("report", _report, "one HTML page from the files of one or several runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the directory of a run, finished or not")
-    report.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html, for several report.html")
+    report.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html; for several report.html")
     for reader in (evaluation, export):
         reader.add_argument("--checkpoint", default="last", metavar="last|best|STEP", help="of the run; default: last")
     return parser
@@ -103,7 +103,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from longgrpo.config.run import dump_config, load_config
 
     if (options.config is None) == (options.resume is None):
-        raise ConfigError("train takes a config file, or --resume RUN: one of the two")
+        raise ConfigError("train takes either a config file or --resume RUN")
     source = options.config or options.resume / "config.yaml"
     config = load_config(source, overrides)
     if options.print_config:
@@ -143,7 +143,7 @@ def _selftest(options: argparse.Namespace, overrides: list[str]) -> int:
     with tempfile.TemporaryDirectory() as directory:
         trainer = Trainer(config, Path(directory))
         try:
-            result = selftest(trainer.policy, config.train.probe_prompts or 1)
+            result = selftest(trainer.loop, config.train.probe_prompts or 1)
         finally:
             trainer.close()
     print(*result.checks, sep="\n")

@@ -1,6 +1,6 @@
-"""`python -m longgrpo.doctor`: what is found here, which kernels are active and why others are not; for a bug report.
+"""`python -m longgrpo.doctor`: reports what it finds, which kernels are active and why others are not.
 
-Where `import longgrpo` itself fails, run this file by its path: it needs nothing beside Python. It prints no path, host
+If `import longgrpo` itself fails, run this file by its path: it needs only Python. It prints no path, host
 name or secret, and sends nothing. Exit status 1: something does not work, and the line says what to do.
 """
 
@@ -164,11 +164,11 @@ def kernels() -> Iterator[Finding]:
 
 def _gemm() -> str:
     native = set(_processor().get("flags", "").split()) >= BF16_FLAGS
-    return "bf16 by AVX512-BF16" if native else "bf16 is widened to fp32: the processor has no AVX512-BF16"
+    return "bf16 by AVX512-BF16" if native else "bf16 is converted to fp32: the processor has no AVX512-BF16"
 
 
 def _no_cuda(torch: Any) -> Finding | None:
-    """Why there is nothing to try; None where there is something."""
+    """Why there is nothing to test; None if there is something."""
     from importlib.resources import files
 
     built = (files("longgrpo") / "_cuda.so").is_file()
@@ -179,8 +179,8 @@ def _no_cuda(torch: Any) -> Finding | None:
     if not built:
         return Finding(
             "CUDA kernels",
-            "this wheel was built without _cuda.so: CUDA tensors find no kernel",
-            "build it where nvcc >= 13 is on PATH: make wheel",
+            "this wheel was built without _cuda.so: there are no kernels for CUDA tensors",
+            "build it with nvcc >= 13 on PATH: make wheel",
             broken=True,
         )
     return None

@@ -10,7 +10,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class UserError(Exception):
-    """Something that the user can put right: the message names the value and the remedy."""
+    """An error that the user can correct: the message names the value and the remedy."""
 
 
 class ConfigError(UserError):
@@ -22,15 +22,15 @@ class DataError(UserError):
 
 
 class RewardError(UserError):
-    """A reward function that raised, or returned something other than one number or None a completion."""
+    """A reward function that raised, or returned something other than one number or None per completion."""
 
 
 class TrainingError(UserError):
-    """A run that must not go on: its numbers are no longer finite."""
+    """A run that must not continue: its numbers are no longer finite."""
 
 
-class PublishError(UserError):
-    """An engine that does not run what was trained. The weights have moved, and are not what the last step left."""
+class WeightSyncError(UserError):
+    """An engine that does not use the trained weights. The weights have moved, and are not those of the last step."""
 
 
 def renamed(**names: str) -> Callable[[F], F]:

@@ -13,8 +13,8 @@ import torch
 from longgrpo.checks.selftest import selftest
 from longgrpo.config.run import build_config
 from longgrpo.run.trainer import Trainer
-from longgrpo.train import loop
-from longgrpo.train import policy as policy_module
+from longgrpo.train import collect, losses, update
+from longgrpo.train import loop as loop_module
 from testing import OWN_REWARDS
 
 CHECKS = {
@@ -23,83 +23,84 @@ CHECKS = {
 
 
 @pytest.fixture
-def policy(tree, tmp_path):
+def start(tree, tmp_path):
     """At a temperature, with a KL term: every check has something to look at."""
 
     def build(**groups):
         tree["rollout"] |= {"temperature": 0.7, **groups.pop("rollout", {})}
         tree["loss"] = {"beta": 0.05, **groups.pop("loss", {})}
-        return Trainer(build_config(tree | groups), tmp_path / "run").policy
+        return Trainer(build_config(tree | groups), tmp_path / "run").loop
 
     return build
 
 
-def outcome(policy):
-    return {check.name: check for check in selftest(policy, 4).checks}
+def outcome(loop):
+    return {check.name: check for check in selftest(loop, 4).checks}
 
 
-def failed(policy):
-    return {name: f"{check.seen}; {check.remedy}" for name, check in outcome(policy).items() if not check.passed}
+def failed(loop):
+    return {name: f"{check.seen}; {check.remedy}" for name, check in outcome(loop).items() if not check.passed}
 
 
 @pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 4}, None])
-def test_a_run_that_can_learn_passes_and_is_left_as_it_was(policy, lora):
-    policy = policy(lora=lora)
-    before = {name: p.detach().clone() for name, p in policy.parameters.items()}
-    random_state, position = torch.get_rng_state(), copy.deepcopy(policy.stream.state)
-    checks = outcome(policy)
+def test_a_run_that_can_learn_passes_and_is_left_as_it_was(start, lora):
+    loop = start(lora=lora)
+    state, stream = loop.state, loop.collector.stream
+    before = {name: p.detach().clone() for name, p in state.parameters.items()}
+    random_state, position = torch.get_rng_state(), copy.deepcopy(stream.state)
+    checks = outcome(loop)
     assert checks.keys() == CHECKS | {"reference", "kl"}
     assert all(check.passed for check in checks.values())
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in policy.parameters.items())
-    assert not policy.optimizer.state
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in state.parameters.items())
+    assert not state.optimizer.state
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert policy.stream.state == position
+    assert stream.state == position
 
 
-def test_without_a_kl_term_there_is_no_reference_to_look_at(policy):
-    checks = outcome(policy(loss={"beta": 0.0}))
+def test_without_a_kl_term_there_is_no_reference_to_look_at(start):
+    checks = outcome(start(loss={"beta": 0.0}))
     assert checks.keys() == CHECKS
     assert all(check.passed for check in checks.values())
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "cispo", "sapo", "vespo", "luspo", "gmpo"])
-def test_every_loss_passes(policy, loss_type):
-    assert not failed(policy(loss={"loss_type": loss_type, "epsilon_high": 5.0 if loss_type == "cispo" else 0.2}))
+def test_every_loss_passes(start, loss_type):
+    assert not failed(start(loss={"loss_type": loss_type, "epsilon_high": 5.0 if loss_type == "cispo" else 0.2}))
 
 
 @pytest.mark.parametrize(
     "kl", ["k1", "abs", "k2", "k3_plus", "forward", "forward_unbiased", "article_reverse", "article_forward"]
 )
-def test_every_kl_estimator_passes(policy, kl):
-    assert not failed(policy(loss={"kl": kl}))
+def test_every_kl_estimator_passes(start, kl):
+    assert not failed(start(loss={"kl": kl}))
 
 
 @pytest.mark.parametrize("rate", [1e-6, 1e-1])
-def test_small_and_large_rates_pass(policy, tree, rate):
+def test_small_and_large_rates_pass(start, tree, rate):
     tree["train"]["learning_rate"] = rate
-    assert not failed(policy())
+    assert not failed(start())
 
 
 # ---- planted faults
-def test_an_adapter_that_never_reaches_the_engine(policy):
-    policy = policy()
-    policy.engine._attached = copy.deepcopy(policy.engine._attached)
-    assert "never reached it" in failed(policy)["engine"]
+def test_an_adapter_that_never_reaches_the_engine(start):
+    loop = start()
+    loop.collector.engine._attached = copy.deepcopy(loop.collector.engine._attached)
+    assert "never reached it" in failed(loop)["engine"]
 
 
-def test_a_cache_that_outlives_the_update(policy):
+def test_a_cache_that_outlives_the_update(start):
     """The engine begins to decode from keys and values of the prompt that the weights before the update made."""
-    policy = policy()
-    stale = copy.deepcopy(policy.engine._attached)
-    generate = policy.engine._attached.generate
+    loop = start()
+    stale = copy.deepcopy(loop.collector.engine._attached)
+    generate = loop.collector.engine._attached.generate
 
     def with_old_keys(input_ids, attention_mask, **options):
         cache = stale(input_ids[:, :-1], attention_mask=attention_mask[:, :-1], use_cache=True).past_key_values
         return generate(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, **options)
 
-    policy.engine._attached.generate = with_old_keys
+    loop.collector.engine._attached.generate = with_old_keys
     stale.get_base_model().set_attn_implementation("sdpa")
-    assert "prefix cache" in failed(policy)["engine"]
+    assert "prefix cache" in failed(loop)["engine"]
 
 
 def test_a_prefix_cache_that_vllm_does_not_drop(tree, tiny_model, tmp_path):
@@ -115,87 +116,88 @@ def test_a_prefix_cache_that_vllm_does_not_drop(tree, tiny_model, tmp_path):
     tree["rollout"] |= {"engine": "vllm", "kv_cache_gib": 0.05}
     trainer = Trainer(build_config(tree), tmp_path / "run")
     try:
-        assert not failed(trainer.policy)
-        trainer.policy.engine.drop_caches = lambda: None
-        assert "prefix cache" in failed(trainer.policy)["engine"]
+        assert not failed(trainer.loop)
+        trainer.loop.collector.engine.drop_caches = lambda: None
+        assert "prefix cache" in failed(trainer.loop)["engine"]
     finally:
         trainer.close()
 
 
-def test_a_constant_reward(policy):
-    assert "nothing to learn" in failed(policy(rewards=[{"function": f"{OWN_REWARDS}:constant"}]))["spread"]
+def test_a_constant_reward(start):
+    assert "nothing to learn" in failed(start(rewards=[{"function": f"{OWN_REWARDS}:constant"}]))["spread"]
 
 
-def test_a_reward_that_is_not_a_number(policy):
-    assert "returned nan" in failed(policy(rewards=[{"function": f"{OWN_REWARDS}:nan"}]))["rewards"]
+def test_a_reward_that_is_not_a_number(start):
+    assert "returned nan" in failed(start(rewards=[{"function": f"{OWN_REWARDS}:nan"}]))["rewards"]
 
 
-def test_one_seed_for_all(policy, monkeypatch):
-    monkeypatch.setattr(loop, "seed_for", lambda *_: 0)
-    assert "with one seed" in failed(policy())["seeds"]
+def test_one_seed_for_all(start, monkeypatch):
+    monkeypatch.setattr(collect, "seed_for", lambda *_: 0)
+    assert "with one seed" in failed(start())["seeds"]
 
 
-def test_the_sign_of_the_advantage(policy, monkeypatch):
-    right = loop.advantages
-    monkeypatch.setattr(loop, "advantages", lambda *arguments: -right(*arguments))
-    assert "worse completion" in failed(policy())["advantages"]
+def test_the_sign_of_the_advantage(start, monkeypatch):
+    right = loop_module.advantages
+    monkeypatch.setattr(loop_module, "advantages", lambda *arguments: -right(*arguments))
+    assert "worse completion" in failed(start())["advantages"]
 
 
-def test_the_sign_of_the_loss(policy, monkeypatch):
-    right = loop.grpo_loss
-    monkeypatch.setattr(loop, "grpo_loss", lambda logp, advantages, **rest: right(logp, -advantages, **rest))
-    assert "less likely" in failed(policy())["update"]
+def test_the_sign_of_the_loss(start, monkeypatch):
+    right = losses.linear_grpo_loss
+    monkeypatch.setattr(
+        losses, "linear_grpo_loss", lambda *a, advantages, **rest: right(*a, advantages=-advantages, **rest)
+    )
+    assert "less likely" in failed(start())["update"]
 
 
-def test_a_mask_shifted_by_one(policy, monkeypatch):
-    right = policy_module.micro_batches
+def test_a_mask_shifted_by_one(start, monkeypatch):
+    right = update.micro_batches
 
     def shifted(*arguments, **options):
         return [replace(batch, rows=(batch.rows - 1).clamp(min=0)) for batch in right(*arguments, **options)]
 
-    monkeypatch.setattr(policy_module, "micro_batches", shifted)
-    assert "different tokens" in failed(policy())["agreement"]
+    monkeypatch.setattr(update, "micro_batches", shifted)
+    assert "different tokens" in failed(start())["agreement"]
 
 
-def test_a_temperature_missing_in_the_scoring(policy, monkeypatch):
-    right = policy_module.linear_logprob
-    monkeypatch.setattr(
-        policy_module, "linear_logprob", lambda *a, temperature, **rest: right(*a, temperature=1.0, **rest)
-    )
-    assert "different temperatures" in failed(policy())["agreement"]
+def test_a_temperature_missing_in_the_scoring(start, monkeypatch):
+    right = losses.linear_logprob
+    monkeypatch.setattr(losses, "linear_logprob", lambda *a, temperature, **rest: right(*a, temperature=1.0, **rest))
+    assert "different temperatures" in failed(start())["agreement"]
 
 
-def test_a_reference_that_is_the_policy(policy):
-    policy = policy()
+def test_a_reference_that_is_the_policy(start):
+    loop = start()
 
     @contextmanager
     def itself():
-        yield policy.model
+        yield loop.state.model
 
-    policy.reference = itself
-    assert "follows the policy" in failed(policy)["reference"]
-
-
-def test_a_frozen_adapter(policy):
-    policy = policy()
-    policy.model.requires_grad_(False)
-    assert "adapter is frozen" in failed(policy)["trainable"]
+    loop.state.reference = itself
+    assert "follows the policy" in failed(loop)["reference"]
 
 
-def test_an_adapter_that_the_optimizer_does_not_hold(policy):
-    policy = policy()
-    policy.optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.zeros(1))]
-    assert "optimizer does not hold it" in failed(policy)["weights"]
+def test_a_frozen_adapter(start):
+    loop = start()
+    loop.state.model.requires_grad_(False)
+    assert "adapter is frozen" in failed(loop)["trainable"]
 
 
-def test_a_template_without_an_end_token(policy, tree):
-    policy = policy()
-    policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace("<end>", "")
-    assert "would learn to end" in failed(policy)["end token"]
+def test_an_adapter_that_the_optimizer_does_not_hold(start):
+    loop = start()
+    loop.state.optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.zeros(1))]
+    assert "optimizer does not hold it" in failed(loop)["weights"]
 
 
-def test_the_sign_of_the_kl_term(policy, monkeypatch):
-    right = loop.grpo_loss
+def test_a_template_without_an_end_token(start, tree):
+    loop = start()
+    tokenizer = loop.collector.tokenizer
+    tokenizer.chat_template = tokenizer.chat_template.replace("<end>", "")
+    assert "would learn to end" in failed(loop)["end token"]
+
+
+def test_the_sign_of_the_kl_term(start, monkeypatch):
+    right = losses.linear_grpo_loss
 
     def rewarded(*arguments, config, **rest):
         """policy loss - beta KL"""
@@ -203,12 +205,12 @@ def test_the_sign_of_the_kl_term(policy, monkeypatch):
         result = right(*arguments, config=config, **rest)
         return result._replace(loss=2 * policy_loss - result.loss)
 
-    monkeypatch.setattr(loop, "grpo_loss", rewarded)
-    assert "sign is wrong" in failed(policy())["kl"]
+    monkeypatch.setattr(losses, "linear_grpo_loss", rewarded)
+    assert "sign is wrong" in failed(start())["kl"]
 
 
-def test_a_gradient_that_is_not_finite(policy):
-    policy = policy()
-    name, parameter = next(iter(policy.parameters.items()))
+def test_a_gradient_that_is_not_finite(start):
+    loop = start()
+    name, parameter = next(iter(loop.state.parameters.items()))
     parameter.register_hook(lambda gradient: gradient * torch.nan)
-    assert name in failed(policy)["gradient"]
+    assert name in failed(loop)["gradient"]

@@ -65,7 +65,10 @@ def test_a_null_lora_means_full_fine_tuning(path):
         ),
         (["--train.off_policy_threshold", "1"], ["train.off_policy_threshold", "train.minibatches = 1"]),
         (["--train.reference_sync_steps", "5"], ["loss.beta is 0", "set loss.beta above 0"]),
-        (["--loss.detach", "false", "--train.passes", "2"], ["loss.detach = false", "set train.passes"]),
+        (
+            ["--loss.detach", "false", "--train.num_iterations", "2"],
+            ["loss.detach = false", "train.num_iterations and"],
+        ),
         (["--train.minibatches", "9"], ["minibatches = 9", "prompts_per_step = 3"]),
         (["--train.top_entropy_quantile", "0"], ["top_entropy_quantile = 0", "(0, 1]"]),
         (["--rewards.0.timeout", "0"], ["timeout = 0", "above 0"]),

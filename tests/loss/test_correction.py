@@ -103,7 +103,7 @@ def test_a_far_engine_stays_finite():
         ({"importance": "token_trunc"}, "did you mean 'token_truncate'"),
         ({"cap": 1.0}, "cap bounds the ratio .* > 1, got 1.0"),
         ({"cap": float("nan")}, "cap"),
-        ({"threshold": 0.0}, "threshold must be"),
+        ({"threshold": -0.1}, "threshold must be"),
         ({"threshold": float("inf")}, "threshold must be"),
     ],
 )

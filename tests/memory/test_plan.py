@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from longgrpo.checks.rehearsal import NOT_TRAINERS, count_step, dry_run, longest_samples, rows_of
+from longgrpo.checks.rehearsal import NOT_TRAINERS, count_step, dry_run, longest_rollout, rows_of
 from longgrpo.config.run import load_config
 from longgrpo.memory.cards import GIB, card
 from longgrpo.memory.internal import CPU, Target
@@ -13,7 +13,7 @@ from longgrpo.memory.plan import NF4_BYTES, plan_memory
 from longgrpo.memory.shape import model_shape
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.transformers import TransformersEngine
-from longgrpo.train.build import make_policy
+from longgrpo.train.state import make_state
 from testing.planned_runs import MODELS as SHAPES
 from testing.planned_runs import run_config
 
@@ -32,8 +32,8 @@ RUNS = {
 
 def planned(config, target):
     shape = model_shape(config.model.path)
-    samples = longest_samples(config, shape.context)
-    return plan_memory(config, shape, rows_of(config, samples), target), samples
+    rollout = longest_rollout(config, shape.context)
+    return plan_memory(config, shape, rows_of(config, rollout), target), rollout
 
 
 def held(phase):
@@ -42,8 +42,8 @@ def held(phase):
 
 
 def agree(config, target=H100):
-    plan, samples = planned(config, target)
-    counted = dry_run(config, samples, target)
+    plan, rollout = planned(config, target)
+    counted = dry_run(config, rollout, target)
     assert held(plan.training) == pytest.approx(held(counted["training"]), rel=0.05)
     if config.loss.beta:
         assert held(plan.scoring) == pytest.approx(held(counted["scoring"]), rel=0.05)
@@ -94,13 +94,10 @@ def test_the_planner_is_right_about_real_runs_of_smollm2(lora, memory):
     config = run_config(
         "smollm2-135m-instruct", length, lora=lora, dtype="float32", completion=32, memory=memory, beta=0.1
     )
-    plan, samples = planned(config, CPU)
+    plan, rollout = planned(config, CPU)
     engine = TransformersEngine(config.rollout, config.model)
-    policy = make_policy(
-        config, engine, OffloadEngine() if config.memory.offload else None, tokenizer=None, probe=None, rewarding=None,
-        stream=None,
-    )  # fmt: skip
-    measured = count_step(policy, samples, CPU)
+    state = make_state(config, engine, OffloadEngine() if config.memory.offload else None)
+    measured = count_step(config, state, rollout, CPU)
     assert held(plan.training) == pytest.approx(held(measured["training"]), rel=0.05)
     assert held(plan.scoring) == pytest.approx(held(measured["scoring"]), rel=0.05)
     assert plan.training.host_bytes == pytest.approx(measured["training"].host_bytes, rel=0.01)

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longgrpo.config.model import LoraConfig
 from longgrpo.model.load import backbone
 from longgrpo.model.lora import add_lora
-from longgrpo.model.packed_attention import PackedBatch, packed_hidden, use_packed_attention
+from longgrpo.model.packed_attention import pack_sequences, packed_hidden, use_packed_attention
 from testing.models import random_model, trainable_parameters
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3"]
@@ -17,11 +17,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 def pack(rows, device="cpu"):
-    return PackedBatch(
-        torch.tensor([token for row in rows for token in row], device=device),
-        torch.cat([torch.arange(len(row), device=device) for row in rows]),
-        torch.tensor([0] + [len(row) for row in rows], device=device).cumsum(0).int(),
-    )
+    ids = torch.tensor([token for row in rows for token in row])
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    return pack_sequences(ids, positions, [0, *accumulate(map(len, rows))]).to(device)
 
 
 def random_rows(lengths):
@@ -75,7 +73,8 @@ def test_sequences_that_share_a_prefix_are_what_they_are_alone(architecture, gro
     expected = one_by_one(model, whole)[kept]
     expected_gradients = gradients(model, expected)
     use_packed_attention(model)
-    batch = replace(pack(rows), position_ids=torch.tensor(positions), prefix=prefix)
+    ids = torch.tensor([token for row in rows for token in row])
+    batch = pack_sequences(ids, torch.tensor(positions), [0, *accumulate(map(len, rows))], prefix)
     hidden = packed_hidden(model, batch)
     torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients(model, hidden).items():
@@ -126,7 +125,7 @@ def test_bfloat16(device):
     expected = one_by_one(model, rows)
     model.to(device, torch.bfloat16)
     use_packed_attention(model)
-    hidden = packed_hidden(model, pack(rows, device))
+    hidden = packed_hidden(model, pack(rows, torch.device(device)))
     assert hidden.dtype == torch.bfloat16
     assert (hidden.float().cpu() - expected).abs().mean() < 0.03
 

@@ -13,6 +13,7 @@ import re
 import shutil
 
 import pytest
+import torch
 
 from longgrpo import cli
 from longgrpo.config.run import build_config, dump_config
@@ -22,7 +23,7 @@ from longgrpo.rollout.protocol import Completion
 from longgrpo.run.tracking import Tracker
 from longgrpo.run.trainer import Trainer
 from longgrpo.tasks.data import Problem
-from longgrpo.tasks.sample import Sample
+from longgrpo.tasks.sample import Rollout, Sample
 from testing import OWN_REWARDS, ROOT
 from testing.own_rewards import PAYLOADS
 
@@ -70,7 +71,7 @@ def two_runs(base_tree, tmp_path_factory):
     tree["train"] |= {"steps": 3, "save_steps": 0}
     Trainer(build_config(tree), directory / "plain").run()
     tree["loss"] = {"beta": 0.04}
-    tree["train"] |= {"passes": 2, "learning_rate": 2e-2}
+    tree["train"] |= {"num_iterations": 2, "learning_rate": 2e-2}
     tree["rewards"].append({"function": f"{OWN_REWARDS}:logs_payloads", "weight": 0, "name": PAYLOADS[0]})
     Trainer(build_config(tree), directory / "with-kl").run()
     return directory / "plain", directory / "with-kl"
@@ -95,11 +96,11 @@ def hostile(tree, tmp_path):
     metrics |= {f"seconds/{name}": 0.2 for name in ("roll_out", "reward", "score", "loss_and_backward")}
     problems = [Problem(PAYLOADS[0], PAYLOADS[0], {})]
     samples = [
-        Sample(0, [1], Completion([1, 2], [0.0, 0.0], "stop"), text, rewards={"digits": i}, extra={PAYLOADS[1]: text})
-        for i, text in enumerate(PAYLOADS)
+        Sample(0, [1], Completion([1, 2], [0.0, 0.0], "stop"), text, extra={PAYLOADS[1]: text}) for text in PAYLOADS
     ]
+    rollout = Rollout.of(problems, samples, torch.tensor([[range(len(PAYLOADS))]], dtype=torch.float64))
     with Tracker(directory, config, 0) as tracker:
-        tracker.step(metrics | {"seconds/optimizer_step": 0.1}, problems, samples)
+        tracker.step(metrics | {"seconds/optimizer_step": 0.1}, rollout)
     return directory
 
 
@@ -169,7 +170,8 @@ def test_runs_stand_side_by_side(report, two_runs, browse):
     page = browse(report)
     differing = page.locator("section").filter(has=page.get_by_role("heading", name="Config")).locator("table").first
     assert {row.split("\t")[0] for row in differing.inner_text().splitlines()[1:]} == {
-        "loss.beta", "train.learning_rate", "train.passes", "rewards.1.function", "rewards.1.weight", "rewards.1.name",
+        "loss.beta", "train.learning_rate", "train.num_iterations",
+        "rewards.1.function", "rewards.1.weight", "rewards.1.name",
         "rewards.1.parameters", "rewards.1.timeout", "rewards.1.on_error", "rewards.1.isolate",
     }  # fmt: skip
     curve = panel(page, "Reward").locator("path.line.run-1")

@@ -26,11 +26,11 @@ def test_a_thousand_steps_grow_neither_in_memory_nor_in_open_files(tree, tmp_pat
     tree["rewards"] = [{"function": f"{OWN_REWARDS}:{name}"} for name in ("noisy_digits", "digits_async", "logs_mixed")]
     held, process, whole = {}, psutil.Process(), train_module.step
 
-    def watched(policy, number):
+    def watched(loop, number):
         if number in (WARM, STEPS):
             gc.collect()
             held[number] = (process.memory_info().rss, process.num_fds(), process.num_threads())
-        return whole(policy, number)
+        return whole(loop, number)
 
     monkeypatch.setattr(train_module, "step", watched)
     assert Trainer(build_config(tree), tmp_path / "run").run()["steps"] == STEPS

@@ -25,12 +25,12 @@ def run(tree, tmp_path):
 
     def start(**groups):
         running = Trainer(build_config(tree | groups), tmp_path / "run")
-        policy = running.policy
+        state = running.loop.state
         assert running.run()
-        base = policy.model.get_base_model() if groups.get("lora", True) else policy.model
+        base = state.model.get_base_model() if groups.get("lora", True) else state.model
         base.set_attn_implementation("eager")
         with torch.no_grad():
-            return tmp_path / "run", policy.model(IDS).logits
+            return tmp_path / "run", state.model(IDS).logits
 
     return start
 

@@ -157,12 +157,10 @@ def test_a_chat_template_of_ones_own_with_arguments(tree, tmp_path):
     template = tmp_path / "chat.jinja"
     template.write_text("{{ messages[-1]['content'] }}{% if think %}!{% else %}?{% endif %}")
     tree["task"] |= {"chat_template": str(template), "chat_template_kwargs": {"think": True}, "eval_n": 0}
-    policy = Trainer(build_config(tree), tmp_path / "run").policy
-    from longgrpo.train.loop import roll_out, sample_prompts
-
-    some = sample_prompts(policy, 1)
-    sample = roll_out(policy, some, 1)[0]
-    assert policy.tokenizer.decode(sample.prompt_ids).replace(" ", "") == some[0].question.replace(" ", "") + "!"
+    collector = Trainer(build_config(tree), tmp_path / "run").loop.collector
+    some = collector.sample_prompts(1)
+    sample = collector.roll_out(some, 1)[0]
+    assert collector.tokenizer.decode(sample.prompt_ids).replace(" ", "") == some[0].question.replace(" ", "") + "!"
 
 
 def test_a_template_may_name_columns_and_metadata():

@@ -201,19 +201,20 @@ def run(rewarding, count=3, state=None):
     problems, samples = groups(count)
     for g in range(count):
         rewarding.begin(problems[2 * g], samples[2 * g : 2 * g + 2], state)
-    rewarding.finish(problems, samples, state)
-    return samples
+    return rewards_by_name(rewarding, rewarding.finish(problems, samples, state)), samples
 
 
-def rewards_of(samples, name):
-    return [None if math.isnan(sample.rewards[name]) else sample.rewards[name] for sample in samples]
+def rewards_by_name(rewarding, values):
+    """values [F, B]"""
+    rows = [[None if math.isnan(value) else value for value in row] for row in values.tolist()]
+    return dict(zip((reward.name for reward in rewarding.rewards), rows, strict=True))
 
 
 def test_sync_and_async_functions_log_columns_and_metrics(at_work):
     rewarding = at_work(("logs", {}), ("logs_async", {"parameters": {"factor": 10}}))
-    samples = run(rewarding, state=TrainerState(global_step=7, max_steps=9))
-    assert rewards_of(samples, "logs") == [0, 1, 2, 3, 4, 5]
-    assert rewards_of(samples, "logs_async") == [0, 10, 20, 30, 40, 50]
+    rewards, samples = run(rewarding, state=TrainerState(global_step=7, max_steps=9))
+    assert rewards["logs"] == [0, 1, 2, 3, 4, 5]
+    assert rewards["logs_async"] == [0, 10, 20, 30, 40, 50]
     assert [sample.extra for sample in samples] == [{"seen": f"7/9 {i}", "seen_async": i // 2} for i in range(6)]
     metrics = rewarding.metrics()
     assert metrics == {"calls_of": 6.0, "calls_of_async": 2.0}  # one call of all, one call a group
@@ -229,29 +230,31 @@ def test_an_async_function_works_while_others_are_sampled(tree, tmp_path, monkey
 
     tree["rewards"] = [{"function": f"{OWN_REWARDS}:digits_async"}]
     tree["task"]["eval_n"] = 0
-    policy = Trainer(build_config(tree), tmp_path / "run").policy
+    loop = Trainer(build_config(tree), tmp_path / "run").loop
+    engine, rewarding = loop.collector.engine, loop.collector.rewarding
     monkeypatch.setattr(engine_module, "BATCH", 4)  # one group
-    batch, waits = policy.engine._batch, []
-    done = policy.rewarding.rewards[0].function.__globals__["digits_done"]
+    batch, waits = engine._batch, []
+    done = rewarding.rewards[0].function.__globals__["digits_done"]
 
     def waiting(*arguments):
         waits.append(not waits or done.wait(30))
         return batch(*arguments)
 
-    monkeypatch.setattr(policy.engine, "_batch", waiting)
-    result = step(policy, 1)
+    monkeypatch.setattr(engine, "_batch", waiting)
+    result = step(loop, 1)
     assert waits[:3] == [True, True, True]  # then the probe
     assert result.metrics["grad_norm"] > 0
-    assert [s.rewards["digits_async"] for s in result.samples] == digits(
-        [[{"content": s.text}] for s in result.samples]
+    assert result.rollout.rewards[0].flatten().tolist() == digits(
+        [[{"content": s.text}] for s in result.rollout.samples]
     )
-    policy.rewarding.close()
+    rewarding.close()
 
 
 def test_an_object_with_an_async_call(at_work):
     rewarding = at_work(("judge", {}))
     assert rewarding.rewards[0].is_async
-    assert rewards_of(run(rewarding), "judge") == [1] * 6
+    rewards, _ = run(rewarding)
+    assert rewards["judge"] == [1] * 6
 
 
 def test_an_async_function_that_is_late_or_fails(at_work):
@@ -259,16 +262,16 @@ def test_an_async_function_that_is_late_or_fails(at_work):
     with pytest.raises(RewardError, match=r"forever took longer than its timeout of 0\.05 s"):
         run(late)
     rewarding = at_work(("late_for_one", {"timeout": 0.2, "on_error": "none"}), ("logs", {}))
-    samples = run(rewarding)
-    assert rewards_of(samples, "late_for_one") == [1, 1, None, None, 1, 1]
+    rewards, _ = run(rewarding)
+    assert rewards["late_for_one"] == [1, 1, None, None, 1, 1]
     assert rewarding.metrics()["reward/late_for_one/failed_calls"] == 1
 
 
 def test_errors_may_count_as_not_applicable(at_work, caplog):
     rewarding = at_work(("raises", {"on_error": "none"}), ("too_few", {"on_error": "none"}), ("logs", {}))
-    samples = run(rewarding)
-    assert rewards_of(samples, "raises") == rewards_of(samples, "too_few") == [None] * 6
-    assert rewards_of(samples, "logs") == [0, 1, 2, 3, 4, 5]
+    rewards, _ = run(rewarding)
+    assert rewards["raises"] == rewards["too_few"] == [None] * 6
+    assert rewards["logs"] == [0, 1, 2, 3, 4, 5]
     metrics = rewarding.metrics()
     assert metrics["reward/raises/failed_calls"] == metrics["reward/too_few/failed_calls"] == 1
     assert "raises raised KeyError" in caplog.text
@@ -281,14 +284,14 @@ def test_a_function_in_a_process_of_its_own(at_work):
         rewarding.rewards[0].timeout = 0.5 if text == "hang" else 60.0
         problems, samples = groups(1)
         problems = [Problem(text, text, {}) for _ in problems]
-        rewarding.finish(problems, samples, TrainerState(global_step=3))
+        rewards = rewards_by_name(rewarding, rewarding.finish(problems, samples, TrainerState(global_step=3)))
         metrics = rewarding.metrics()
         if text == "fine":
-            assert rewards_of(samples, "in_a_process") == [3, 3]
+            assert rewards["in_a_process"] == [3, 3]
             assert samples[0].extra["process"] != here
             assert metrics["in_a_process"] == 1
         else:
-            assert rewards_of(samples, "in_a_process") == [None, None]
+            assert rewards["in_a_process"] == [None, None]
             assert metrics["reward/in_a_process/failed_calls"] == 1
 
 

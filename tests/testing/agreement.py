@@ -1,10 +1,12 @@
 """The oracle of the rollout tests: the trainer's logprobs of the tokens that an engine sampled."""
 
+from itertools import accumulate
+
 import torch
 
 from longgrpo.config.model import ModelConfig
 from longgrpo.model.head import base_model
-from longgrpo.model.packed_attention import PackedBatch, packed_hidden, use_packed_attention
+from longgrpo.model.packed_attention import pack_sequences, packed_hidden, use_packed_attention
 
 SMOLLM2 = ModelConfig("smollm2-135m-instruct")
 CONTEXT = 512
@@ -14,12 +16,13 @@ def packed(model, prompts, completions):
     """The trainer's hidden states [M, H] that predict the sampled tokens, packed, and those tokens [M]."""
     use_packed_attention(model)
     rows = [list(p) + c.token_ids for p, c in zip(prompts, completions, strict=True)]
-    batch = PackedBatch(
+    bounds = [0, *accumulate(map(len, rows))]
+    batch = pack_sequences(
         torch.tensor([token for row in rows for token in row]),
         torch.cat([torch.arange(len(row)) for row in rows]),
-        torch.tensor([0] + [len(row) for row in rows]).cumsum(0).int(),
+        bounds,
     )
-    spans = zip(batch.cu_seqlens.tolist(), prompts, completions, strict=False)
+    spans = zip(bounds, prompts, completions, strict=False)
     at = torch.cat([s + len(p) - 1 + torch.arange(len(c.token_ids)) for s, p, c in spans])  # row i predicts token i + 1
     with torch.no_grad():
         return packed_hidden(model, batch)[at], batch.input_ids[at + 1]

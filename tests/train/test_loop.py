@@ -22,6 +22,7 @@ from longgrpo.offload import OffloadEngine
 from longgrpo.run import trainer as train_module
 from longgrpo.run.trainer import Trainer
 from longgrpo.train import loop
+from longgrpo.train.collect import Collector
 from longgrpo.train.loop import step
 from testing import OWN_REWARDS as OWN
 
@@ -113,8 +114,8 @@ def test_a_run_leaves_what_it_promises(tree, tmp_path):
 
 
 PHASES = (
-    loop.sample_prompts, loop.roll_out, loop.reward, loop.advantage,
-    loop.score, loop.loss_and_backward, loop.optimizer_step, loop.publish,
+    Collector.sample_prompts, Collector.roll_out, Collector.reward, loop.advantage,
+    loop.score, loop.loss_and_backward, loop.optimizer_step, loop.sync_weights,
 )  # fmt: skip
 
 
@@ -224,12 +225,11 @@ def test_the_split_into_micro_batches_changes_nothing(tree, tmp_path):
     gradients = []
     for i, budget in enumerate((10_000, 60)):
         tree["train"]["token_budget"] = budget
-        policy = trainer(tree, tmp_path / str(i)).policy
-        kept = []
-        policy.optimizer.step = lambda policy=policy, kept=kept: kept.extend(
-            p.grad.clone() for p in policy.parameters.values()
+        running, kept = trainer(tree, tmp_path / str(i)).loop, []
+        running.state.optimizer.step = lambda state=running.state, kept=kept: kept.extend(
+            gradient.clone() for gradient in state.gradients.values()
         )
-        step(policy, 1)
+        step(running, 1)
         gradients.append(kept)
     assert any(g.abs().max() > 1e-4 for g in gradients[0])
     for one, many in zip(*gradients, strict=True):
@@ -238,14 +238,14 @@ def test_the_split_into_micro_batches_changes_nothing(tree, tmp_path):
 
 def test_groups_without_spread_cost_no_backward(tree, tmp_path, monkeypatch):
     tree["rewards"] = [{"function": f"{OWN}:constant"}]
-    policy = trainer(tree, tmp_path / "run").policy
+    running = trainer(tree, tmp_path / "run").loop
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("backward without spread"))
-    before = {name: parameter.clone() for name, parameter in policy.parameters.items()}
-    metrics = step(policy, 1).metrics
+    before = {name: parameter.clone() for name, parameter in running.state.parameters.items()}
+    metrics = step(running, 1).metrics
     assert metrics["groups_with_spread"] == 0
     assert metrics["grad_norm"] == 0
     assert 0 < metrics["engine_trainer_logprob_diff_max"] < 5e-4  # compared all the same
-    assert same(before, dict(policy.parameters))
+    assert same(before, dict(running.state.parameters))
 
 
 def test_a_run_without_spread_is_stopped_before_step_one(tree, tmp_path):
@@ -269,15 +269,15 @@ def test_a_kl_term_holds_the_policy_near_its_reference(tree, tmp_path, lora):
     tree["loss"] = {"beta": 0.1}
     if not lora:
         del tree["lora"]
-    policy = trainer(tree, tmp_path / "run").policy
-    first, second = step(policy, 1).metrics, step(policy, 2).metrics
+    running = trainer(tree, tmp_path / "run").loop
+    first, second = step(running, 1).metrics, step(running, 2).metrics
     assert abs(first["kl"]) < 1e-6 < second["kl"]
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 def test_each_normalizer(tree, tmp_path, loss_type):
     tree["loss"] = {"loss_type": loss_type}
-    metrics = step(trainer(tree, tmp_path / "run").policy, 1).metrics
+    metrics = step(trainer(tree, tmp_path / "run").loop, 1).metrics
     assert math.isfinite(metrics["loss"])
     assert metrics["grad_norm"] > 0
 
@@ -343,13 +343,13 @@ def test_the_adapter_gives_peft_the_same_logits(tree, tmp_path, tiny_model):
 
     running = trainer(tree, tmp_path / "run")
     ids = torch.tensor([[5, 9, 30, 12]])
-    policy = running.policy
+    state = running.loop.state
     running.run()
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     untrained = base(ids).logits
     loaded = PeftModel.from_pretrained(base, tmp_path / "run/adapter")(ids).logits
-    policy.model.base_model.model.set_attn_implementation("eager")
-    assert torch.allclose(loaded, policy.model(ids).logits, atol=1e-5)
+    state.model.base_model.model.set_attn_implementation("eager")
+    assert torch.allclose(loaded, state.model(ids).logits, atol=1e-5)
     assert not torch.allclose(loaded, untrained, atol=1e-3)
 
 

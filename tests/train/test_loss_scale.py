@@ -10,7 +10,9 @@ import torch
 from longgrpo.config.run import build_config
 from longgrpo.run.trainer import Trainer
 from longgrpo.train import loop
-from longgrpo.train.loss_scale import loss_scales, unscale
+from longgrpo.train.loss_scale import loss_scales
+from longgrpo.train.update import plan_updates
+from testing.steps import collected
 
 FROM_FLOAT32 = 2e-3  # of the gradient's length: four roundings of 2^-11
 
@@ -29,17 +31,15 @@ def start(tree, tmp_path):
 
 def gradients(start, size, **groups):
     """Of one rollout's loss, `size` times as large, by both models."""
-    policies = {dtype: start(dtype, **groups).policy for dtype in ("float32", "float16")}
-    problems = loop.sample_prompts(policies["float32"], 3)
-    samples = loop.roll_out(policies["float32"], problems, 1)
-    loop.reward(policies["float32"], problems, samples, 1)
-    active = loop.advantage(policies["float32"], samples)
-    for sample in active:
-        sample.advantage *= size
+    loops = {dtype: start(dtype, **groups).loop for dtype in ("float32", "float16")}
+    rollout = collected(loops["float32"])
+    rollout.advantages *= size
     found = {}
-    for dtype, policy in policies.items():
-        metrics = loop.loss_and_backward(policy, samples, active)
-        gradient = torch.cat([p.grad.double().flatten() for p in policy.parameters.values() if p.grad is not None])
+    for dtype, running in loops.items():
+        (update,) = plan_updates(running.config, rollout, torch.device("cpu"))
+        norm, metrics = loop.loss_and_backward(running.loss, running.state, update)
+        gradient = torch.cat([g.double().flatten() for g in running.state.gradients.values()])
+        assert norm == pytest.approx(gradient.norm().item(), rel=1e-5)
         found[dtype] = gradient, metrics
     return found
 
@@ -52,18 +52,38 @@ def test_the_gradient_is_that_of_float32(size, lora, start):
     assert (gradient - expected).norm() < FROM_FLOAT32 * expected.norm()
 
 
-def test_a_scale_that_overflows_is_followed_by_a_smaller_one():
-    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
-    parameters[0].grad, parameters[1].grad = torch.tensor([1.0, torch.inf]), torch.ones(2)
-    first, second, *_, last = loss_scales("float16")
-    assert not unscale(parameters, first)
-    assert [p.grad for p in parameters] == [None] * 3
-    parameters[0].grad = torch.tensor([3.0, second])
-    assert unscale(parameters, second)
-    assert parameters[0].grad.tolist() == [3.0 / second, 1.0]
-    parameters[0].grad = torch.full((2,), torch.nan)
-    assert unscale(parameters, last)  # what is not finite at 1 either is for the step to tell of
-    assert parameters[0].grad.isnan().all()
+def test_a_scale_that_overflows_is_followed_by_a_smaller_one(start, monkeypatch):
+    """The gradient of each try is infinite until a scale is small enough; what is left is that of no scale."""
+    running = start("float16").loop
+    first, second, *_ = loss_scales("float16")
+    (update,) = plan_updates(running.config, collected(running), torch.device("cpu"))
+    tried = []
+    accumulate = loop._accumulate
+
+    def overflows(loss, state, update, scale):
+        tried.append(scale)
+        meter = accumulate(loss, state, update, scale)
+        if scale == first:
+            next(iter(state.gradients.values())).view(-1)[0] = torch.inf
+        return meter
+
+    expected, _ = loop.loss_and_backward(running.loss, running.state, update)
+    gradients = {name: gradient.clone() for name, gradient in running.state.gradients.items()}
+    running.state.optimizer.zero_grad()
+    monkeypatch.setattr(loop, "_accumulate", overflows)
+    norm, _ = loop.loss_and_backward(running.loss, running.state, update)
+    assert tried == [first, second]
+    assert norm == pytest.approx(expected, rel=1e-2)
+    for name, gradient in running.state.gradients.items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-2, atol=1e-4)
+
+
+def test_a_gradient_that_no_scale_helps_is_told_of(start):
+    running = start("float16").loop
+    (update,) = plan_updates(running.config, collected(running), torch.device("cpu"))
+    next(iter(running.state.parameters.values())).register_hook(lambda gradient: gradient * torch.nan)
+    norm, _ = loop.loss_and_backward(running.loss, running.state, update)
+    assert norm != norm
 
 
 def test_a_whole_run(tree, tmp_path):

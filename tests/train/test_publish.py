@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from longgrpo.config.run import build_config
-from longgrpo.errors import ConfigError, PublishError
+from longgrpo.errors import ConfigError, WeightSyncError
 from longgrpo.run.trainer import Trainer
 from longgrpo.train.loop import step
 
@@ -33,18 +33,18 @@ def shift_logprobs(engine, by):
 
 
 def test_every_step_is_probed(tree, tmp_path):
-    policy = trainer(tree, tmp_path / "run").policy
+    running = trainer(tree, tmp_path / "run").loop
     for number in (1, 2):
-        metrics = step(policy, number).metrics
+        metrics = step(running, number).metrics
         assert metrics["probe_logprob_diff"] <= 1e-5
-        assert metrics["published_bytes"] == 0
+        assert metrics["weight_sync_bytes"] == 0
 
 
 def test_an_engine_that_runs_something_else_stops_the_run(tree, tmp_path):
     tree["train"]["probe_prompts"] = 0  # the self-test before step 1 would find it
     running = trainer(tree, tmp_path / "run")
-    shift_logprobs(running.policy.engine, 0.01)
-    with pytest.raises(PublishError, match=r"after step 1, .* off the trainer's by 0\.01 nats"):
+    shift_logprobs(running.loop.collector.engine, 0.01)
+    with pytest.raises(WeightSyncError, match=r"after this step, .* off the trainer's by 0\.01 nats"):
         running.run()
     assert not list((tmp_path / "run/checkpoints").glob("step-*"))  # the weights had moved already
 
@@ -52,9 +52,9 @@ def test_an_engine_that_runs_something_else_stops_the_run(tree, tmp_path):
 @pytest.mark.parametrize("importance", ["token_truncate", "sequence_mask"])
 def test_on_policy_the_ratio_is_one_on_a_truncated_support(tree, tmp_path, importance):
     tree["rollout"] |= {"temperature": 1.5, "sampling": {"min_p": 0.1}, "importance": importance}
-    policy = trainer(tree, tmp_path / "run").policy
+    running = trainer(tree, tmp_path / "run").loop
     for number in (1, 2, 3):
-        metrics = step(policy, number).metrics
+        metrics = step(running, number).metrics
         assert abs(metrics["importance_ratio_mean"] - 1) <= 1e-3
         assert metrics["importance_cut"] == 0
         assert metrics["engine_trainer_logprob_diff_max"] <= 5e-4
@@ -65,14 +65,13 @@ def test_the_ratio_weighs_the_gradient(tree, tmp_path):
     tree["train"]["max_grad_norm"] = float("inf")
     gradients = []
     for shift in (0.0, 0.5):
-        policy = trainer(tree, tmp_path / str(shift)).policy
-        kept = []
-        shift_logprobs(policy.engine, shift)
-        policy.optimizer.step = lambda policy=policy, kept=kept: kept.extend(
-            p.grad.clone() for p in policy.parameters.values()
+        running, kept = trainer(tree, tmp_path / str(shift)).loop, []
+        shift_logprobs(running.collector.engine, shift)
+        running.state.optimizer.step = lambda state=running.state, kept=kept: kept.extend(
+            gradient.clone() for gradient in state.gradients.values()
         )
-        policy.probe = lambda model: 0.0
-        step(policy, 1)
+        running.probe.tolerance = 1.0
+        step(running, 1)
         gradients.append(kept)
     assert any(g.abs().max() > 1e-4 for g in gradients[0])
     for plain, weighted in zip(*gradients, strict=True):
@@ -91,7 +90,7 @@ def test_bf16_full_fine_tuning_keeps_masters_and_resumes(tree, tmp_path):
     states = [load_file(tmp_path / name / "checkpoints/step-000003/state.safetensors") for name in ("whole", "part")]
     assert {t.dtype for name, t in states[0].items() if name.startswith("weight.")} == {torch.float32}
     assert all(torch.equal(t, states[1][name]) for name, t in states[0].items())
-    for name, parameter in whole.policy.model.named_parameters():
+    for name, parameter in whole.loop.state.model.named_parameters():
         assert torch.equal(parameter, states[0][f"weight.{name}"].bfloat16())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
@@ -23,17 +25,19 @@ def _f32(like: Tensor, *size: int | torch.SymInt) -> Tensor:
 
 @torch.library.register_fake("longgrpo::linear_logprob", lib=_LIBRARY)
 def _(
-    hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, entropy, direction, workspace
-):
+    hidden: Tensor, weight: Tensor, target: Any, bias: Any, token_temperature: Any, temperature: Any, softcap: Any,
+    logit_scale: Any, entropy: Any, direction: Any, workspace: Any,
+) -> Any:  # fmt: skip
     n, h = hidden.shape
     return _f32(hidden, n), _f32(hidden, n if entropy else 0), hidden.new_empty((n if direction else 0, h))
 
 
 @torch.library.register_fake("longgrpo::linear_logprob_backward", lib=_LIBRARY)
 def _(
-    hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, logp_grad, entropy_grad,
-    need_hidden, need_weight, need_bias, workspace,
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, target: Any, bias: Any, token_temperature: Any, temperature: Any, softcap: Any,
+    logit_scale: Any, logp_grad: Any, entropy_grad: Any, need_hidden: Any, need_weight: Any, need_bias: Any,
+    workspace: Any,
+) -> Any:  # fmt: skip
     (n, h), v = hidden.shape, weight.shape[0]
     return (
         hidden.new_empty((n if need_hidden else 0, h)),
@@ -44,18 +48,19 @@ def _(
 
 @torch.library.register_fake("longgrpo::token_loss", lib=_LIBRARY)
 def _(
-    logp, token_weight, advantages, old_logp, ref_logp, importance, sampling_logp, cu_seqlens, entropy, options,
-    constants,
-):  # fmt: skip
+    logp: Tensor, token_weight: Any, advantages: Any, old_logp: Any, ref_logp: Any, importance: Any, sampling_logp:
+    Any, cu_seqlens: Any, entropy: Any, options: Any, constants: Any,
+) -> Any:  # fmt: skip
     return _f32(logp), _f32(logp, len(METRICS)), _f32(logp, logp.shape[0])
 
 
 @torch.library.register_fake("longgrpo::linear_grpo_loss", lib=_LIBRARY)
 def _(
-    hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, token_weight, advantages,
-    old_logp, ref_logp, importance, sampling_logp, cu_seqlens, ref_hidden, ref_weight, options, constants, need_hidden,
-    need_weight, need_bias, metrics, workspace, active=-1,
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, target: Any, bias: Any, token_temperature: Any, temperature: Any, softcap: Any,
+    logit_scale: Any, token_weight: Any, advantages: Any, old_logp: Any, ref_logp: Any, importance: Any,
+    sampling_logp: Any, cu_seqlens: Any, ref_hidden: Any, ref_weight: Any, options: Any, constants: Any,
+    need_hidden: Any, need_weight: Any, need_bias: Any, metrics: Any, workspace: Any, active: Any = -1,
+) -> Any:  # fmt: skip
     (n, h), v = hidden.shape, weight.shape[0]
     return (
         _f32(hidden),
@@ -70,12 +75,12 @@ def _(
 
 
 @torch.library.register_fake("longgrpo::scale_rows", lib=_LIBRARY)
-def _(x, scale):
+def _(x: Tensor, scale: Any) -> Any:
     return torch.empty_like(x)
 
 
 @torch.library.register_fake("longgrpo::scale_rows_", lib=_LIBRARY)
-def _(x, scale):
+def _(x: Tensor, scale: Any) -> Any:
     return None
 
 
@@ -94,7 +99,8 @@ def _scale_saved(direction: Tensor, scale: Tensor) -> Tensor:
     """direction * scale[:, None]"""
     scale = scale.contiguous()  # the gradient of a sum is an expanded scalar
     if not _reusable(direction):
-        return ops.scale_rows(direction, scale)
+        scaled: Tensor = ops.scale_rows(direction, scale)
+        return scaled
     ops.scale_rows_(direction, scale)
     return direction
 
@@ -108,11 +114,11 @@ class _FirstOrder(torch.autograd.Function):
     """A gradient whose own gradient is refused: what it was made of looks constant to autograd, and is not."""
 
     @staticmethod
-    def forward(ctx, gradient: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx, _):
+    def backward(ctx: Any, _: Tensor) -> NoReturn:
         raise RuntimeError(
             "longgrpo's losses have no second derivative: their saved direction would look constant to autograd and "
             "the result would be wrong. Use longgrpo.loss.reference for double backward."
@@ -122,12 +128,14 @@ class _FirstOrder(torch.autograd.Function):
 def _first_order(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     if not torch.is_grad_enabled():  # grad mode is on in a backward with create_graph alone
         return gradients
+    anchor = torch.empty((), requires_grad=True)
     return tuple(
-        None if g is None else _FirstOrder.apply(g.detach(), torch.empty((), requires_grad=True)) for g in gradients
+        None if g is None else _FirstOrder.apply(g.detach(), anchor)  # type: ignore[no-untyped-call]  # torch's own
+        for g in gradients
     )
 
 
-def _setup_linear_logprob(ctx, inputs, output):
+def _setup_linear_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     hidden, weight, target, bias, token_temperature, *scalars, entropy, direction, workspace = inputs
     _, _, u = output
     ctx.mark_non_differentiable(u)
@@ -139,7 +147,7 @@ def _setup_linear_logprob(ctx, inputs, output):
     ctx.save_for_backward(u, *kept)
 
 
-def _linear_logprob_backward(ctx, logp_grad, entropy_grad, _):
+def _linear_logprob_backward(ctx: Any, logp_grad: Any, entropy_grad: Any, _: Any) -> tuple[Any, ...]:
     u, *kept = ctx.saved_tensors
     none = (None,) * 6  # token_temperature ... direction, workspace are not differentiable
     if logp_grad is None and entropy_grad is None:
@@ -167,7 +175,7 @@ torch.library.register_autograd(
 )
 
 
-def _setup_token_loss(ctx, inputs, output):
+def _setup_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     token_weight, entropy, constants = inputs[1], inputs[8], inputs[10]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -175,7 +183,7 @@ def _setup_token_loss(ctx, inputs, output):
     ctx.save_for_backward(output[2], token_weight)
 
 
-def _token_loss_backward(ctx, loss_grad, _metrics, _logp_grad):
+def _token_loss_backward(ctx: Any, loss_grad: Any, _metrics: Any, _logp_grad: Any) -> tuple[Any, ...]:
     if loss_grad is None:
         return (None,) * 11
     logp_grad, token_weight = ctx.saved_tensors
@@ -190,7 +198,7 @@ torch.library.register_autograd(
 )
 
 
-def _setup_linear_grpo_loss(ctx, inputs, output):
+def _setup_linear_grpo_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, _, _, _, direction, scale, d_weight, d_bias = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -198,7 +206,7 @@ def _setup_linear_grpo_loss(ctx, inputs, output):
     ctx.save_for_backward(direction, scale, d_weight, d_bias)
 
 
-def _linear_grpo_loss_backward(ctx, loss_grad, *_):
+def _linear_grpo_loss_backward(ctx: Any, loss_grad: Any, *_: Any) -> tuple[Any, ...]:
     if loss_grad is None:
         return (None,) * 25
     direction, scale, d_weight, d_bias = ctx.saved_tensors

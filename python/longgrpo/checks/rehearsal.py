@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,17 +20,18 @@ from longgrpo.memory.live import LiveStorages
 from longgrpo.memory.plan import Phase, Plan, Rows, plan_memory
 from longgrpo.memory.shape import UnknownArchitecture, config_file, model_shape
 from longgrpo.offload import OffloadEngine
-from longgrpo.rollout.protocol import Completion
-from longgrpo.tasks.sample import Sample
-from longgrpo.train.build import make_policy
-from longgrpo.train.loop import loss_and_backward, optimizer_step, score
+from longgrpo.rollout.protocol import Completion, RolloutEngine
+from longgrpo.tasks.sample import Rollout, Sample
+from longgrpo.train.loop import Loop, loss_and_backward, optimizer_step, score
+from longgrpo.train.losses import PolicyLoss
 from longgrpo.train.packing import pack, split
-from longgrpo.train.policy import Policy
+from longgrpo.train.state import TrainState, make_state
+from longgrpo.train.update import plan_updates
 
 log = logging.getLogger(__name__)
 
 
-def longest_samples(config: TrainConfig, context: int, prompt_length: int | None = None) -> list[Sample]:
+def longest_rollout(config: TrainConfig, context: int, prompt_length: int | None = None) -> Rollout:
     """The samples of the longest micro-batch: prompts of `prompt_length` tokens, completions as long as they may be.
 
     Without a prompt length prompts fill what rollout.max_model_len leaves, or else train.token_budget.
@@ -41,20 +41,24 @@ def longest_samples(config: TrainConfig, context: int, prompt_length: int | None
     prompt = max(1, min(prompt_length or longest, longest - rollout.max_completion_length))
     length = min(rollout.max_completion_length, longest - prompt)
     completion = Completion([0] * length, [0.0] * length, "stop")
-    groups = [[0] * prompt for _ in range(train.prompts_per_step)]
     samples = [
-        Sample(group, ids, completion, "", advantage=1.0)
-        for group, ids in enumerate(groups)
+        Sample(group, [0] * prompt, completion, "")
+        for group in range(train.prompts_per_step)
         for _ in range(rollout.num_generations)
     ]
-    return next(split(samples, train.token_budget, config.memory.share_prompts))
+    return _rollout(next(split(samples, train.token_budget, config.memory.share_prompts)))
 
 
-def rows_of(config: TrainConfig, samples: list[Sample]) -> Rows:
-    batch = pack(samples, share_prompts=config.memory.share_prompts)
-    bounds = batch.packed.cu_seqlens if batch.packed.prefix is None else batch.packed.unshared()[1]
-    longest = max(end - start for start, end in pairwise(bounds.tolist()))
-    return Rows(len(batch.packed.input_ids), int(bounds[-1]), len(batch.target), longest + 1)
+def _rollout(samples: Sequence[Sample]) -> Rollout:
+    """Samples that all have a gradient, as one group."""
+    rollout = Rollout.of([], samples, torch.zeros(0, 1, len(samples)))
+    return replace(rollout, advantages=torch.ones_like(rollout.advantages))
+
+
+def rows_of(config: TrainConfig, rollout: Rollout) -> Rows:
+    batch = pack(rollout, range(len(rollout.samples)), share_prompts=config.memory.share_prompts)
+    lengths = batch.packed.lengths
+    return Rows(len(batch.packed.input_ids), sum(lengths), len(batch.target), max(lengths) + 1)
 
 
 class Forecast:
@@ -68,14 +72,14 @@ class Forecast:
             self.capacity, self.target = _capacity(card_name)
             self.config, self.prompt_length = config, prompt_length
             self.shape = model_shape(config.model.path)
-            self.samples = longest_samples(config, self.shape.context, prompt_length)
+            self.rollout = longest_rollout(config, self.shape.context, prompt_length)
             self.plan = self._planned(config)
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
 
     def _planned(self, config: TrainConfig) -> Plan:
-        samples = longest_samples(config, self.shape.context, self.prompt_length)
-        return plan_memory(config, self.shape, rows_of(config, samples), self.target)
+        rollout = longest_rollout(config, self.shape.context, self.prompt_length)
+        return plan_memory(config, self.shape, rows_of(config, rollout), self.target)
 
     def needs(self, plan: Plan) -> int:
         """Bytes that must fit: without a GPU device and host are one memory."""
@@ -104,7 +108,7 @@ class Forecast:
             changes = self.changes()
             lines += [f"  {self.needs(change.plan) / GIB:8.2f} GiB with {change.text}" for change in changes]
             if not changes or not self.fits(changes[-1].plan):
-                lines.append("  no change of the config is enough: take a larger card, fewer tokens or a smaller model")
+                lines.append("  no change of the config is enough: use a larger card, fewer tokens or a smaller model")
         return "\n".join(lines)
 
     def json(self) -> dict[str, Any]:
@@ -120,41 +124,43 @@ class Forecast:
         }
 
     def dry_run(self) -> dict[str, Phase]:
-        return dry_run(self.config, self.samples, self.target)
+        return dry_run(self.config, self.rollout, self.target)
 
-    def rehearse(self, policy: Policy) -> dict[str, tuple[int, int]]:
+    def rehearse(self, loop: Loop) -> dict[str, tuple[int, int]]:
         """Reads a step's prompts at their longest, scores the longest micro-batch and makes its gradient: what does not
         fit fails now and not at step 120. No weight changes. Returns each phase's peak in bytes, predicted and
-        measured; none of the rollout where the engine has no cache of its own, which grows with what it samples."""
+        measured; none of the rollout if the engine has no cache of its own, which grows with what it samples."""
+        state, engine = loop.state, loop.collector.engine
+        (update,) = plan_updates(loop.config, self.rollout, state.model.device, parts=1)
         phases: dict[str, Callable[[], Any]] = {
-            "scoring": lambda: score(policy, self.samples),
-            "training": lambda: loss_and_backward(policy, self.samples, self.samples),
+            "scoring": lambda: score(loop.config, state, [update]),
+            "training": lambda: loss_and_backward(loop.loss, state, update),
         }
-        cache = policy.engine.cache_bytes
+        cache = engine.cache_bytes
         if cache:
-            phases = {"rollout": lambda: self._read_prompts(policy), **phases}
+            phases = {"rollout": lambda: self._read_prompts(engine), **phases}
         apart = ("context", "optimizer") if cache else (*NOT_TRAINERS, "optimizer")  # there is no state yet
         peaks = {}
         for name, run in phases.items():
             released = name != "rollout" and self.config.rollout.release_kv_cache
-            measured = _peak_of(run, policy, self.target, 0 if released else cache)
+            measured = _peak_of(run, loop, self.target, 0 if released else cache)
             phase: Phase = getattr(self.plan, name)
             peaks[name] = phase.device_bytes - sum(phase.terms.get(term, 0) for term in apart), measured
-        policy.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)
         return peaks
 
-    def _read_prompts(self, policy: Policy) -> None:
+    def _read_prompts(self, engine: RolloutEngine) -> None:
         """The rollout of a step, a token each: the cache has its size from the start. No group shares a prefix."""
         train, group = self.config.train, self.config.rollout.num_generations
-        length = len(self.samples[0].prompt_ids)
+        length = len(self.rollout.samples[0].prompt_ids)
         prompts = [[i, *[0] * (length - 1)] for i in range(train.prompts_per_step) for _ in range(group)]
         sampling = replace(self.config.rollout.request(), max_tokens=1, others={})
-        policy.engine.generate(prompts, sampling, range(len(prompts)))
-        policy.engine.drop_caches()
+        engine.generate(prompts, sampling, range(len(prompts)))
+        engine.drop_caches()
 
 
 def forecast_run(config: TrainConfig, prompt_length: int, force: bool) -> Forecast | None:
-    """Logs what a run here will need. Raises ConfigError, with the remedies, where that does not fit, unless `force`.
+    """Logs what a run here will need. Raises ConfigError, with the remedies, if that does not fit, unless `force`.
     None for an architecture that there are no formulas for."""
     try:
         forecast = Forecast(config, prompt_length=prompt_length)
@@ -192,52 +198,55 @@ def _capacity(card_name: str | None) -> tuple[int, Target]:
     return host_budget(), CPU
 
 
-def _peak_of(run: Callable[[], Any], policy: Policy, target: Target, cache: int) -> int:
+def _peak_of(run: Callable[[], Any], loop: Loop, target: Target, cache: int) -> int:
     """Bytes: by torch's allocator on a GPU, else in live storages and the `cache` bytes of the engine."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         run()
         # vLLM unmaps the pages of a cache that it gives back; to the allocator they stay its own.
-        return torch.cuda.max_memory_allocated() - (policy.engine.cache_bytes - cache)
-    with LiveStorages(Internal(target)) as live:
-        live.add([*policy.model.parameters(), *policy.model.buffers()], "weights")
-        live.add(policy.parameters.values(), "masters")
+        peak = int(torch.cuda.max_memory_allocated())
+        return peak - (loop.collector.engine.cache_bytes - cache)
+    live = LiveStorages(Internal(target))
+    with live:
+        live.add([*loop.state.model.parameters(), *loop.state.model.buffers()], "weights")
+        live.add(loop.state.parameters.values(), "masters")
         live.hold(cache, "KV cache")
         live.reset_peak()  # a phase may have nothing to do
         run()
     return live.peak
 
 
-def dry_run(config: TrainConfig, samples: list[Sample], target: Target) -> dict[str, Phase]:
+def dry_run(config: TrainConfig, rollout: Rollout, target: Target) -> dict[str, Phase]:
     """count_step on storages that are not there, with the attention of a GPU."""
     dtype = getattr(torch, config.model.dtype)
     offload = OffloadEngine(backend="count", host_bytes=1 << 44) if config.memory.offload else None
     engine: Any = MetaEngine(config_file(config.model.path).parent, dtype, config.model.quantization)
-    policy = make_policy(config, engine, offload, **dict.fromkeys(("tokenizer", "probe", "rewarding", "stream")))
-    for group in policy.optimizer.param_groups:
+    state = make_state(config, engine, offload)
+    for group in state.optimizer.param_groups:
         group["foreach"] = target.is_cuda  # as torch chooses there
-    return count_step(policy, samples, target)
+    return count_step(config, state, rollout, target)
 
 
-def count_step(policy: Policy, samples: list[Sample], target: Target) -> dict[str, Phase]:
+def count_step(config: TrainConfig, state: TrainState, rollout: Rollout, target: Target) -> dict[str, Phase]:
     """Phases 5 to 7 of a step, the trainer's own: the peaks of scoring and training in live storages.
 
     It is the second step, as the optimizer's state is there, and has the micro-batch twice, as gradients are there when
     the second one runs. What the trainer holds is counted: no key-value cache and no CUDA context.
     """
-    groups = policy.config.train.prompts_per_step
-    twice = [*samples, *(replace(sample, group=sample.group + groups) for sample in samples)]
+    loss, device = PolicyLoss(config), state.model.device
+    groups = config.train.prompts_per_step
+    again = [replace(sample, group=sample.group + groups) for sample in rollout.samples]
+    (once,) = plan_updates(config, rollout, device, parts=1)
+    (twice,) = plan_updates(config, _rollout([*rollout.samples, *again]), device, parts=1)
     with LiveStorages(Internal(target)) as live:
-        live.add([*policy.model.parameters(), *policy.model.buffers()], "weights")
-        live.add(policy.reference.tensors.values() if policy.reference else [], "reference")
-        score(policy, twice)
-        loss_and_backward(policy, samples, samples)
-        optimizer_step(policy, 1, samples)
+        live.add([*state.model.parameters(), *state.model.buffers()], "weights")
+        live.add(state.reference.tensors.values() if state.reference else [], "reference")
+        score(config, state, [once, twice])
+        optimizer_step(config, state, 1, once, loss_and_backward(loss, state, once)[0])
         live.reset_peak()
-        score(policy, samples)
+        score(config, state, [once])
         scoring = Phase("scoring", dict(live.at_peak))
         live.reset_peak()
-        loss_and_backward(policy, twice, twice)
-        optimizer_step(policy, 2, twice)
-    host = {"layer inputs": int(policy.offload.stats()["host_peak"])} if policy.offload else {}
+        optimizer_step(config, state, 2, twice, loss_and_backward(loss, state, twice)[0])
+    host = {"layer inputs": int(state.offload.stats()["host_peak"])} if state.offload else {}
     return {"scoring": scoring, "training": Phase("training", dict(live.at_peak), host)}

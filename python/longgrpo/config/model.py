@@ -17,25 +17,25 @@ class ModelConfig:
     """A directory in the Hugging Face format, a .gguf file (the first of its shards), a hub id, or
     "smollm2-135m-instruct"."""
     dtype: Dtype = "float32"
-    """Of the weights, as the engine and the trainer share them."""
+    """Type of the weights that the engine and the trainer share."""
     quantization: Quantization | None = None
-    """nf4: the linear layers in bitsandbytes' 4 bits, for LoRA (longgrpo.model.nf4); null: all weights in `dtype`."""
+    """nf4: linear layers in bitsandbytes' 4 bits, for LoRA (longgrpo.model.nf4); null: all weights in `dtype`."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """A low-rank adapter, as PEFT's. There is no dropout: the rollout samples from the model without it, and the ratio
-    compares the two."""
+    """A low-rank adapter, as in PEFT. It has no dropout, because the rollout samples without dropout and the importance
+    ratio compares the two."""
 
     rank: int = 16
-    """Columns of each of its two factors."""
+    """The rank of its two factors."""
     alpha: int = 16
     """The adapter is scaled by alpha / rank."""
     targets: str | list[str] = "all-linear"
-    """all-linear (each linear layer but the head), or module names."""
+    """all-linear (every linear layer except the head), or module names."""
     mode: Literal["auto", "merge", "views", "copy"] = "auto"
-    """How the adapter reaches vLLM (longgrpo.rollout.adapters); auto takes the fastest safe way."""
+    """How the adapter reaches vLLM (longgrpo.rollout.adapters); auto takes the fastest safe mode."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

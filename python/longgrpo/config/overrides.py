@@ -11,6 +11,9 @@ import yaml
 
 from longgrpo.errors import ConfigError
 
+# Former names of keys.
+RENAMED = {"train.passes": "train.num_iterations", "train.max_nonfinite": "train.max_skipped_updates"}
+
 
 def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
     """["--train.steps", "5"] or ["--train.steps=5"] -> [("train.steps", 5)]; a value is read as YAML."""
@@ -59,6 +62,8 @@ def explain(problem: dict[str, Any], root: type) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "unexpected_keyword_argument":
+        if key in RENAMED:
+            return f"{key!r} is now {RENAMED[key]!r}"
         known = field_names(_class_at(root, location[:-1]))
         near = difflib.get_close_matches(location[-1], known, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
@@ -76,7 +81,7 @@ def _class_at(root: type, location: list[str]) -> Any:
     current: Any = root
     for part in location:
         if part.isdecimal():
-            continue  # the index of a list, whose element's class is at hand already
+            continue  # the index of a list; `current` is already the class of its elements
         current = typing.get_type_hints(current)[part]
         while typing.get_args(current):  # list[X], X | None
             current = typing.get_args(current)[0]

@@ -1,4 +1,4 @@
-"""How completions are sampled, and what the engine may take for it."""
+"""How completions are sampled, and what the engine may use for it."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from longgrpo.config.sampling import ENGINES_OWN, Sampling, sampling_fields, sam
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How completions are sampled, and what the engine may take for it."""
+    """How completions are sampled, and what the engine may use for it."""
 
     engine: Literal["auto", "vllm", "transformers"] = "auto"
-    """auto takes vLLM where it is installed."""
+    """auto takes vLLM if it is installed."""
     num_generations: int = 8
-    """Completions of a prompt: the group that an advantage is taken in."""
+    """Completions per prompt. They are the group in which advantages are computed."""
     max_completion_length: int = 256
-    """In tokens."""
+    """Longest completion, in tokens."""
     temperature: float = 1.0
     """Logits are divided by it, in the rollout and in the loss alike."""
     sampling: Any = field(default_factory=dict)
-    """Any field of vLLM's SamplingParams, as a mapping or (in Python) a SamplingParams. `seed` is what the seeds of the
-    requests are made from, train.seed where it is not set."""
+    """Any field of vLLM's SamplingParams, as a mapping or (in Python) a SamplingParams. The seeds of the requests are
+    derived from `seed`, or from train.seed if it is not set."""
     importance: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
-    """What the ratio of trainer's to engine's probability does to a token's loss: it multiplies it, a token's own or
-    its sequence's (the exponential of the mean over tokens), cut at importance_cap or, outside of [1 / cap, cap],
-    taken for 0."""
+    """How the ratio of the trainer's to the engine's probability enters a token's loss. The loss is multiplied by the
+    ratio of the token or of its sequence (the exponential of the mean log ratio over its tokens). truncate limits the
+    ratio to importance_cap; mask sets it to 0 outside [1 / cap, cap]."""
     importance_cap: float = 2.0
-    """Above 1."""
+    """Upper bound of the ratio, above 1."""
     kv_cache_gib: float = 1.0
     """The engine's key-value cache in GiB."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    """Of the cache; auto: the model's own. fp8 on a CPU needs AVX-512 or AMX."""
+    """Type of the cache; auto: the model's own. fp8 on a CPU needs AVX-512 or AMX."""
     release_kv_cache: bool = False
-    """Give the cache's memory back whenever no rollout runs."""
+    """Release the cache's memory whenever no rollout runs."""
     sleep_level: int = 0
-    """vLLM's. Above 0 it moves or drops the weights, which the trainer works on: refused."""
+    """vLLM's sleep level. Above 0 is refused, because it would move or drop the weights that the trainer uses."""
     repack_weights: bool = False
-    """Let vLLM keep its linears in a layout of its own: a second copy of them, for a faster rollout on a CPU."""
+    """Let vLLM keep a second copy of its linear layers in its own layout, for a faster rollout on a CPU."""
     max_num_seqs: int = 256
-    """Completions that vLLM works on at a time. A GPU's memory for logits and CUDA graphs grows with it."""
+    """Completions that vLLM samples at a time. A GPU's memory for logits and CUDA graphs grows with it."""
     max_model_len: int | None = None
-    """Tokens of prompt and completion together; defaults to the model's own context."""
+    """Tokens of prompt and completion together; default: the model's context length."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -68,11 +68,11 @@ class RolloutConfig:
         return sampling_of(self.sampling, self.max_completion_length, self.temperature)
 
     def seed(self, default: int) -> int:
-        """What the seeds of the requests are made from."""
+        """The seed from which those of the requests are derived."""
         given = self.sampling.get("seed")
         return default if given is None else given
 
     @property
     def not_recomputed(self) -> list[str]:
-        """The sampling fields that change the engine's distribution by what the trainer does not know."""
+        """The sampling fields that change the engine's distribution in a way that the trainer cannot compute."""
         return [name for name in self.sampling if name in ENGINES_OWN]

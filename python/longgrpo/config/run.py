@@ -10,42 +10,42 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from longgrpo.config.check import require
+from longgrpo.config.loss import LossConfig
 from longgrpo.config.model import LoraConfig, ModelConfig
 from longgrpo.config.overrides import explain, field_names, parse_overrides, set_key
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.task import RewardConfig, TaskConfig
 from longgrpo.config.train import LoopConfig, MemoryConfig
 from longgrpo.errors import ConfigError
-from longgrpo.loss.config import GRPOLossConfig
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What a run tells besides metrics.jsonl."""
+    """What a run logs besides metrics.jsonl."""
 
     to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
-    """Trackers. wandb and trackio are to be installed; their own settings (WANDB_MODE, say) are read by them."""
+    """Trackers. wandb and trackio have to be installed; they read their own settings, such as WANDB_MODE."""
     project: str = "longgrpo"
-    """The project of wandb and trackio."""
+    """The project name for wandb and trackio."""
     completions: int | None = None
-    """Completions of each step in completions/, with every reward and the advantage; default: all."""
+    """Completions per step that are kept in completions/, with every reward and the advantage; default: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that makes a run. Without `lora` all weights are trained."""
+    """The config of a run. Without `lora` all weights are trained."""
 
     model: ModelConfig
     lora: LoraConfig | None = None
     task: TaskConfig
     rewards: list[RewardConfig]
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    loss: GRPOLossConfig = field(default_factory=GRPOLossConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     log: LogConfig = field(default_factory=LogConfig)
     output_dir: str | None = None
-    """Where the run lives; default runs/NAME, as the config file is called, numbered if that exists."""
+    """The run's directory; default: runs/NAME after the name of the config file, numbered if that exists."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {
         "extra": "forbid"
@@ -76,12 +76,8 @@ class TrainConfig:
             "train.reference_sync_steps is set and loss.beta is 0: there is no reference; set loss.beta above 0",
         )
         require(
-            self.train.off_policy_threshold is None or not self.loss.exact_kl,
-            f"train.off_policy_threshold needs logprobs that loss.kl = {self.loss.kl!r} does without: take kl: k3",
-        )
-        require(
             self.train.off_policy_threshold is None or self.train.updates > 1,
-            "train.off_policy_threshold compares a rollout's later updates with its first, and train.passes x "
+            "train.off_policy_threshold compares a rollout's later updates with its first, and train.num_iterations x "
             "train.minibatches = 1: there is none; leave it out",
         )
         require(
@@ -90,17 +86,16 @@ class TrainConfig:
             "sample without top_p, top_k, min_p, allowed_token_ids and logit_bias",
         )
         require(
-            (self.train.updates == 1 and self.train.top_entropy_quantile == 1 and not self.loss.exact_kl)
-            or self.loss.detach,
-            "loss.detach = false is about a rollout without old logprobs: set train.passes and train.minibatches to 1, "
-            "train.top_entropy_quantile to 1 and loss.kl to k3",
+            self.loss.detach or self.train.updates == 1,
+            "loss.detach = false is about a rollout without old logprobs: set train.num_iterations and "
+            "train.minibatches to 1",
         )
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
     """Reads a YAML file, applies overrides such as `--train.steps 5` or `--train.steps=5`, and validates the result.
 
-    Raises ConfigError, naming the file, the key, the value and the remedy.
+    Raises ConfigError, which names the file, the key, the value and the remedy.
     """
     path = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""How a completion is sampled: the fields of vLLM's SamplingParams, whose they are."""
+"""How a completion is sampled: the fields of vLLM's SamplingParams, and who sets each of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# What the trainer sets itself in every request, and where it takes it from.
+# The fields that the trainer sets itself in every request, and why or from what.
 _THE_TRAINERS = "it asks for what it trains on, the logprobs of the sampled tokens"
 OWNED = {
     "n": "set rollout.num_generations",
@@ -29,7 +29,7 @@ OWNED = {
 }
 # They change the distribution in a way that the trainer takes into account (longgrpo.rollout.support).
 RECOMPUTED = ("temperature", "top_p", "top_k", "min_p", "allowed_token_ids", "logit_bias")
-# They change it by what only the engine knows.
+# They change it in a way that only the engine knows.
 ENGINES_OWN = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "bad_words", "structured_outputs",
     "thinking_token_budget", "watermarking", "extra_args",
@@ -69,11 +69,11 @@ class Sampling:
         if self.temperature < 0:
             raise ValueError(f"temperature = {self.temperature}: must be 0 (greedy) or above")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p}: must lie in (0, 1], where 1 is off")
+            raise ValueError(f"top_p = {self.top_p}: must lie in (0, 1]; 1 is off")
         if self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k}: must be 0 (off) or above")
         if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p = {self.min_p}: must lie in [0, 1], where 0 is off")
+            raise ValueError(f"min_p = {self.min_p}: must lie in [0, 1]; 0 is off")
 
     @property
     def reshapes(self) -> bool:

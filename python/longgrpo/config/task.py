@@ -10,47 +10,47 @@ from longgrpo.config.check import require
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The problems. A row of data has a prompt, as text or as messages; its other columns are handed to the rewards."""
+    """The problems. A row of data has a prompt, as text or as messages; its other columns are passed to the rewards."""
 
     name: str
-    """A task of reasoning_gym (chain_sum, say), a .jsonl or .parquet file, a directory that datasets has written, a
-    hub id (owner/name), or a function of your own (package.module:function, path/to/file.py:function), which is called
-    with `split` and `parameters` and returns a sequence of rows."""
+    """A task of reasoning_gym (such as chain_sum), a .jsonl or .parquet file, a directory written by datasets, a hub
+    id (owner/name), or a function of your own (package.module:function, path/to/file.py:function), which is called with
+    `split` and `parameters` and returns a sequence of rows."""
     parameters: dict[str, Any] = field(default_factory=dict)
-    """Handed to the task, to datasets or to the function. `size` of a reasoning_gym task is the number of different
+    """Arguments of the task, of datasets or of the function. `size` of a reasoning_gym task is the number of different
     problems before they repeat."""
     split: str = "train"
     """The split of a data set."""
     prompt_column: str | None = None
-    """The column with the prompt; default prompt, and question for reasoning_gym."""
+    """The column with the prompt; default: prompt, and question for reasoning_gym."""
     seed: int = 0
     """Seed of a reasoning_gym task's training problems, and of the order of other rows."""
     shuffle: bool = True
-    """Draw rows in a random order, a new one each epoch. A reasoning_gym task, random by itself, stays in order."""
+    """Draw rows in a new random order each epoch. A reasoning_gym task is random already and stays in order."""
     sampler: str | None = None
-    """A curriculum: path/to/file.py:Class, a longgrpo.tasks.data.Sampler that says which problem comes next."""
+    """A curriculum: path/to/file.py:Class, a longgrpo.tasks.data.Sampler that chooses the next problem."""
     chat: bool | None = None
-    """Whether a prompt of plain text is sent as a user's message; default: where the model has a chat template (TRL
-    leaves plain text as it is)."""
+    """Whether a prompt of plain text is sent as a user message; default: if the model has a chat template (TRL leaves
+    plain text as it is)."""
     chat_template: str | None = None
-    """A jinja file in place of the model's own chat template."""
+    """A jinja file that replaces the model's chat template."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the chat template, {enable_thinking: false} for example."""
+    """Arguments of the chat template, for example {enable_thinking: false}."""
     system_prompt: str | None = None
-    """Begins every conversation that does not bring its own."""
+    """The system prompt of every conversation that does not have its own."""
     eval_n: int = 200
-    """Number of held-out problems, different from each other and never trained on; 0: no evaluation."""
+    """Number of held-out problems, all different and never trained on; 0: no evaluation."""
     eval_name: str | None = None
-    """Where held-out problems come from, in the form of `name`; default: from the same source."""
+    """The source of the held-out problems, in the form of `name`; default: the same source."""
     eval_split: str | None = None
-    """Their split of a data set; default: the training problems' own, whose held-out ones training then skips."""
+    """Their split of a data set; default: `split`, whose held-out problems training skips."""
     eval_seed: int = 1_000_000_007
     """Seed of the held-out problems."""
     eval_reward: str | None = None
     """The reward function that says whether a held-out problem is solved (>= 1); default: the first of `rewards`."""
     eval_prefill: str | None = None
-    """A control: the untrained model is also evaluated with its reply begun by this template, filled from the columns
-    and metadata of a problem, for example "{expression} ="."""
+    """A control: the untrained model is also evaluated with this template as the beginning of its reply. It is filled
+    from the columns and metadata of a problem, for example "{expression} ="."""
 
     def __post_init__(self) -> None:
         require(self.eval_n >= 0, f"eval_n = {self.eval_n}: must be 0 (no evaluation) or more")
@@ -66,14 +66,14 @@ class RewardConfig:
     weight: float = 1.0
     """0: the function is only logged."""
     name: str | None = None
-    """Its name in the logs; default: the function's own."""
+    """Its name in the logs; default: the function's name."""
     parameters: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the function."""
     timeout: float | None = None
-    """Seconds that a call may take. A function that is not async then runs in a process of its own."""
+    """Seconds that a call may take. With a limit, a function that is not async runs in a process of its own."""
     on_error: Literal["raise", "none"] = "raise"
-    """What an exception, a timeout or an unusable value does: stop the run, which can be resumed, or count as "does not
-    apply" to the completions of the call."""
+    """What happens after an exception, a timeout or an unusable value. raise: the run stops and can be resumed; none:
+    the reward does not apply to the completions of the call."""
     isolate: bool = False
     """Run the function in a process of its own."""
 

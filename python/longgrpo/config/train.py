@@ -14,72 +14,72 @@ class LoopConfig:
     """The loop and its optimizer."""
 
     steps: int = 50
-    """Rollouts, each with its updates."""
+    """Number of steps: a rollout and its updates each."""
     seed: int = 0
-    """Seeds the adapter's first weights and every sampled completion."""
+    """Seed of the adapter's initial weights and of every sampled completion."""
     prompts_per_step: int = 8
-    """Each with rollout.num_generations completions."""
+    """Prompts per step, each with rollout.num_generations completions."""
     learning_rate: float = 1e-5
-    """TRL: 1e-6, for full fine-tuning. An adapter wants about ten times as much."""
+    """AdamW's learning rate. TRL: 1e-6, for full fine-tuning. An adapter needs about ten times as much."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """From the learning rate, after the warm-up, to 0 at the last step (TRL: linear). A constant rate, the usual one in
-    reinforcement learning, lets a run be prolonged."""
+    """How the learning rate falls after the warm-up, to 0 at the last step (TRL: linear). With a constant rate, the
+    usual one in reinforcement learning, a run can be extended."""
     warmup_steps: int = 0
-    """The learning rate rises to its value over so many steps."""
+    """Number of steps over which the learning rate rises to its value."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's. TRL: 0.999 for the second, a memory of a thousand steps, longer than most runs."""
+    """AdamW's betas. TRL: 0.999 for the second, which averages over a thousand steps, longer than most runs."""
     weight_decay: float = 0.0
-    """AdamW's."""
+    """AdamW's weight decay."""
     max_grad_norm: float = 1.0
-    """A longer gradient is scaled down to this length; .inf: none is."""
+    """A gradient with a larger norm is scaled down to this norm; .inf: no clipping."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What a group's centered rewards are divided by: their standard deviation, that of all rewards of the step, or
-    nothing (Dr. GRPO, arXiv:2503.20783)."""
+    """Divisor of a group's centered rewards. group: their standard deviation; batch: that of all rewards of the step;
+    none: no division (Dr. GRPO, arXiv:2503.20783)."""
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
-    """Whether several rewards are summed before they are normalized in their groups or after, and then once more over
-    the step (GDPO, arXiv:2601.05242)."""
+    """Whether several rewards are summed before they are normalized in their groups, or after it. normalize_then_sum
+    normalizes the sums once more over the step (GDPO, arXiv:2601.05242)."""
     max_refills: int = 0
     """Dynamic sampling (DAPO, arXiv:2503.14476): groups without spread are replaced by groups of new prompts, in at
-    most so many further rollouts a step."""
-    passes: int = 1
-    """How often a rollout is trained on (TRL: num_iterations)."""
+    most this many further rollouts per step."""
+    num_iterations: int = 1
+    """Number of passes over a rollout (mu in the GRPO paper)."""
     minibatches: int = 1
-    """Optimizer steps of a pass, each on its part of the groups."""
+    """Optimizer steps per pass over a rollout, each on its share of the groups."""
     mask_truncated: bool = False
-    """Leave completions that were cut off at the longest allowed length out of the loss."""
+    """Leave completions that reached the length limit unfinished out of the loss."""
     top_entropy_quantile: float = 1.0
-    """Share of tokens, those of the highest entropy in the step, that have a policy gradient (arXiv:2506.01939)."""
+    """Share of tokens that have a policy gradient: those with the highest entropy in the step (arXiv:2506.01939)."""
     off_policy_threshold: float | None = None
-    """A completion with a negative advantage has no policy gradient once the policy has moved so far since the first
-    update of its rollout: mean of logp_old - logp over its tokens (DeepSeek-V3.2, arXiv:2512.02556)."""
+    """A completion with a negative advantage loses its policy gradient if the policy has moved further than this since
+    the first update of its rollout: mean of old_logp - logp over its tokens (DeepSeek-V3.2, arXiv:2512.02556)."""
     reference_sync_steps: int = 0
-    """Move the reference of the KL term towards the policy every so many steps; 0: never. Under LoRA the reference
-    is the base without its adapter, else, and where it moves, a frozen copy of the trained weights."""
+    """Number of steps after which the reference policy of the KL term moves towards the policy; 0: never. With LoRA a
+    fixed reference is the base without its adapter; otherwise the reference is a frozen copy of the trained weights."""
     reference_mixup: float = 0.6
     """reference = mixup * policy + (1 - mixup) * reference."""
     token_budget: int = 4096
-    """Tokens of a packed micro-batch, prompts included: it bounds memory and never changes the result."""
+    """Tokens of a packed micro-batch, prompts included. It limits memory and never changes the result."""
     probe_prompts: int = 16
     """Prompts of the self-test before step 1 (docs/selftest.md); 0: none."""
-    max_nonfinite: int = 3
-    """An update whose gradient is not finite is left out; so many in a row end the run, with a diagnosis."""
+    max_skipped_updates: int = 3
+    """An update whose gradient is not finite is skipped; this many in a row end the run, with a diagnosis."""
     save_steps: int = 25
-    """A checkpoint after every so many steps, besides the last; 0: only the last."""
+    """Number of steps between checkpoints; the last step is always saved. 0: only the last."""
     keep_checkpoints: int = 2
-    """The newest that are kept."""
+    """Number of the newest checkpoints that are kept."""
     best_metric: str | None = None
-    """The checkpoint of the step with the highest value of this metric is kept as well, for example reward/mean;
-    with a minus before its name, the lowest."""
+    """The checkpoint of the step with the highest value of this metric, for example reward/mean, is kept as well; with
+    a minus before the name, the lowest value."""
 
     def __post_init__(self) -> None:
         for name in (
             "steps",
             "prompts_per_step",
-            "passes",
+            "num_iterations",
             "minibatches",
             "token_budget",
             "keep_checkpoints",
-            "max_nonfinite",
+            "max_skipped_updates",
         ):
             require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: must be at least 1")
         for name in (
@@ -89,6 +89,10 @@ class LoopConfig:
         require(self.learning_rate > 0, f"learning_rate = {self.learning_rate}: must be above 0")
         for name in ("top_entropy_quantile", "reference_mixup"):
             require(0 < getattr(self, name) <= 1, f"{name} = {getattr(self, name)}: must lie in (0, 1]")
+        require(
+            self.off_policy_threshold is None or self.off_policy_threshold >= 0,
+            f"off_policy_threshold = {self.off_policy_threshold}: must be 0 nats or more; or leave it out",
+        )
         require(self.max_grad_norm > 0, f"max_grad_norm = {self.max_grad_norm}: must be above 0 (.inf: no clipping)")
         require(
             self.minibatches <= self.prompts_per_step,
@@ -96,7 +100,7 @@ class LoopConfig:
         )
 
     def learning_rate_at(self, step: int) -> float:
-        """Of step `step`, from 1."""
+        """The learning rate of step `step`, counted from 1."""
         left = 1 - (step - 1 - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)  # of the decay
         decay = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[self.schedule]
         return self.learning_rate * (step / self.warmup_steps if step <= self.warmup_steps else decay)
@@ -104,7 +108,7 @@ class LoopConfig:
     @property
     def updates(self) -> int:
         """Optimizer steps of one rollout."""
-        return self.passes * self.minibatches
+        return self.num_iterations * self.minibatches
 
 
 @dataclass(frozen=True)
@@ -114,13 +118,13 @@ class MemoryConfig:
     share_prompts: bool = True
     """Completions of one prompt in a micro-batch share one copy of it (longgrpo.train.packing)."""
     checkpoint: bool = False
-    """Keep of each layer its input alone and run it again in the backward."""
+    """Keep only the input of each layer and recompute the layer in the backward."""
     offload: bool = False
-    """Checkpoint every layer and keep its input in host memory until the backward wants it (longgrpo.offload)."""
+    """Checkpoint every layer and keep its input in host memory until the backward needs it (longgrpo.offload)."""
     tiled_mlp: bool = False
-    """Run the MLPs and the norms a tile of the sequence at a time (longgrpo.model.tiled_mlp)."""
+    """Run the MLPs and the norms on one tile of the sequence at a time (longgrpo.model.tiled_mlp)."""
     tile_rows: int | None = None
-    """Tokens of a tile; not set: the hidden size."""
+    """Tokens per tile; default: the hidden size."""
 
     def __post_init__(self) -> None:
         require(self.tile_rows is None or self.tile_rows >= 1, f"tile_rows = {self.tile_rows}: must be at least 1")

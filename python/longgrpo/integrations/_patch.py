@@ -7,7 +7,7 @@ from typing import Any
 
 
 def require_version(library: ModuleType, tested: tuple[str, ...]) -> None:
-    """Raises RuntimeError where `library` is of another version than those `tested`."""
+    """Raises RuntimeError if `library` is of another version than those `tested`."""
     if library.__version__ not in tested:
         raise RuntimeError(
             f"longgrpo.integrations.{library.__name__} was tested with {library.__name__} {', '.join(tested)} and not "
@@ -18,8 +18,8 @@ def require_version(library: ModuleType, tested: tuple[str, ...]) -> None:
 class Patch:
     """Attributes of `owner` (a module or class) with other values, until `undo()` or the end of a with-block.
 
-    Raises RuntimeError in `undo()` where somebody else has changed one of them meanwhile: undoing would drop that
-    change, and must come after its own undoing.
+    Raises RuntimeError in `undo()` if other code has changed one of them meanwhile: undoing would drop that
+    change, which has to be undone first.
     """
 
     def __init__(self, owner: Any, **values: Any) -> None:

@@ -3,7 +3,7 @@
     model = AutoModelForCausalLM.from_pretrained(...)
     logp, entropy = causal_lm_logprob(model, input_ids, attention_mask)
 
-serves scoring, supervised fine-tuning (-logp.sum() / tokens) and preference losses (logp.sum(-1) is a completion's).
+This serves scoring, supervised fine-tuning (-logp.sum() / tokens) and preference losses (logp.sum(-1) per completion).
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ def causal_lm_logprob(
     workspace: int = DEFAULT_WORKSPACE,
     **inputs: Any,
 ) -> LogProb:
-    """log p of each next token, with the soft cap and logit scale that the model's config names.
+    """The log-probability of each next token, with the soft cap and logit scale of the model's config.
 
     Args:
         model: a transformers causal language model or its PEFT wrapper. For DDP and FSDP wrap CausalLMLogProb instead,
             so that the call goes through their own forward.
         input_ids: [B, T] int64.
         attention_mask: [B, T]; None: every token counts.
-        labels: [B, T] int64, not shifted, -100 where a token is not to be predicted; None: all of input_ids that
-            attention_mask leaves.
+        labels: [B, T] int64, not shifted, -100 for tokens that are not to be predicted; None: all of input_ids
+            that attention_mask keeps.
         temperature, entropy, workspace: as linear_logprob's.
-        inputs: what else the backbone takes (position_ids, ...).
+        inputs: further arguments of the backbone (position_ids, ...).
 
-    Returns: logp, and entropy where asked for, [B, T - 1] float32: [:, t] is of token t + 1, and 0 where its label is
-        negative.
+    Returns: logp, and entropy if requested, [B, T - 1] float32. [:, t] belongs to token t + 1 and is 0 if that token's
+        label is negative.
 
     Raises:
-        ValueError: a PEFT adapter on the head, whose weight alone would be the wrong head.
+        ValueError: the head carries a PEFT adapter, so its weight is not the whole head.
         ValueError, TypeError: as linear_logprob's.
     """
     base, head = base_model(model), head_of(model)
@@ -63,7 +63,7 @@ def causal_lm_logprob(
 
 
 class CausalLMLogProb(nn.Module):
-    """`causal_lm_logprob` of one model as a module, for what wraps modules: DDP, fully_shard, torch.compile."""
+    """`causal_lm_logprob` of one model as a module, for wrappers of modules: DDP, fully_shard, torch.compile."""
 
     def __init__(self, model: nn.Module, *, temperature: float = 1.0, entropy: bool = False) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ TESTED_VERSIONS = ("1.16.0",)
 
 
 class _LinearLogProb:
-    """`linear_logprob` where TRL calls `ChunkedLogProbFunction.apply`, with that function's arguments and results."""
+    """`linear_logprob` in place of TRL's `ChunkedLogProbFunction.apply`, with that function's arguments and results."""
 
     def __init__(self, trl_function: Any, workspace: int) -> None:
         self.trl_function, self.workspace = trl_function, workspace
@@ -49,8 +49,8 @@ class _LinearLogProb:
         outputs: tuple[str, ...],
     ) -> tuple[Tensor | None, ...]:
         """log_probs, entropy, log_sum_sq_probs, mean_logits and is_top1, each [N] or None."""
-        # DeepSpeed ZeRO-3 takes the gathered head away again before the backward, and the statistics that other
-        # trainers log are TRL's alone: its own function serves both.
+        # DeepSpeed ZeRO-3 releases the gathered head before the backward, and only TRL's function computes the
+        # statistics that other trainers log: it serves both cases.
         if hasattr(weight, "ds_id") or not {"log_probs", "entropy"}.issuperset(outputs):
             theirs: tuple[Tensor | None, ...] = self.trl_function.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
@@ -66,7 +66,7 @@ class _LinearLogProb:
 def patch_trl(*, workspace: int = DEFAULT_WORKSPACE) -> Patch:
     """All of TRL's trainers that score through its fused head use `linear_logprob` until the result's `undo()`.
 
-    These are GRPO and RLOO, with their subclasses and the instances that exist already. SFT, DPO and the others keep
+    These are GRPO and RLOO, with their subclasses and existing instances. SFT, DPO and the others keep
     TRL's own head, because they log statistics of the whole distribution.
 
     Args:
@@ -80,7 +80,7 @@ def patch_trl(*, workspace: int = DEFAULT_WORKSPACE) -> Patch:
 
 
 def _head(function: Any) -> Patch:
-    """TRL's fused head with another function, which gets the positions with a label alone, on every device."""
+    """TRL's fused head with another function, which gets only the positions with a label, on every device."""
     return Patch(fused_head, _ChunkedLogProbFunction=function, _use_triton=lambda device: True)
 
 
@@ -93,7 +93,7 @@ class LongGRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]  # mypy does not l
         offload: keeps the layers' inputs in host memory between forward and backward; implies gradient checkpointing
             without reentry.
         fused_loss: take the whole loss from `linear_grpo_loss`: 3 head GEMMs instead of 4 for a trained head, and
-            none backwards for completions of advantage 0 where `beta` is 0. The metrics are of the loss's tokens;
+            none in the backward for completions of advantage 0 if `beta` is 0. The metrics cover the loss's tokens;
             clip_ratio/low_min, clip_ratio/high_max, cispo_clip_ratio and vespo/phi_seq_mean are left out.
         workspace: bytes that the logits may use (see linear_logprob).
 
@@ -201,7 +201,7 @@ class LongGRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]  # mypy does not l
 
 
 class _LinearGRPOLoss:
-    """`linear_grpo_loss` where TRL calls its fused head: the loss stands in the first position's log-probability."""
+    """`linear_grpo_loss` in place of TRL's fused head: the loss is returned as the first position's log-probability."""
 
     def __init__(self, trainer: LongGRPOTrainer, inputs: dict[str, Any], mask: Tensor) -> None:
         def packed(name: str) -> Tensor | None:

@@ -57,8 +57,8 @@ def register_policy_loss(name: str = "longgrpo", **changes: Any) -> None:
 
     Args:
         name: for actor.policy_loss.loss_mode.
-        changes: fields of GRPOLossConfig other than what the actor's config says: importance_level="sequence" for
-            GSPO's ratio, say.
+        changes: fields of GRPOLossConfig that override the actor's config, for example importance_level="sequence"
+            for GSPO's ratio.
 
     Raises:
         RuntimeError: another version of verl than those tested.

@@ -2,6 +2,7 @@
 
 from longgrpo.loss.config import GRPOLossConfig, OffPolicyCorrection, loss_normalizer
 from longgrpo.loss.grpo import GRPOLoss, LinearGRPOLoss, grpo_loss, linear_grpo_loss
+from longgrpo.loss.inputs import LossInputs
 from longgrpo.loss.linear import LogProb, linear_logprob
 from longgrpo.loss.tokens import LossTokens
 from longgrpo.loss.types import LossType, loss_type
@@ -11,6 +12,7 @@ __all__ = [
     "GRPOLossConfig",
     "LinearGRPOLoss",
     "LogProb",
+    "LossInputs",
     "LossTokens",
     "LossType",
     "OffPolicyCorrection",

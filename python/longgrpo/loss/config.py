@@ -136,8 +136,8 @@ class OffPolicyCorrection:
         _choose("importance", self.importance, CORRECTIONS)
         if not (math.isfinite(self.cap) and self.cap > 1):
             raise ValueError(f"cap bounds the ratio of two policies and must be a finite number > 1, got {self.cap}")
-        if self.threshold is not None and not (math.isfinite(self.threshold) and self.threshold > 0):
-            raise ValueError(f"threshold must be a finite number of nats > 0, or None for none, got {self.threshold}")
+        if self.threshold is not None and not (math.isfinite(self.threshold) and self.threshold >= 0):
+            raise ValueError(f"threshold must be a finite number of nats >= 0, or None for none, got {self.threshold}")
 
     @property
     def needs_sequences(self) -> bool:

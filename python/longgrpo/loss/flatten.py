@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -188,8 +188,17 @@ def rows_known_on_host(
     return Rows(index, len(active), None) if len(active) < tokens else None
 
 
+@overload
+def on_device(device: torch.device, tensor: Tensor) -> Tensor: ...
+@overload
+def on_device(device: torch.device, tensor: None) -> None: ...
+@overload
+def on_device(device: torch.device, tensor: Tensor | None) -> Tensor | None: ...
+
+
 def on_device(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     """`tensor` on `device`, without waiting for what the device is at."""
     if tensor is None or tensor.device == device:
         return tensor
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    pinned = device.type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)

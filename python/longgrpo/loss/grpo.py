@@ -236,6 +236,6 @@ class LinearGRPOLoss(nn.Module):
             "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "workspace": workspace
         }  # fmt: skip
 
-    def forward(self, hidden: Tensor, weight: Tensor, target: Tensor, advantages: Tensor, **tokens) -> GRPOLoss:
+    def forward(self, hidden: Tensor, weight: Tensor, target: Tensor, advantages: Tensor, **tokens: Any) -> GRPOLoss:
         """Keyword arguments as linear_grpo_loss's; those given to the module are its defaults."""
         return linear_grpo_loss(hidden, weight, target, advantages, config=self.config, **{**self.head, **tokens})

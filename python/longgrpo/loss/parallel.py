@@ -15,7 +15,8 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sharded: Any) -> Tensor:
         ctx.mesh, ctx.placements = sharded.device_mesh, sharded.placements
-        return sharded.full_tensor()
+        whole: Tensor = sharded.full_tensor()
+        return whole
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -29,7 +30,10 @@ class _Gathered(torch.autograd.Function):
 def whole(tensor: Tensor) -> Tensor:
     """`tensor` itself, or all of it on every rank where it is a DTensor (FSDP2's fully_shard)."""
     # Asked by attribute: torch.distributed.tensor takes longer to import than all of longgrpo.
-    return _Gathered.apply(tensor) if hasattr(tensor, "full_tensor") else tensor
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    gathered: Tensor = _Gathered.apply(tensor)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return gathered
 
 
 class _Replicated(torch.autograd.Function):
@@ -96,7 +100,8 @@ class VocabularyShard:
 
     def replicated(self, hidden: Tensor) -> Tensor:
         """hidden, whose gradient is the sum over the ranks."""
-        return _Replicated.apply(hidden, self.group)
+        replicated: Tensor = _Replicated.apply(hidden, self.group)  # type: ignore[no-untyped-call]
+        return replicated
 
     def combine(self, logit: Tensor, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """logp and entropy over the whole vocabulary, the same on every rank.
@@ -110,7 +115,8 @@ class VocabularyShard:
             torch.where(mine, logit, 0),
             *([] if entropy is None else [entropy]),
         ]
-        spread, logits, *entropies = _FromAllRanks.apply(torch.stack(local), self.group).unbind(1)  # each [ranks, ...]
+        parts = _FromAllRanks.apply(torch.stack(local), self.group)  # type: ignore[no-untyped-call]
+        spread, logits, *entropies = parts.unbind(1)  # each [ranks, ...]
         own = torch.where(self.owned, spread, 0).sum(0)  # L_r - z on the owner
         target_logit = logits.sum(0)
         others = torch.where(self.owned, -torch.inf, spread).logsumexp(0)

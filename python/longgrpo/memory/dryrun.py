@@ -1,4 +1,4 @@
-"""A model without storage, and an engine that has nothing else: what a dry run works on."""
+"""A model without storage, and an engine that holds only that model, for dry runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longgrpo.model import nf4
 
 
 class MetaEngine:
-    """A RolloutEngine whose model lies on `meta`; it cannot sample."""
+    """A RolloutEngine whose model is on `meta`; it cannot sample."""
 
     name = "meta"
 

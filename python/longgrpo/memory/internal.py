@@ -1,4 +1,4 @@
-"""What ops hold while they run, beside what they take and return: one function for each, which the planner and the dry
+"""What ops hold while they run, besides what they take and return: one function for each, which the planner and the dry
 run share. A counter of storages does not see it."""
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ class Change(NamedTuple):
 def cheapest_changes(
     config: TrainConfig, shape: ModelShape, fits: Callable[[Plan], bool], planned: Callable[[TrainConfig], Plan]
 ) -> list[Change]:
-    """Changes, what costs least time first, each on top of those before it, until the plan fits or nothing is left.
-    A change that lowers no peak is left out. None of them changes what is learned, but for the 4-bit base."""
+    """Changes, those that cost the least time first, each on top of those before it, until the plan fits or nothing is
+    left. A change that lowers no peak is left out. Except for the 4-bit base, none of them changes what is learned."""
     changes: list[Change] = []
     now = planned(config)
     for text, change in _changes(config, shape, now):

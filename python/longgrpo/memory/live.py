@@ -1,4 +1,4 @@
-"""Counting storages while code runs: what is alive, over time, and the most there was. Works on any device, `meta`
+"""Counting storages while code runs: what is alive, over time, and the peak. Works on any device, `meta`
 included, where nothing is allocated at all."""
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from longgrpo._ops import offload as core
 from longgrpo.memory.internal import ring_bytes
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
+_COPY = torch.ops.aten._to_copy.default
 _UNPACK = core.unpack
 
 Internal = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int]
-"""(op, args, kwargs, result) -> bytes that the op holds while it runs, beside what it takes and returns."""
+"""(op, args, kwargs, result) -> bytes that the op holds while it runs, besides what it takes and returns."""
 
 
 class LiveStorages(TorchDispatchMode):
@@ -59,6 +60,8 @@ class LiveStorages(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _ITEM and args[0].is_meta:
             return 1.0  # there is no value: any that no code refuses
+        if func is _COPY and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         result = func(*args, **kwargs)
         before = self.now
         if func is _UNPACK:  # into a slot of the engine, which is counted as a whole

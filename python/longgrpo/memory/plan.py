@@ -2,7 +2,7 @@
 
 Rows: N tokens of the longest packed micro-batch, K >= N rows of attention, in which each completion has its prompt
 before it, M completion tokens. Widths: H hidden, Q = heads x head_dim, KV = key heads x head_dim, I of the MLP, V of
-the vocabulary. Every formula of this module is in bytes and stands beside what it counts.
+the vocabulary. Every formula of this module is in bytes and next to what it counts.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class _Memory:
 
     @property
     def cache(self) -> dict[str, int]:
-        """The rollout's key-value cache, where it stays while the model trains."""
+        """The rollout's key-value cache, if it stays while the model trains."""
         rollout = self.config.rollout
         if rollout.engine == "transformers" or rollout.release_kv_cache:
             return {}
@@ -188,7 +188,7 @@ class _Memory:
         return Phase("rollout", self.resident() | {"KV cache": cache, "engine's forward and logits": forward + logits})
 
     def scoring(self) -> Phase:
-        """A forward without gradients; none where the loss has no reference and each rollout serves one update."""
+        """A forward without gradients; none if the loss has no reference and each rollout serves one update."""
         terms = self.resident() | self.cache
         if self._moves:
             terms["offload's slots"] = self._slots
@@ -236,7 +236,7 @@ class _Memory:
 
     @property
     def _slots(self) -> int:
-        """Nothing is brought back where all records are still there."""
+        """Nothing is brought back if all records are still there."""
         moved = self.shape.layers - (0 if self.full else 1)
         return ring_bytes(self.h) if moved > KEPT_RECORDS else 0
 
@@ -357,7 +357,7 @@ class _Memory:
         return FP32 * self.shape.vocabulary * self.shape.hidden
 
     def _embedding_backward(self) -> int:
-        """A dense gradient; where the head is the embedding, the head's and their sum as well."""
+        """A dense gradient; if the head is the embedding, the head's and their sum as well."""
         if not self.full:
             return 0
         return (3 if self.shape.tied else 1) * self._head_gradient + self.h

@@ -1,4 +1,4 @@
-"""The shape of a model, from its config.json alone."""
+"""The shape of a model, from only its config.json."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class ModelShape:
 
     @property
     def embeddings(self) -> int:
-        """Elements of the embedding and, where it is not the same matrix, the head."""
+        """Elements of the embedding and, if it is not the same matrix, the head."""
         return (1 if self.tied else 2) * self.vocabulary * self.hidden
 
     @property
@@ -107,9 +107,9 @@ class ModelShape:
 
 
 def model_shape(path: str) -> ModelShape:
-    """The shape of the model that `model.path` names; of a hub id config.json alone is fetched.
+    """The shape of the model that `model.path` names; for a hub id only config.json is fetched.
 
-    Raises FileNotFoundError where there is none, UnknownArchitecture, or ValueError where config.json lacks a size.
+    Raises FileNotFoundError if there is none, UnknownArchitecture, or ValueError if config.json lacks a size.
     """
     return shape_from_config(json.loads(config_file(path).read_text()), path)
 
@@ -153,5 +153,5 @@ def config_file(path: str) -> Path:
         return Path(hf_hub_download(path, "config.json"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"model.path = {path!r} is no directory here and the hub did not give its config.json: {error}"
+            f"model.path = {path!r} is not a local directory, and the hub did not give its config.json: {error}"
         ) from error

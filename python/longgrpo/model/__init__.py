@@ -7,5 +7,5 @@ import os
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
-# PEFT imports bitsandbytes where it is installed, which then complains of a kernel that nothing here calls.
+# PEFT imports bitsandbytes if it is installed, which then complains of a kernel that nothing here calls.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -30,13 +30,13 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 CHUNK = 1 << 20  # elements decoded at a time, a multiple of every type's block
 EXACT = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}
-"""Types that a checkpoint holds as they are; what the others decode to is exact in float32 alone."""
+"""Types that a checkpoint holds as they are; the values of the others are exact only in float32."""
 
 
 def shards(path: Path) -> list[Path]:
     """The files of the model whose first file is `path`, by llama.cpp's names for shards (nothing is read).
 
-    Raises ValueError where `path` is a later shard, FileNotFoundError where one is missing.
+    Raises ValueError if `path` is a later shard, FileNotFoundError if one is missing.
     """
     named = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})", path.stem)
     if not named:
@@ -52,7 +52,7 @@ def shards(path: Path) -> list[Path]:
 def convert(files: list[Path], directory: Path) -> None:
     """Writes the model in `files` (see shards) and its tokenizer into `directory`.
 
-    At no time is more in memory than about two tensors. Raises ValueError, before anything is written, for an
+    Memory never holds more than about two tensors. Raises ValueError, before anything is written, for an
     architecture, a tensor type or a tensor that cannot be taken, for a truncated file and for a full disk.
     """
     from transformers import AutoTokenizer
@@ -102,7 +102,7 @@ class _Reader(gguf.GGUFReader):
             what = gguf.GGMLQuantizationType(raw).name if raw in known else f"number {raw}"
             raise _Refused(
                 f"{self.path}: tensor {name} has type {what}, which gguf {version('gguf')} does not decode; "
-                "take a file in other types"
+                "use a file in other types"
             ) from None
         return kind
 
@@ -119,7 +119,7 @@ def _read(path: Path) -> _Reader:
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is no whole GGUF file: {error}") from error
     if reader.endianess != gguf.GGUFEndian.LITTLE:
-        raise ValueError(f"{path} is a big-endian GGUF file: take the little-endian one")
+        raise ValueError(f"{path} is a big-endian GGUF file: use the little-endian one")
     return reader
 
 
@@ -172,7 +172,7 @@ def _dtype(tensor: gguf.ReaderTensor) -> torch.dtype:
 
 
 def _outline(source: _Source) -> tuple[Any, dict[str, str]]:
-    """The model on meta, and its parameters' names by GGUF's. Raises ValueError where the two do not match."""
+    """The model on meta, and its parameters' names by GGUF's. Raises ValueError if the two do not match."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
@@ -206,7 +206,7 @@ def _check_shapes(path: Path, model: Any, tensors: dict[str, gguf.ReaderTensor])
 def _set_llama3_rope(config: PreTrainedConfig, factors: Tensor, path: Path) -> None:
     """llama.cpp stores what the rotary frequencies are divided by (f32 [head_dim / 2]); the config holds the rule.
 
-    Llama 3.1's and 3.2's rules differ in the factor alone. Raises ValueError where neither gives `factors`.
+    Llama 3.1's and 3.2's rules differ only in the factor. Raises ValueError if neither gives `factors`.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

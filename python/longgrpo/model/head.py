@@ -1,4 +1,4 @@
-"""The language-model head, and what a model does to its logits: all that linear_logprob needs beside hidden states."""
+"""The language-model head, and what a model does to its logits: all that linear_logprob needs besides hidden states."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Head(NamedTuple):
 
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model itself, whose linears PEFT has replaced where it wraps it."""
+    """The transformers model itself, whose linears PEFT has replaced if it wraps it."""
     wrapped: Any = model
     base: PreTrainedModel = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
     return base
 
 
 def head_of(model: PreTrainedModel | PeftModel) -> Head:
-    """Of a transformers causal language model, PEFT or not. Raises ValueError where the head carries an adapter, whose
-    weight alone would be the wrong head."""
+    """The head of a transformers causal language model, PEFT or not. Raises ValueError if the head carries an adapter,
+    because its weight is then not the whole head."""
     base: Any = base_model(model)
     head = base.get_output_embeddings()
     if hasattr(head, "base_layer"):

@@ -1,4 +1,4 @@
-"""LoRA without its large intermediates: y = W x + s B (A x), added where y lies.
+"""LoRA without its large intermediates: y = W x + s B (A x), added into y.
 
 PEFT's own forward casts x to the adapter's dtype (kept for the backward, once for each linear that reads x) and makes
 three more tensors of y's size. Here x is kept as it is, shared by the linears that read it, and A x beside it.

@@ -32,7 +32,7 @@ def resolve_model(path: str, quantization: Quantization | None = None) -> Path:
     """The directory, in the Hugging Face format, of the model that `path` names (see ModelConfig).
 
     GGUF (SmolLM2 is one) is converted once into LONGGRPO_CACHE (default ~/.cache/longgrpo); a hub id is downloaded into
-    the hub's cache. Raises FileNotFoundError where there is no such model, ValueError where it cannot be loaded with
+    the hub's cache. Raises FileNotFoundError if there is no such model, ValueError if it cannot be loaded with
     `quantization`.
     """
     directory = _find(path)
@@ -67,7 +67,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def load_model(
     directory: Path, dtype: Dtype = "float32", device: str = "cpu", quantization: Quantization | None = None
 ) -> PreTrainedModel:
-    """The model in `directory`, from safetensors alone and in eval mode."""
+    """The model in `directory`, in eval mode and only from safetensors."""
     from transformers import AutoModelForCausalLM
 
     if quantization == "nf4":
@@ -82,7 +82,7 @@ def model_on(tensors: dict[str, Tensor], directory: Path) -> PreTrainedModel:
     """The model that `directory` describes, on the very tensors in `tensors` (checkpoint name -> tensor): a linear with
     an `absmax` among them is an NF4Linear.
 
-    Raises NotImplementedError where the names do not fit: an architecture that the engine lays out in a way of its own.
+    Raises NotImplementedError if the names do not fit: an architecture that the engine lays out differently.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -118,7 +118,7 @@ def end_token_ids(directory: Path) -> list[int]:
 
 
 def vocabulary(directory: Path) -> int:
-    """The number of tokens that the head tells apart."""
+    """The number of tokens that the head distinguishes."""
     from transformers import AutoConfig
 
     size: int = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().vocab_size
@@ -146,7 +146,7 @@ def _from_hub(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"model.path = {path!r} is no directory here and the hub did not give it: {error}"
+            f"model.path = {path!r} is not a local directory, and the hub did not give it: {error}"
         ) from error
 
 
@@ -187,6 +187,6 @@ def _from_gguf(file: Path, name: str | None = None) -> Path:
 
 
 def _fingerprint(files: list[Path]) -> str:
-    """Of the files' places, sizes and times of change: their contents would take as long to read as to convert."""
+    """A hash of the files' paths, sizes and times of change: their contents take as long to read as to convert."""
     facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.blake2b(repr(facts).encode(), digest_size=6).hexdigest()

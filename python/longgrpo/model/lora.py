@@ -23,7 +23,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
     if config.rank < 1:
         raise ValueError(f"lora.rank = {config.rank}: must be at least 1")
     if "lm_head" in config.targets:
-        raise ValueError("lora.targets: lm_head stays frozen, for the loss reads its weight and not its output")
+        raise ValueError("lora.targets: lm_head stays frozen, because the loss reads its weight and not its output")
     lora = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, lora_dropout=0.0, task_type="CAUSAL_LM"
     )

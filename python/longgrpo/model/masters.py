@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class MasterWeights:
-    """`parameters`: what the optimizer is to step, by name, in float32: a master where the parameter is below it, else
+    """`parameters`: what the optimizer is to step, by name, in float32: a master if the parameter is below it, else
     the parameter itself.
 
     A master takes over its parameter's gradient, micro-batch by micro-batch, so that the sum is in float32 as well.

@@ -29,7 +29,7 @@ CHUNK = 1 << 22  # elements packed at a time: bitsandbytes' CPU path needs sever
 class NF4Linear(torch.nn.Linear):
     """A frozen linear layer on packed weights: weight uint8 [N, K / 2], absmax f32 [N, K / 64], bias [N] or None.
 
-    On a CPU with AVX512-BF16 bitsandbytes' own Linear4bit packs its weight anew as soon as it runs in eval mode: the
+    On a CPU with AVX512-BF16 bitsandbytes' own Linear4bit repacks its weight as soon as it runs in eval mode: the
     storage is no longer shared, and gradients computed afterwards are wrong without an error. This one never does.
     """
 
@@ -93,7 +93,7 @@ def pack_modules(model: PreTrainedModel, names: set[str]) -> None:
 
 
 def check_checkpoint(directory: Path, quantization: str | None) -> None:
-    """Raises ValueError where the checkpoint in `directory` cannot be loaded with `quantization` (nf4 or None)."""
+    """Raises ValueError if the checkpoint in `directory` cannot be loaded with `quantization` (nf4 or None)."""
     if quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("model.quantization = 'nf4' needs bitsandbytes: pip install bitsandbytes")
     stored = _quantization_config(directory)
@@ -110,7 +110,7 @@ def check_checkpoint(directory: Path, quantization: str | None) -> None:
 
 
 def packed_modules(directory: Path) -> set[str]:
-    """The modules to hold in NF4: those that the checkpoint stores so, or, where it stores none, every linear but the
+    """The modules to hold in NF4: those that the checkpoint stores so, or, if it stores none, every linear but the
     head, those that its config leaves out (llm_int8_skip_modules) and those whose rows are no whole blocks."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM

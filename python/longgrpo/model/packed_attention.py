@@ -1,18 +1,20 @@
-"""Sequences of a batch laid end to end in one row, each attending to itself alone: no padding and no T x T mask."""
+"""Sequences of a batch laid end to end in one row, each attending only to itself: no padding and no T x T mask."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from longgrpo.loss.flatten import on_device
 from longgrpo.model.head import base_model
 from longgrpo.model.load import backbone
 
@@ -25,34 +27,49 @@ NAME = "longgrpo_packed"
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """N tokens of B sequences, laid end to end.
+    """N tokens of B sequences, laid end to end; `pack_sequences` makes one.
 
     A sequence may go on from another, its prefix: the completions of one prompt then share the prompt's tokens in every
-    layer but attention. Its positions go on from the prefix's. A prefix has none itself.
+    layer but attention, which sees each sequence with its prefix before it, K tokens in all. Bounds are on the host as
+    well, so that no layer has to ask the device for them.
     """
 
-    input_ids: Tensor  # [N] int64, as the rest best on the CPU: packed_hidden reads the bounds before it moves them
-    position_ids: Tensor  # [N] int64, from 0 in each sequence without a prefix
-    cu_seqlens: Tensor  # [B+1] int32: sequence b is [cu_seqlens[b], cu_seqlens[b+1])
-    prefix: Sequence[int] | None = None  # B indices of sequences, -1 for none; None: no sequence has a prefix
+    input_ids: Tensor  # [N] int64
+    position_ids: Tensor  # [N] int64, from 0 in each sequence without a prefix; others go on from their prefix's
+    cu_seqlens: Tensor  # [B+1] int32: sequence b has the K rows of attention [cu_seqlens[b], cu_seqlens[b+1])
+    lengths: Sequence[int]  # B: their differences
+    shared_rows: Tensor | None = None  # [K] int64 into the N tokens; None: no sequence has a prefix, and K is N
+    own_rows: Tensor | None = None  # [N] int64: the positions of the N tokens within the K rows
 
-    def unshared(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The K rows of the sequences, each with its prefix before it: their indices [K] int64, bounds [B+1] int32,
-        and where in them the N tokens themselves stand [N] int64."""
-        spans = [range(start, end) for start, end in pairwise(self.cu_seqlens.tolist())]
-        rows: list[int] = []
-        own: list[int] = []
-        bounds = [0]
-        for span, before in zip(spans, self.prefix or [-1] * len(spans), strict=True):
-            rows += [*(spans[before] if before >= 0 else ()), *span]
-            bounds.append(len(rows))
-            own += range(len(rows) - len(span), len(rows))
-        return torch.tensor(rows), torch.tensor(bounds, dtype=torch.int32), torch.tensor(own)
+    def to(self, device: torch.device) -> PackedBatch:
+        """On `device`, without waiting for it."""
+        moved: dict[str, Any] = {
+            name: on_device(device, value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+def pack_sequences(
+    input_ids: Tensor, position_ids: Tensor, bounds: Sequence[int], prefix: Sequence[int] | None = None
+) -> PackedBatch:
+    """N tokens (both [N] int64) as B sequences, sequence b being [bounds[b], bounds[b+1]). `prefix`: of each the index
+    of the sequence that it continues, -1 for none; a prefix has none itself. None: no sequence has one."""
+    if prefix is None:
+        lengths = [end - start for start, end in pairwise(bounds)]
+        return PackedBatch(input_ids, position_ids, torch.tensor(bounds, dtype=torch.int32), lengths)
+    spans = [torch.arange(start, end) for start, end in pairwise(bounds)]
+    whole = [
+        torch.cat((spans[before], span)) if before >= 0 else span for span, before in zip(spans, prefix, strict=True)
+    ]
+    lengths = [len(rows) for rows in whole]
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)  # [B+1]
+    own = [torch.arange(end - len(span), end) for span, end in zip(spans, ends[1:].tolist(), strict=True)]
+    return PackedBatch(input_ids, position_ids, ends, lengths, torch.cat(whole), torch.cat(own))
 
 
 def use_packed_attention(model: PreTrainedModel | PeftModel) -> None:
     """Makes packed_hidden possible on `model`, PEFT or not. Until another implementation is set
-    (model.set_attn_implementation), the model takes packed batches alone.
+    (model.set_attn_implementation), the model takes only packed batches.
 
     Raises NotImplementedError for Gemma 2's attention, whose scores are capped: the flash kernel has no cap.
     """
@@ -62,7 +79,7 @@ def use_packed_attention(model: PreTrainedModel | PeftModel) -> None:
     if cap := getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
         raise NotImplementedError(
             f"{type(base).__name__} caps its attention's scores (attn_logit_softcapping = {cap}), which packed "
-            "attention does not: take a model without"
+            "attention does not do: use a model without"
         )
     # Without a mask function of this name transformers makes no mask, and does not look for packed sequences itself.
     AttentionInterface.register(NAME, _attention)
@@ -72,25 +89,24 @@ def use_packed_attention(model: PreTrainedModel | PeftModel) -> None:
 def packed_hidden(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> Tensor:
     """The final hidden states, [N, H] in the model's dtype: the head turns row i into the distribution of token i + 1.
 
-    Differentiable, with gradient checkpointing or without. Raises ValueError where use_packed_attention was not called,
+    Differentiable, with gradient checkpointing or without. Raises ValueError if use_packed_attention was not called,
     for another attention would let the sequences see each other.
     """
     if base_model(model).config._attn_implementation != NAME:
         raise ValueError("packed_hidden needs use_packed_attention(model) first")
-    rows, bounds, own = (None, batch.cu_seqlens, None) if batch.prefix is None else batch.unshared()
-    longest = int(bounds.diff().max())
-    device = base_model(model).device
-    bounds = bounds.to(device)
+    batch = batch.to(base_model(model).device)
+    longest = max(batch.lengths)
     output = backbone(model)(
-        input_ids=batch.input_ids[None].to(device),  # [1, N]
-        position_ids=batch.position_ids[None].to(device),
+        input_ids=batch.input_ids[None],  # [1, N]
+        position_ids=batch.position_ids[None],
         use_cache=False,
-        cu_seq_lens_q=bounds,
-        cu_seq_lens_k=bounds,
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.cu_seqlens,
         max_length_q=longest,
         max_length_k=longest,
-        shared_rows=None if rows is None else rows.to(device),
-        own_rows=None if own is None else own.to(device),
+        lengths=batch.lengths,
+        shared_rows=batch.shared_rows,
+        own_rows=batch.own_rows,
     )
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
@@ -107,13 +123,14 @@ def _attention(
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
+    lengths: Sequence[int] = (),
     shared_rows: Tensor | None = None,
     own_rows: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; returns [1, N, heads, D]."""
     if cu_seq_lens_q is None:
-        raise ValueError("this model attends over packed batches alone: call it through packed_hidden")
+        raise ValueError("this model attends only over packed batches: call it through packed_hidden")
     window = options.get("sliding_window")
     if window is not None and window < max_length_q:
         raise NotImplementedError(f"a sliding window of {window} under a sequence of {max_length_q} tokens")
@@ -124,23 +141,22 @@ def _attention(
     if _takes_varlen(query):
         out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None]
     else:
-        out = _one_by_one(query, key, value, cu_seq_lens_q, scaling)
+        out = _one_by_one(query, key, value, lengths, scaling)
     return (out if own_rows is None else out.index_select(1, own_rows)), None
 
 
 def _takes_varlen(query: Tensor) -> bool:
-    """The flash kernel behind varlen_attn takes the half types alone, from Ampere on. On meta a dry run counts what a
+    """The flash kernel behind varlen_attn takes only the half types, from Ampere on. On meta a dry run counts what a
     GPU would hold."""
     if query.is_cuda:
         return query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
     return query.is_meta
 
 
-def _one_by_one(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None) -> Tensor:
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float | None) -> Tensor:
     """[1, N, heads, D]"""
     # split and not slices: its backward is one concatenation, that of a slice is as long as the whole row.
-    lengths = cu_seqlens.diff().tolist()
-    sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    sequences = zip(*(x.split(list(lengths), dim=2) for x in (query, key, value)), strict=True)
     rows = [sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True) for q, k, v in sequences]
     return torch.cat(rows, dim=2).transpose(1, 2)
 
@@ -164,5 +180,5 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longe
 
 @functools.cache
 def _groups_heads(attention: Callable[..., Any]) -> bool:
-    """torch 2.11's varlen_attn wants as many heads of keys as of queries."""
+    """torch 2.11's varlen_attn needs as many heads of keys as of queries."""
     return "enable_gqa" in inspect.signature(attention).parameters

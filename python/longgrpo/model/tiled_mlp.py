@@ -46,7 +46,7 @@ def tile_mlp(model: Model, rows: int | None = None) -> Model:
     for name, module in dense:
         dropout = [child.p for child in module.modules() if isinstance(child, nn.Dropout) and child.p > 0]
         if dropout:
-            raise ValueError(f"tiled_mlp: {name} has dropout {dropout[0]}, which a recompute draws anew: set it to 0")
+            raise ValueError(f"tiled_mlp: {name} has dropout {dropout[0]}, which a recompute draws again: set it to 0")
         untile_mlp(module)
         module.forward = _Tiled(module, rows)
     return model

@@ -1,7 +1,8 @@
 """`OffloadEngine`: the Python face of the offload core.
 
-Two hook calls for each saved tensor, one when the forward saves it and one when the backward wants it, and a small
-record between them whose death frees the host memory. Copies, events and memory are the core's (csrc/offload/engine.h).
+Two hook calls for each saved tensor, one when the forward saves it and one when the backward needs it, with a
+small record between them that frees the host memory when it dies. Copies, events and memory are the core's
+(csrc/offload/engine.h).
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ class OffloadEngine:
 
     Args:
         host_bytes: budget of host memory; "auto": what cgroup and machine have left, shared by the ranks of the node.
-        prefetch: records brought back ahead of the backward.
-        inflight: sources that may live on behind their copy out.
-        keep_last: the newest records, which stay on the device because the backward wants them first.
+        prefetch: number of records brought back ahead of the backward.
+        inflight: number of tensors that may stay on the device until they are copied to the host.
+        keep_last: number of the newest records, which stay on the device because the backward needs them first.
         min_bytes: smaller tensors are kept on the device.
         on_full: when the budget is spent, "keep" a tensor on the device, put it in "pageable" memory, or "raise".
-        backend: "auto" takes "cuda" for CUDA and "host" for CPU tensors; "count" moves nothing and keeps accounts.
+        backend: "auto" takes "cuda" for CUDA and "host" for CPU tensors; "count" moves nothing and only counts.
 
-    One engine serves one device, that of the first tensor it sees; any number of models on it, and of graphs at once.
+    One engine serves one device, that of the first tensor it sees, with any number of models and graphs at a time.
 
     Raises:
         ValueError: a negative size or an unknown name.
@@ -86,7 +87,7 @@ class OffloadEngine:
 
     @contextmanager
     def hooks(self) -> Iterator[OffloadEngine]:
-        """Offloads what autograd saves in this region, apart from weights and what is smaller than `min_bytes`.
+        """Offloads what autograd saves in this region, except weights and tensors smaller than `min_bytes`.
 
         Meant for a region of non-reentrant checkpoints (`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`):
         of those, hooks see the tensors passed by position and nothing else. Hidden states passed by keyword stay on
@@ -104,8 +105,8 @@ class OffloadEngine:
     def checkpoint(self, fn: Callable[..., Any], *args: Any, selective: bool = False, **kwargs: Any) -> Any:
         """`torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False, **kwargs)` with offloaded inputs.
 
-        With `selective` the output and log-sum-exp of attention are offloaded too, and the recompute takes them from
-        there. This applies where attention is one dispatcher op without dropout (SDPA's fused kernels, flash-attn); a
+        With `selective` the output and log-sum-exp of attention are offloaded too, and the recompute reads them
+        back. This applies if attention is one dispatcher op without dropout (SDPA's fused kernels, flash-attn); a
         checkpoint without one is reported and recomputes everything.
         """
         if kwargs.setdefault("use_reentrant", False):
@@ -142,7 +143,7 @@ class OffloadEngine:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """On this thread nothing is offloaded inside; what was packed before can still come back."""
+        """Offloads nothing on this thread within the block; tensors packed before can still come back."""
         before, self._local.disabled = self._local.disabled, True
         try:
             yield
@@ -150,15 +151,15 @@ class OffloadEngine:
             self._local.disabled = before
 
     def stats(self) -> dict[str, float]:
-        """Bytes, counts, seconds and GB/s since the engine was made.
+        """Bytes, counts, seconds and GB/s since the engine was created.
 
         packs, bytes_out, bytes_in
         resident, hits, misses: unpacks of tensors that never left, that were prefetched, that were loaded on demand
-        keeps, pageable: tensors the arena had no room for
-        invisible: bytes of hidden states that went by keyword
+        keeps, pageable: tensors for which the arena had no room
+        invisible: bytes of hidden states passed by keyword
         host_live, host_peak, host_committed, host_pinned, host_budget
         device_live, device_peak: what the engine itself holds on the device
-        stall_forward_s, stall_backward_s: how long compute stood still for a copy
+        stall_forward_s, stall_backward_s: how long compute waited for a copy
         copy_out_s, copy_in_s, gb_per_s_out, gb_per_s_in
         """
         raw = dict.fromkeys(core.STATS, 0) if self._core is None else core.stats(self._core.handle)
@@ -176,7 +177,7 @@ class OffloadEngine:
             core.sync(self._core.handle)
 
     def close(self) -> None:
-        """No more packing. Memory is freed now, or when the last graph that still holds a record is gone."""
+        """Stops packing. Memory is freed now, or when the last graph that still holds a record is gone."""
         self._closed = True
         self._core = None
 
@@ -189,7 +190,7 @@ class OffloadEngine:
     # ---- records ----
 
     def pack(self, tensor: Tensor, group: int | None = None) -> Record:
-        """A record of the tensor, offloaded where that is possible and worth it; `record.unpack()` brings it back.
+        """A record of the tensor, offloaded if that is possible and worth it; `record.unpack()` brings it back.
 
         Records of one group come back together, in the order of packing; by default a record is a group by itself.
         """
@@ -215,7 +216,7 @@ class OffloadEngine:
         if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
             return False
         span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-        return span <= 2 * tensor.numel()  # a thin slice of something large: its neighbours would travel with it
+        return span <= 2 * tensor.numel()  # a thin slice of something large: its neighbors would travel with it
 
     # ---- hooks ----
 
@@ -270,7 +271,7 @@ class OffloadEngine:
                 self._invisible += value.nbytes
                 self._report(
                     f"keyword tensor {name!r} ({value.nbytes} bytes) of a checkpointed function stays on the device: "
-                    "saved-tensor hooks see tensors passed by position alone. "
+                    "saved-tensor hooks see only tensors passed by position. "
                     f"Call it as layer({name}, ...) and not layer({name}={name}, ...)"
                 )
 

@@ -18,7 +18,7 @@ Values = Sequence[float | None]
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric of one run: values at steps, None where there is none, and perhaps a band around it."""
+    """One metric of one run: values at steps, None if there is none, and perhaps a band around it."""
 
     run: int
     label: str
@@ -48,7 +48,7 @@ class Drawing:
 
 
 class Frame:
-    """Where a step and a value stand in the viewBox. The range of values is widened to its ticks."""
+    """The position of a step and a value in the viewBox. The range of values is widened to its ticks."""
 
     def __init__(self, steps: Sequence[int], values: Sequence[float]) -> None:
         self._x0, self._x1 = _domain(steps)
@@ -70,7 +70,7 @@ class Frame:
         return HEIGHT - BOTTOM - (value - self._y0) / (self._y1 - self._y0) * (HEIGHT - TOP - BOTTOM)
 
     def line(self, steps: Sequence[float], values: Values) -> str:
-        """A path that is broken where a value is missing."""
+        """A path, broken at missing values."""
         parts, pen = [], "M"
         for step, value in zip(steps, values, strict=True):
             if value is None:
@@ -88,7 +88,7 @@ class Frame:
 
 
 def curves(drawn: Sequence[Curve]) -> Drawing | None:
-    """None where no curve has a finite value. A long curve is drawn twice: as it is, and its running mean."""
+    """None if no curve has a finite value. A long curve is drawn twice: as it is, and its running mean."""
     drawn = [thinned(curve) for curve in drawn if any(value is not None for value in curve.values)]
     if not drawn:
         return None
@@ -125,7 +125,7 @@ def stacked(steps: Sequence[int], layers: dict[str, list[float]], run: int) -> D
 
 
 def running_mean(values: Values, window: int) -> list[float | None]:
-    """Of the last `window` values that are known; None where a value is missing."""
+    """The mean of the last `window` known values; None if a value is missing."""
     means: list[float | None] = []
     last: list[float] = []
     for value in values:
@@ -136,7 +136,7 @@ def running_mean(values: Values, window: int) -> list[float | None]:
 
 
 def thinned(curve: Curve) -> Curve:
-    """At most COLUMNS points: neighbours become their mean, and the band keeps its extremes."""
+    """At most COLUMNS points: neighbors become their mean, and the band keeps its extremes."""
     size = math.ceil(len(curve.steps) / COLUMNS)
     if size == 1:
         return curve
@@ -168,7 +168,7 @@ def _data(drawn: Sequence[Curve]) -> dict[str, Any]:
 
 
 def _domain(steps: Sequence[int]) -> tuple[int, int]:
-    """Of a single step too it has a width."""
+    """A range with a width, even for a single step."""
     return min(steps), max(*steps, min(steps) + 1)
 
 
@@ -184,7 +184,7 @@ def _ticks(low: float, high: float, count: int, whole: bool = False) -> tuple[li
 
 
 def tick_text(value: float, every: float) -> str:
-    """With the digits that tell it from a tick `every` away."""
+    """With the digits that distinguish it from a tick `every` away."""
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit and every >= limit / 1000:
             return f"{value / (1e3 if suffix == 'k' else limit):.6g}{suffix}"

@@ -1,4 +1,4 @@
-"""The page: which metrics stand in which panel, and the template filled with them.
+"""The page: which metrics are in which panel, and the template filled with them.
 
 Everything that a run has written is untrusted, a model's output above all. The template escapes all of it
 (autoescape), what cannot be seen is made visible, and a content security policy lets the browser run the page's one
@@ -27,8 +27,8 @@ from longgrpo.report.charts import Curve, Drawing
 from longgrpo.report.run import Run
 from longgrpo.run.checkpoint import write_file
 
-MOST_RUNS = 8  # that colors tell apart
-LONGEST_TEXT = 4000  # characters of a completion; of a longer one the middle is left out
+MOST_RUNS = 8  # as many as colors can distinguish
+LONGEST_TEXT = 4000  # characters of a completion; a longer one loses its middle
 GIB = 2**30
 
 
@@ -49,10 +49,10 @@ PANELS = (
     Panel(
         "KL to the reference",
         {"kl": "as in the loss", "reverse_kl": "reverse KL"},
-        unit="nats a token",
-        about="not measured where loss.beta is 0; reverse KL: the mean of logp - ref_logp, unbiased",
+        unit="nats per token",
+        about="not measured if loss.beta is 0; reverse KL: the mean of logp - ref_logp, unbiased",
     ),
-    Panel("Entropy", {"entropy": "entropy"}, unit="nats a token", about="near 0: all completions are the same"),
+    Panel("Entropy", {"entropy": "entropy"}, unit="nats per token", about="near 0: all completions are the same"),
     Panel(
         "Completion length",
         {"completion_length/mean": "mean"},
@@ -60,16 +60,16 @@ PANELS = (
         unit="tokens",
         about="band: shortest to longest",
     ),
-    Panel("Cut off at the longest length", {"completion_length/truncated": "truncated"}, unit="share of completions"),
+    Panel("Truncated completions", {"completion_length/truncated": "truncated"}, unit="share of completions"),
     Panel(
         "Clip share",
         {"clip_low": "below 1 - ε", "clip_high": "above 1 + ε"},
         unit="share of tokens",
-        about="0 where a rollout serves one update: the ratio is 1",
+        about="0 if a rollout serves one update: the ratio is 1",
     ),
     Panel("Ratio", {"ratio_mean": "mean"}, ("ratio_min", "ratio_max"), about="of the policy to the one that sampled"),
-    Panel("Groups with spread", {"groups_with_spread": "share"}, unit="share", about="the others teach nothing"),
-    Panel("Loss", {"loss": "loss"}, about="its value is near 0 by construction; its gradient is what trains"),
+    Panel("Groups with spread", {"groups_with_spread": "share"}, unit="share", about="other groups teach nothing"),
+    Panel("Loss", {"loss": "loss"}, about="its value is near 0 by construction; the gradient trains"),
     Panel("Gradient norm", {"grad_norm": "norm"}, about="before clipping"),
     Panel("Learning rate", {"learning_rate": "rate"}),
     Panel(
@@ -92,8 +92,8 @@ SECONDS, WITHIN = "seconds/", ("seconds/step", "seconds/offload_stall")  # the w
 
 
 def write_report(runs: Sequence[Run], path: Path) -> None:
-    """Writes one self-contained HTML file. Raises DataError for more runs than colors tell apart, and UserError where
-    the file cannot be written."""
+    """Writes one self-contained HTML file. Raises DataError for more runs than MOST_RUNS, and UserError if the
+    file cannot be written."""
     if len(runs) > MOST_RUNS:
         raise DataError(f"{len(runs)} runs: a page compares at most {MOST_RUNS}; name fewer")
     environment = jinja2.Environment(
@@ -167,7 +167,7 @@ def _distinct_names(runs: Sequence[Run]) -> list[str]:
 
 
 def _chart_sections(runs: Sequence[Run]) -> list[tuple[str, list[tuple[Panel, Drawing]]]]:
-    """Of each section its title, and its panels that have something to show. Every metric stands in some panel."""
+    """Each section's title, and its panels that have something to show. Every metric is in some panel."""
     names = list(dict.fromkeys(name for run in runs for name in run.names))
     rewards = [_reward_panel(name) for name in names if name.startswith("reward") and name.endswith("/mean")]
     shown = {name for panel in (*rewards, *PANELS, *MEMORY) for name in (*panel.metrics, *(panel.band or ()))}
@@ -216,12 +216,12 @@ def _scaled(values: charts.Values, scale: float) -> list[float | None]:
 class Phases:
     names: list[str]
     means: list[dict[str, float]]
-    """Of each run, seconds a step by phase."""
+    """Each run's seconds per step, by phase."""
     drawings: list[Drawing | None]
 
 
 def _phases(runs: Sequence[Run]) -> Phases:
-    """What lies between the phases is `other`: a step is the sum."""
+    """The time between the phases is `other`, so a step is the sum."""
     own = dict.fromkeys(name for run in runs for name in run.names if name.startswith(SECONDS) and name not in WITHIN)
     layers = [_layers(run, list(own)) for run in runs]
     steps = [run.series("seconds/step")[0] for run in runs]

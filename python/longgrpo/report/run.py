@@ -1,4 +1,4 @@
-"""A run as its directory tells it: config.yaml, metrics.jsonl, completions/, summary.json (longgrpo.run.tracking)."""
+"""A run, read from its directory: config.yaml, metrics.jsonl, completions/, summary.json (longgrpo.run.tracking)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN_EACH = 3  # best ones of a step, and worst ones
 
 @dataclass(frozen=True)
 class Sampled:
-    """A completion as it was written down. The texts are a model's: escape them."""
+    """A completion as it was saved. A model wrote the texts: escape them."""
 
     question: str
     text: str
@@ -31,7 +31,7 @@ class Sampled:
     finish_reason: str
     rewards: dict[str, float | None]
     total: float | None
-    """The weighted sum of the rewards; None where no function applied."""
+    """The weighted sum of the rewards; None if no function applied."""
     advantage: float
     extra: dict[str, Any]
 
@@ -40,7 +40,7 @@ class Sampled:
 class SampledStep:
     step: int
     count: int
-    """Completions that were written down of the step."""
+    """Number of the step's completions that were saved."""
     best: list[Sampled]
     worst: list[Sampled]
 
@@ -51,13 +51,13 @@ class Run:
     directory: Path
     config: dict[str, Any]
     metrics: dict[int, dict[str, Any]]
-    """By step, in order. Step 0 is what was measured before the first."""
+    """Metrics by step, in order. Step 0 is the evaluation before the first."""
     summary: dict[str, Any] | None
     """None until the run has ended."""
 
     @cached_property
     def names(self) -> list[str]:
-        """Of every metric that is a number at some step, in the order in which they were first written."""
+        """Every metric that is a number at some step, in the order in which they were first written."""
         found = (name for record in self.metrics.values() for name, value in record.items() if _is_number(value))
         return [name for name in dict.fromkeys(found) if name not in ("step", "epoch")]
 
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the reward functions, by their names in the logs."""
+        """The weights of the reward functions, by their names in the logs."""
         rewards = self.config.get("rewards", [])
         labels = [RewardConfig(reward["function"], name=reward.get("name")).label for reward in rewards]
         return {label: reward.get("weight", 1.0) for label, reward in zip(labels, rewards, strict=True)}
@@ -94,7 +94,7 @@ class Run:
 
 
 def read_run(directory: Path) -> Run:
-    """Reads a run, finished or not. Raises DataError where there is none, or none that has measured anything."""
+    """Reads a run, finished or not. Raises DataError if the directory holds no run, or one without a step."""
     if not (directory / "config.yaml").is_file():
         raise DataError(f"{directory}: holds no run (no config.yaml is in it)")
     metrics = _read_metrics(directory / "metrics.jsonl")

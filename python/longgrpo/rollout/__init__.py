@@ -1,4 +1,4 @@
-"""Sampling completions with the current weights: vLLM in this process, or transformers where vLLM is absent."""
+"""Sampling completions with the current weights: vLLM in this process, or transformers if vLLM is absent."""
 
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import Sampling

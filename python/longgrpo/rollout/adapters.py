@@ -1,9 +1,9 @@
 """How a LoRA adapter reaches the engine, in one of three modes.
 
-merge  the base carries the adapter while a rollout lasts: the engine runs at its full speed. Below float32 the sum
+merge  the base carries the adapter during a rollout: the engine runs at its full speed. Below float32 the sum
        would round B A away, and a quantized base has no room for it.
-views  PEFT's A and B are the engine's own LoRA tensors: nothing is ever copied. The engine takes certain ranks alone,
-       and no scale but 1 (alpha = rank).
+views  PEFT's A and B are the engine's own LoRA tensors: nothing is ever copied. The engine takes only certain ranks,
+       and only a scale of 1 (alpha = rank).
 copy   A and B are copied into the engine's LoRA tensors after every update: any rank up to the engine's largest.
 """
 
@@ -32,17 +32,17 @@ Mode = Literal["merge", "views", "copy"]
 
 class Adapter(Protocol):
     def publish(self) -> int:
-        """Makes the adapter's present weights the engine's. Returns the bytes that were copied."""
+        """Makes the engine use the adapter's present weights. Returns the bytes that were copied."""
 
     def in_engine(self) -> AbstractContextManager[None]:
-        """What a rollout runs in."""
+        """The context in which a rollout runs."""
 
 
 def choose_mode(lora: LoraConfig, *, mergeable: bool, ranks: Sequence[int], slots: str = "") -> Mode:
-    """The mode to run in: lora.mode, or the fastest safe one, said in one line.
+    """The mode to use: lora.mode, or the fastest safe one, which one log line names.
 
-    `mergeable`: the base is in float32. `ranks`: those of the engine's own LoRA tensors. `slots`: what stands against
-    them altogether. Raises ValueError for a mode that cannot be.
+    `mergeable`: the base is in float32. `ranks`: those of the engine's own LoRA tensors. `slots`: why none of them can
+    be used. Raises ValueError for a mode that is not possible.
     """
     obstacles = _obstacles(lora, mergeable, ranks, slots)
     if lora.mode != "auto":
@@ -59,7 +59,7 @@ def choose_mode(lora: LoraConfig, *, mergeable: bool, ranks: Sequence[int], slot
 
 
 def _obstacles(lora: LoraConfig, mergeable: bool, ranks: Sequence[int], slots: str) -> dict[Mode, str]:
-    """What stands against each mode ("": nothing), the fastest mode first."""
+    """Why each mode is not possible ("": it is), the fastest mode first."""
     merge = "" if mergeable else "B A would be rounded away in a base below float32"
     views = ""
     if lora.rank not in ranks:
@@ -109,7 +109,7 @@ class LoraMerge:
     """The adapter of `model`, merged into its base in place while a rollout lasts, and taken out again exactly.
 
     Subtracting what was added drifts by a rounding each time, and a pristine copy doubles the memory: the touched
-    weights are read back from the checkpoint in `directory`, tensor by tensor. Raises ValueError where a weight is not
+    weights are read back from the checkpoint in `directory`, tensor by tensor. Raises ValueError if a weight is not
     the checkpoint's to begin with, for it would be lost.
     """
 

@@ -13,13 +13,13 @@ log = logging.getLogger(__name__)
 
 
 def make_engine(config: RolloutConfig, model: ModelConfig, lora: LoraConfig | None = None) -> RolloutEngine:
-    """Builds the engine that `config` names; "auto" takes vLLM where it is installed, else transformers. `lora`: of the
+    """Builds the engine that `config` names; "auto" takes vLLM if it is installed, else transformers. `lora`: of the
     adapter that will be attached, for the engine that makes room for it."""
     name = config.engine
     if unknown := config.not_recomputed:
         log.warning(
-            "rollout.sampling: the trainer does not know what %s does to the distribution; the ratio of trainer's to "
-            "engine's probability shows it, and importance_ratio_mean how far it is from 1",
+            "rollout.sampling: the trainer cannot compute the effect of %s on the distribution; the ratio of trainer's "
+            "to engine's probability shows it, and importance_ratio_mean how far it is from 1",
             ", ".join(unknown),
         )
     if name == "auto":

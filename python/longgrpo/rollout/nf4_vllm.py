@@ -23,7 +23,7 @@ NAME = "longgrpo_nf4"
 
 @register_quantization_config(NAME)
 class NF4Config(QuantizationConfig):
-    """Which of the engine's linears are packed. A fused one is left out whole where one of its parts is."""
+    """Which of the engine's linears are packed. A fused one is left out as a whole if one of its parts is."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # vLLM leaves it untyped
@@ -49,7 +49,7 @@ class NF4Config(QuantizationConfig):
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> Any:
-        """A checkpoint in bitsandbytes' format is ours where we are asked for."""
+        """A checkpoint in bitsandbytes' format is ours if we are asked for."""
         return NAME if user_quant == NAME else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:

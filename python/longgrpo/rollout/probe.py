@@ -1,4 +1,4 @@
-"""Does the engine run what is trained? A fixed prompt is asked of both after every update."""
+"""Does the engine use the trained weights? Both answer a fixed prompt after every update."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longgrpo import linear_logprob
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import Sampling
 from longgrpo.model.head import head_of
-from longgrpo.model.packed_attention import PackedBatch, packed_hidden
+from longgrpo.model.packed_attention import pack_sequences, packed_hidden
 from longgrpo.rollout.protocol import RolloutEngine
 
 LENGTH = (
@@ -40,12 +40,12 @@ class Probe:
     def __call__(self, model: Any) -> float:
         """The mean |logprob of the engine - logprob of `model`| of a few sampled tokens, in nats.
 
-        Raises EngineMismatch where it is more than rounding explains.
+        Raises EngineMismatch if it is more than rounding explains.
         """
         (completion,) = self.engine.generate([self.prompt], Sampling(max_tokens=SAMPLED, ignore_eos=True), [0])
-        tokens = torch.tensor(self.prompt + completion.token_ids, device=self.engine.model.device)
-        ends = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
-        hidden = packed_hidden(model, PackedBatch(tokens, torch.arange(len(tokens), device=tokens.device), ends))
+        tokens = torch.tensor(self.prompt + completion.token_ids)
+        hidden = packed_hidden(model, pack_sequences(tokens, torch.arange(len(tokens)), [0, len(tokens)]))
+        tokens = tokens.to(hidden.device)
         start = len(self.prompt)
         head = head_of(model)
         # Row i predicts token i + 1.
@@ -53,7 +53,7 @@ class Probe:
         difference = (logp - torch.tensor(completion.logprobs, device=logp.device)).abs().mean().item()
         if not difference <= self.tolerance:  # not a number is a mismatch too
             raise EngineMismatch(
-                f"on a fixed prompt the engine's logprobs are off the trainer's by {difference:.2g} nats in the mean, "
+                f"on a fixed prompt the engine's logprobs are off the trainer's by {difference:.2g} nats on average, "
                 f"and rounding explains {self.tolerance:.2g}: the engine does not run what is trained (an adapter that "
                 "did not reach it, or twice, or at another scale; a stale prefix cache; weights packed before the "
                 "update)"

@@ -1,4 +1,4 @@
-"""The rollout engine: what the trainer asks of whatever samples its completions."""
+"""The rollout engine: what the trainer requires of an engine that samples completions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Completion:
-    """token_ids include the end token where it was sampled; logprobs holds one float a token, under the distribution
-    it was sampled from (temperature and truncation included); support, for each token those that it was sampled from,
-    where the engine tells."""
+    """token_ids include the end token if it was sampled; logprobs holds one float per token, under the
+    distribution it was sampled from (temperature and truncation included); support holds, for each token, the tokens
+    that it was sampled from, if the engine reports them."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -42,10 +42,10 @@ class RolloutEngine(Protocol):
     model: PreTrainedModel
     """The model to train: its parameters are the engine's own, or views of them."""
     cache_bytes: int
-    """Of the key-value cache that a rollout has, whatever its length; 0 where it grows with what is sampled."""
+    """Size of a rollout's key-value cache, whatever its length; 0 if the cache grows with each sampled token."""
 
     def attach(self, model: PreTrainedModel | PeftModel) -> None:
-        """From now on generate() samples from `model`: engine.model itself, or engine.model wrapped by PEFT."""
+        """Makes generate() sample from `model`: engine.model itself, or engine.model wrapped by PEFT."""
 
     def generate(
         self,
@@ -54,26 +54,26 @@ class RolloutEngine(Protocol):
         seeds: Sequence[int],
         finished: Finished | None = None,
     ) -> list[Completion]:
-        """One completion an entry of `prompts`, in order, entry i sampled with seeds[i]. A prompt that leaves no room
-        for a token within max_length() raises ValueError; a completion ends with "length" where the context ends.
+        """One completion per entry of `prompts`, in order, entry i sampled with seeds[i]. A prompt that leaves no room
+        for a token within max_length() raises ValueError; a completion ends with "length" if the context ends.
         finished(i, completion) is called as soon as entry i is complete, once for each."""
 
     def weights_changed(self) -> int:
-        """To be called after every optimizer step: what the engine has cached of the old weights is dropped, and what
-        it does not share is copied. Returns the bytes of that copy."""
+        """Drops what the engine has cached of the old weights, and copies the weights that it does not share. To be
+        called after every optimizer step. Returns the bytes of that copy."""
 
     def drop_caches(self) -> None:
-        """Forgets what is cached of earlier rollouts."""
+        """Drops the caches of earlier rollouts."""
 
     def max_length(self) -> int:
-        """The context in tokens, prompt and completion together."""
+        """The context length in tokens, prompt and completion together."""
 
     def close(self) -> None:
         """Gives the engine's memory back; the engine cannot be used afterwards."""
 
 
 def max_length(config: RolloutConfig, directory: Path) -> int:
-    """The context to run with, in tokens; raises ValueError where `config` asks for more than the model has."""
+    """The context length to use, in tokens; raises ValueError if `config` asks for more than the model has."""
     context = context_length(directory)
     if config.max_model_len is not None and not 2 <= config.max_model_len <= context:
         raise ValueError(

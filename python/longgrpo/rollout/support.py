@@ -1,7 +1,7 @@
-"""The distribution that completions are sampled from, from logits: what the engine does, done again by the trainer.
+"""The distribution that completions are sampled from, from logits: the trainer repeats what the engine does.
 
-Where tokens are cut off (top_p, top_k, min_p), the engine's probabilities are of the tokens that are left. The ratio of
-two policies is of use only where both are scored on the same ones.
+If tokens are cut off (top_p, top_k, min_p), the engine's probabilities are those of the remaining tokens. The ratio of
+two policies is meaningful only if both are scored on the same tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def processed_logits(logits: Tensor, sampling: Sampling, inside: Tensor | None =
     """The logits [..., V] float32 of the distribution that `sampling` samples from, -inf for what it leaves out; in
     vLLM's order. Differentiable: what is left out is decided without a gradient.
 
-    `inside` [..., V] bool: the support, where it is known; else top_p, top_k and min_p are applied to these logits.
+    `inside` [..., V] bool: the support, if it is known; else top_p, top_k and min_p are applied to these logits.
     """
     if sampling.allowed_token_ids is not None:
         banned = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
@@ -65,9 +65,9 @@ def sampled_logprob(
     """logp and entropy [N] float32 of `target` [N] under processed_logits of the head's logits, differentiable in
     hidden [N, H] and in the head.
 
-    `support`: the tokens that each of the N was sampled from, as the engine tells them; None: they are found again, and
-    the sampled one is of them whatever rounding says. The general path, in plain torch: a chunk of logits at a time,
-    computed again in the backward.
+    `support`: the tokens that each of the N was sampled from, as the engine reports them; None: they are computed
+    again, and include the sampled one whatever rounding says. This is the general path, in plain torch: a chunk of
+    logits at a time, computed again in the backward.
     """
     rows = max(1, CHUNK // (4 * len(head.weight)))
     parts = [
@@ -94,6 +94,6 @@ def _chunk(
                 inside[row, list(tokens)] = True
     logits = processed_logits(logits, sampling, inside)
     logp = logits - logits.logsumexp(-1, keepdim=True)  # log_softmax is 1e-5 too high at 49,152 tokens
-    # A product of 0 and -inf is no number, in the gradient neither.
+    # A product of 0 and -inf is NaN, also in the gradient.
     entropy = -(logp.exp() * logp.masked_fill(logp == -math.inf, 0.0)).sum(-1)  # [N]
     return logp.gather(-1, target[:, None])[:, 0], entropy

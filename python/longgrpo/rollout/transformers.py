@@ -105,7 +105,7 @@ class TransformersEngine:
 
 class _Sampler:
     """A logits processor that draws the token itself, each row from a generator of its own, and leaves generate()'s
-    greedy choice no other. So a completion depends on its own seed alone, and its logprob is at hand."""
+    greedy choice no other. So a completion depends only on its own seed, and its logprob is known."""
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
         self.sampling = sampling

@@ -35,7 +35,7 @@ class VllmEngine:
         self._max_length = max_length(config, self.directory)
         self._end_tokens = end_token_ids(self.directory)
         vllm = vllm_private.import_vllm()
-        # With it the engine tells what it sampled from. It bounds the mask by top_k, and the CPU's runner has none.
+        # With it the engine reports what it sampled from. It bounds the mask by top_k, and the CPU's runner has none.
         self._masks = config.request().top_k > 0 and not vllm_private.is_cpu()
         self._vocabulary = vocabulary(self.directory)
         self._check_sampling()
@@ -45,7 +45,7 @@ class VllmEngine:
             ranks = vllm_private.lora_ranks()
             mergeable = model.dtype == "float32" and model.quantization is None
             refused = model.dtype == "float32" and not vllm_private.is_cpu()
-            slots = "vLLM's LoRA layers on a GPU take model.dtype: bfloat16 or float16 alone" if refused else ""
+            slots = "vLLM's LoRA layers on a GPU take only model.dtype: bfloat16 or float16" if refused else ""
             self.lora_mode = choose_mode(lora, mergeable=mergeable, ranks=ranks, slots=slots)
             if self.lora_mode != "merge":
                 options |= self._lora_options(min(rank for rank in ranks if rank >= lora.rank))
@@ -83,7 +83,7 @@ class VllmEngine:
             model=str(self.directory),
             dtype=model.dtype,
             load_format="safetensors",
-            # Token ids go in and come out: what looks at text alone needs the tokenizer.
+            # Token ids go in and come out: only what looks at text needs the tokenizer.
             skip_tokenizer_init=not any(name in config.sampling for name in NEED_TOKENIZER),
             generation_config="vllm",  # a model's own sampling defaults must not leak into training
             max_model_len=self._max_length,
@@ -150,8 +150,8 @@ class VllmEngine:
             return self._completions(queued, finished)
 
     def _completions(self, requests: Sequence[str], finished: Finished | None) -> list[Completion]:
-        """Of the requests in the queue, in their order: LLM.wait_for_completion, which tells of each as it ends."""
-        places = {request.partition("-")[0]: i for i, request in enumerate(requests)}  # what outputs are called by
+        """The completions of the queued requests, in order: LLM.wait_for_completion, but reporting each as it ends."""
+        places = {request.partition("-")[0]: i for i, request in enumerate(requests)}  # the ids of outputs
         completions: dict[int, Completion] = {}
         while self.llm.llm_engine.has_unfinished_requests():
             for output in self.llm.llm_engine.step():
@@ -181,7 +181,7 @@ class VllmEngine:
         from vllm.sampling_params import StructuredOutputsParams
 
         temperature, top_k = sampling.temperature, sampling.top_k
-        if self._masks:  # then vLLM wants each request to sample, and from tokens that it can count
+        if self._masks:  # then vLLM requires each request to sample, and from tokens that it can count
             temperature, top_k = (temperature, top_k or self._vocabulary) if temperature else (1.0, 1)
         others = dict(sampling.others)
         if isinstance(others.get("structured_outputs"), dict):
@@ -197,8 +197,8 @@ class VllmEngine:
             stop_token_ids=[*(() if sampling.ignore_eos else self._end_tokens), *sampling.stop_token_ids],
             ignore_eos=sampling.ignore_eos,
             seed=seed,
-            logprobs=0,  # the sampled token's alone
-            flat_logprobs=True,  # one list of floats a completion, and no object a token
+            logprobs=0,  # only the sampled token's
+            flat_logprobs=True,  # one list of floats per completion, and no object per token
             detokenize=any(name in others for name in NEED_TOKENIZER),
             **others,
         )

@@ -57,7 +57,7 @@ def check_version(version: str) -> None:
 @contextmanager
 def no_dynamo() -> Iterator[None]:
     """vLLM's CPU sampler carries torch.compile decorators, which cost a first call 13 to 29 s even in eager mode.
-    Dynamo is off while vLLM runs and not in the whole process, whose training may want it."""
+    Dynamo is off while vLLM runs and not in the whole process, whose training may need it."""
     if torch.cuda.is_available():
         yield
         return
@@ -123,7 +123,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.cache
 def _onednn_has(dtype: torch.dtype) -> bool:
-    """Of the types below float32 it depends on the processor: bfloat16 from AVX-512 on, float16 with AVX512-FP16."""
+    """Types below float32 depend on the processor: bfloat16 needs AVX-512, float16 needs AVX512-FP16."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -165,7 +165,7 @@ def weight_views(module: torch.nn.Module, vocab_size: int) -> dict[str, Tensor]:
         owner, _, kind = name.rpartition(".")
         parent, _, leaf = owner.rpartition(".")
         data = parameter.data
-        if len(packed.get(leaf, ())) > 1:  # where the checkpoint has it fused too it is one of one, as in Phi-3
+        if len(packed.get(leaf, ())) > 1:  # if the checkpoint has it fused too it is one of one, as in Phi-3
             sizes: Any = module.get_submodule(engine_name.rpartition(".")[0]).output_sizes
             parts = data.split(sizes)
             views |= {f"{parent}.{part}.{kind}": view for part, view in zip(packed[leaf], parts, strict=True)}
@@ -234,7 +234,7 @@ def _lora_manager(llm: LLM) -> Any:
 
 
 def repack(llm: LLM) -> None:
-    """Packs every linear anew, as vLLM's CPU build has it: a second copy of the weights as they are now."""
+    """Packs every linear again, as vLLM's CPU build does: a second copy of the weights as they are now."""
     from vllm.model_executor.layers import utils
 
     for layer in engine_module(llm).modules():
@@ -272,7 +272,7 @@ def restore_kv_cache(llm: LLM, nbytes: Sequence[int]) -> None:
 
 
 def kv_cache_bytes(llm: LLM) -> list[int]:
-    """The bytes of each storage that the key-value cache lies in; on a GPU vLLM keeps count itself."""
+    """The bytes of each storage that holds the key-value cache; on a GPU vLLM keeps count itself."""
     return [] if not is_cpu() else [storage.nbytes() for storage in _kv_storages(llm)]
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written beside their place and renamed into it, so that what was saved stays whole.
+"""Checkpoints: written next to their place and renamed into it, so that what was saved stays whole.
 
 RUN/checkpoints/step-000025/  state.safetensors  trained weights and AdamW's moments, by parameter name
                               state.json         step, metric, position in the data, random generators, the summary's
@@ -34,14 +34,14 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path}: cannot be written ({error}); what was saved before stands: make room, then resume"
+            f"{path}: cannot be written ({error}); what was saved before is kept: make room, then resume"
         ) from error
 
 
 def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
     """Writes a directory by `write(temporary)` and renames it to `directory`, whose old content stays until then.
 
-    Raises UserError where the disk does not take it.
+    Raises UserError if it cannot be written.
     """
     temporary, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("tmp", "old"))
     if old.exists() and not directory.exists():  # killed between the two renames below
@@ -134,14 +134,14 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def best(run: Path) -> Path | None:
-    """The checkpoint that was saved with the highest metric, of several the oldest; None where none has one."""
+    """The checkpoint that was saved with the highest metric, of several the oldest; None if none has one."""
     metrics = {directory: read_state(directory)["metric"] for directory in checkpoints(run)}
     known = {directory: metric for directory, metric in metrics.items() if metric is not None}
     return max(known, key=lambda directory: known[directory]) if known else None
 
 
 def find(run: Path, which: str) -> Path:
-    """The checkpoint of `run` called "last", "best" (see save) or by its step. Raises UserError where there is none."""
+    """The checkpoint of `run` called "last", "best" (see save) or by its step. Raises UserError if there is none."""
     saved = checkpoints(run)
     found = {str(int(directory.name.removeprefix("step-"))): directory for directory in saved}
     if saved:
@@ -165,14 +165,14 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         return load_file(directory / "state.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{directory}: cannot be read ({error}); move it away to go on from the checkpoint before it"
+            f"{directory}: cannot be read ({error}); move it away to resume from the checkpoint before it"
         ) from error
 
 
 def load(directory: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Copies a checkpoint into the parameters and the optimizer, in place; returns the rest of its state.
 
-    Raises UserError where the checkpoint cannot be read or was saved from other weights.
+    Raises UserError if the checkpoint cannot be read or was saved from other weights.
     """
     saved = read_tensors(directory)
     load_weights(directory, saved, parameters)

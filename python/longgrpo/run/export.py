@@ -25,8 +25,8 @@ def export(run: Path, directory: Path, form: Form, which: str = "last", dtype: D
 
     form: "adapter" as PEFT keeps it, or "model", the whole model, under LoRA with the adapter merged into it.
     which: see checkpoint.find. dtype: of a model; default model.dtype. The adapter is merged in float32 and the sum
-    rounded once. Raises ConfigError where the run has no adapter, where its model is quantized and cannot take the
-    adapter up, where `directory` exists already, and as find does.
+    rounded once. Raises ConfigError if the run has no adapter, if its model is quantized and cannot be merged with the
+    adapter, if `directory` exists already, and as find does.
     """
     config = load_config(run / "config.yaml")
     saved = checkpoint.find(run, which)
@@ -40,7 +40,7 @@ def export(run: Path, directory: Path, form: Form, which: str = "last", dtype: D
     if config.model.quantization:
         raise ConfigError(
             f"{run}: the adapter was trained on {config.model.quantization} weights, and merged into others it would "
-            "be another model: export it as an adapter"
+            "give another model: export it as an adapter"
         )
     base = resolve_model(config.model.path)
     model = load_model(base, "float32")

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class StopRequest:
-    """True once a signal has asked the run to stop. Signals reach the main thread alone: elsewhere it stays False."""
+    """True once a signal has asked the run to stop. Signals reach only the main thread: elsewhere it stays False."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -37,4 +37,4 @@ class StopRequest:
         if self:
             raise KeyboardInterrupt
         self.signal = number
-        self._say(f"{signal.Signals(number).name}: finishing this step, then saving; once more stops at once")
+        self._say(f"{signal.Signals(number).name}: finishing this step, then saving; a second signal stops at once")

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, completions/, a progress bar, TensorBoard and other trackers."""
+"""What a run logs while it runs: metrics.jsonl, completions/, a progress bar, TensorBoard and other trackers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from longgrpo.config.run import TrainConfig, config_tree
 from longgrpo.errors import ConfigError
 from longgrpo.run.checkpoint import writing
-from longgrpo.tasks.data import Problem
-from longgrpo.tasks.sample import Sample
+from longgrpo.tasks.sample import Rollout
 
 PHASES = {
     "rollout": ("roll_out",),
@@ -36,8 +35,7 @@ class Tracker:
     """Writes each step to disk, and shows it: on a terminal a bar with a column for each reward, elsewhere a line."""
 
     def __init__(self, directory: Path, config: TrainConfig, done: int) -> None:
-        """`done` steps stand in the files already; what is there of later ones, which this run will write again, is
-        dropped."""
+        """The files already hold `done` steps. Later ones are dropped, because this run will write them again."""
         self._rewards, self._steps = [reward.label for reward in config.rewards], config.train.steps
         self._metrics = _JsonLines(directory / "metrics.jsonl", done)
         self._completions = _Completions(directory / "completions", config.log.completions, done)
@@ -73,9 +71,9 @@ class Tracker:
         for sink in self._sinks:
             sink.write(metrics["step"], numbers)
 
-    def step(self, metrics: Mapping[str, Any], problems: Sequence[Problem], samples: Sequence[Sample]) -> None:
+    def step(self, metrics: Mapping[str, Any], rollout: Rollout) -> None:
         self.measured(metrics)
-        self._completions.write(metrics["step"], problems, samples)
+        self._completions.write(metrics["step"], rollout, self._rewards)
         self._step_seconds.append(metrics["seconds/step"])
         status = self._status(metrics)
         self._bar.update(self._task, completed=metrics["step"], status=status)
@@ -110,7 +108,7 @@ class _JsonLines:
         whole = [line for line in lines if line.endswith(b"\n")]  # a killed process leaves half a line
         kept = [line for line in whole if json.loads(line)["step"] <= keep_until]
         self._path, self._file = path, path.open("a")
-        self._file.truncate(sum(map(len, kept)))  # what is kept is never written anew: a full disk cannot lose it
+        self._file.truncate(sum(map(len, kept)))  # kept lines are never rewritten: a full disk cannot lose them
 
     def write(self, record: Mapping[str, Any]) -> None:
         with writing(self._path):
@@ -123,7 +121,7 @@ class _JsonLines:
 
 
 class _Completions:
-    """A parquet file a step, completions/step-000001.parquet; pandas and datasets read the folder as one table."""
+    """A parquet file per step, completions/step-000001.parquet; pandas and datasets read the folder as one table."""
 
     def __init__(self, directory: Path, count: int | None, keep_until: int) -> None:
         self._directory, self._count = directory, count
@@ -131,33 +129,35 @@ class _Completions:
             if int(path.stem.removeprefix("step-")) > keep_until:
                 path.unlink()
 
-    def write(self, step: int, problems: Sequence[Problem], samples: Sequence[Sample]) -> None:
-        """The first `count` samples, all where it is None, each with every reward, the advantage and extra columns."""
+    def write(self, step: int, rollout: Rollout, rewards: Sequence[str]) -> None:
+        """The first `count` samples, or all of them if it is None, each with every reward, the advantage and extra
+        columns. rewards: the functions' names."""
         from pyarrow.parquet import write_table
 
-        if kept := samples[: self._count]:
+        if kept := _table(step, rollout, rewards).slice(0, self._count):
             path = self._directory / f"step-{step:06d}.parquet"
             with writing(path):
                 self._directory.mkdir(exist_ok=True)
                 temporary = path.with_name(f".{path.name}.tmp")
-                write_table(_table(step, problems, kept), temporary)
+                write_table(kept, temporary)
                 os.replace(temporary, path)
 
 
-def _table(step: int, problems: Sequence[Problem], samples: Sequence[Sample]) -> Any:
+def _table(step: int, rollout: Rollout, rewards: Sequence[str]) -> Any:
     import pyarrow
 
-    names = samples[0].rewards
+    samples = rollout.samples
     extra = dict.fromkeys(name for sample in samples for name in sample.extra)
     columns: dict[str, list[Any]] = {
         "step": [step] * len(samples),
-        "question": [problems[sample.group].question for sample in samples],
+        "question": [rollout.problems[sample.group].question for sample in samples],
         "completion": [sample.text for sample in samples],
         "finish_reason": [sample.completion.finish_reason for sample in samples],
         "tokens": [len(sample) for sample in samples],
-        **{f"reward/{name}": [_known(sample.rewards[name]) for sample in samples] for name in names},
-        "advantage": [sample.advantage for sample in samples],
     }
+    for name, values in zip(rewards, rollout.rewards.flatten(1).tolist(), strict=True):
+        columns[f"reward/{name}"] = [_known(value) for value in values]
+    columns["advantage"] = rollout.advantages.flatten().tolist()
     columns |= {f"extra/{name}": [sample.extra.get(name) for sample in samples] for name in extra}
     return pyarrow.table({name: _array(values) for name, values in columns.items()})
 
@@ -199,7 +199,7 @@ class _TensorBoard:
 
 
 class _Service:
-    """wandb or trackio, which have one interface. A resumed run goes on in the same one."""
+    """wandb or trackio, which have one interface. A resumed run continues in the same one."""
 
     def __init__(self, name: str, directory: Path, config: TrainConfig) -> None:
         own = {"dir": str(directory), "id": directory.name} if name == "wandb" else {}
@@ -215,7 +215,7 @@ class _Service:
 
 
 def check_installed(trackers: Sequence[str]) -> None:
-    """Raises ConfigError for a tracker that is not here."""
+    """Raises ConfigError for a tracker that is not installed."""
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"log.to names {name}, which is not installed: pip install {name}, or leave it out")

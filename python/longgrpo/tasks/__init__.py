@@ -1,1 +1,1 @@
-"""What is asked and what it is worth: problems, reward functions, held-out accuracy."""
+"""Problems, reward functions and held-out accuracy."""

@@ -1,4 +1,4 @@
-"""Reward functions with TRL's signature: one number, or None where it does not apply, a completion.
+"""Reward functions with TRL's signature: one number per completion, or None if it does not apply.
 
 `rewards.N.parameters` of a config are further arguments. `column` names the column with the right answer.
 """
@@ -39,14 +39,14 @@ def _pairs(completions: list[Reply], columns: dict[str, list[Any]], column: str)
 
 
 def exact_answer(completions: list[Reply], *, column: str = "answer", **columns: Any) -> list[float]:
-    """1 where the reply is the answer and nothing else, surrounding space aside."""
+    """1 if the reply is the answer and nothing else, surrounding space aside."""
     return [float(reply.strip() == right) for reply, right in _pairs(completions, columns, column)]
 
 
 def numeric_answer(
     completions: list[Reply], *, column: str = "answer", tolerance: float = 0.0, **columns: Any
 ) -> Values:
-    """1 where the reply's last number is the answer's, to within `tolerance`; None where the answer has no number."""
+    """1 if the reply's last number is the answer's, to within `tolerance`; None if the answer has no number."""
     return [_numeric(last_number(r), last_number(a), tolerance) for r, a in _pairs(completions, columns, column)]
 
 
@@ -63,8 +63,8 @@ def math_answer(
     log_extra: Callable[[str, list[Any]], None] | None = None,
     **columns: Any,
 ) -> Values:
-    """1 where math-verify finds the reply's last expression equal to the answer (LaTeX or plain), so that 1/2, 0.5 and
-    \\frac{1}{2} are one; None where it cannot read the answer."""
+    """1 if math-verify finds the reply's last expression equal to the answer (LaTeX or plain), so that 1/2, 0.5 and
+    \\frac{1}{2} are one; None if it cannot read the answer."""
     from math_verify import parse, verify
 
     # math-verify's own time limit is an alarm, which only the main thread can set.
@@ -84,7 +84,7 @@ def math_answer(
 
 
 def graded_error(completions: list[Reply], *, column: str = "answer", **columns: Any) -> Values:
-    """0.5 / (1 + |error|) of the reply's last number, 0 without a number, None where the answer is not numeric."""
+    """0.5 / (1 + |error|) of the reply's last number, 0 without a number, None if the answer is not numeric."""
     return [_graded(last_number(reply), right) for reply, right in _pairs(completions, columns, column)]
 
 
@@ -123,7 +123,7 @@ def _task_scorer(name: str) -> Callable[[str, dict[str, Any]], float]:
 
 
 def matches_format(completions: list[Reply], pattern: str = THINK, **_: Any) -> list[float]:
-    """1 where the whole reply matches the regular expression, whose dot matches line ends too. Default: one block of
+    """1 if the whole reply matches the regular expression, whose dot matches line ends too. Default: one block of
     thought, <think>...</think>, before the rest."""
     return [float(re.fullmatch(pattern, text_of(reply), re.DOTALL) is not None) for reply in completions]
 

@@ -25,7 +25,7 @@ Messages = list[dict[str, Any]]
 Prompt = str | Messages
 """Plain text, or the messages of a conversation."""
 Reply = str | Messages
-"""What TRL hands to rewards: text for a plain prompt, [{"role": "assistant", "content": text}] for a conversation."""
+"""What TRL passes to rewards: text for a plain prompt, [{"role": "assistant", "content": text}] for a conversation."""
 Row = Mapping[str, Any]
 
 DEFAULT_SIZE = 100_000  # problems of a reasoning_gym task, which makes each when it is asked for
@@ -35,7 +35,7 @@ RESERVED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric"
 
 @dataclass(frozen=True)
 class Problem:
-    """columns are handed to the reward functions by name; question is the text that tells it from others."""
+    """columns are passed to the reward functions by name; question is the text that identifies the problem."""
 
     question: str
     prompt: Prompt
@@ -66,7 +66,7 @@ JSON = (".jsonl", ".json")
 def load_rows(task: TaskConfig, held_out: bool = False) -> Rows:
     """The rows that task.name names (task.eval_name and task.eval_split for those held out).
 
-    Raises DataError where there is no such source, or nothing in it.
+    Raises DataError if there is no such source, or nothing in it.
     """
     name = (held_out and task.eval_name) or task.name
     if held_out and task.eval_split and Path(name).suffix in (*JSON, ".parquet"):
@@ -184,7 +184,9 @@ class Problems:
         content = row[self._column]
         columns = {name: value for name, value in row.items() if name not in NOT_COLUMNS}
         if taken := [name for name in columns if name in RESERVED]:
-            raise DataError(f"row {index} of the task: a column must not be called {taken[0]!r}, for rewards get ours")
+            raise DataError(
+                f"row {index} of the task: a column must not be called {taken[0]!r}, an argument that rewards get"
+            )
         return Problem(_text(content, index), self._prompt(content), columns, index)
 
     def _prompt(self, content: str | Messages) -> Prompt:
@@ -198,7 +200,7 @@ class Problems:
 
 
 def _text(content: Any, index: int) -> str:
-    """The prompt as one text; raises DataError where it is neither text nor messages, or empty."""
+    """The prompt as one text; raises DataError if it is neither text nor messages, or empty."""
     if isinstance(content, list) and content and all(isinstance(m, dict) and "role" in m for m in content):
         return "\n".join(str(message.get("content") or "") for message in content)
     if not isinstance(content, str):
@@ -217,10 +219,10 @@ def _messages(content: Messages) -> Messages:
 
 
 class Sampler:
-    """Which problem stands at a position of the run: in order, over and over.
+    """Chooses the problem at each position of the run: in order, again and again.
 
-    task.sampler names a subclass: made with the source and task.seed, it can look at the problems and at what they
-    earned, and choose the next ones by it. What `index` depends on besides the position goes into `state`.
+    task.sampler names a subclass. It is created with the source and task.seed, and can choose the next problems by the
+    earlier ones and their rewards. Whatever `index` depends on besides the position belongs in `state`.
     """
 
     def __init__(self, source: Source, seed: int) -> None:
@@ -234,11 +236,11 @@ class Sampler:
         """Called after every rollout with its problems and their rewards [problems, num_generations]."""
 
     def state(self) -> Any:
-        """What a resumed run needs, as JSON can hold it."""
+        """What a resumed run needs, as JSON values."""
         return None
 
     def restore(self, state: Any) -> None:
-        """Goes on from what `state` gave."""
+        """Continues from a value of `state`."""
 
 
 class Shuffled(Sampler):
@@ -267,8 +269,8 @@ def make_sampler(task: TaskConfig, source: Source) -> Sampler:
 
 
 class PromptStream:
-    """The training problems, without the held-out ones, over and over. `state` says all about where it is: a stream
-    made anew and given it goes on with the same problems."""
+    """The training problems, without the held-out ones, again and again. `state` is its whole position: a new stream
+    that is given it continues with the same problems."""
 
     def __init__(self, source: Source, held_out: set[str], sampler: Sampler | None = None) -> None:
         self._source, self._held_out = source, held_out
@@ -292,7 +294,7 @@ class PromptStream:
         self._sampler.observe(problems, rewards)
 
     def take(self, count: int) -> list[Problem]:
-        """The next `count` problems. Raises DataError where every problem of the task is held out."""
+        """The next `count` problems. Raises DataError if every problem of the task is held out."""
         problems: list[Problem] = []
         skipped = 0
         while len(problems) < count:
@@ -336,7 +338,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, Any] | None = None, prefix: str = ""
 ) -> list[int]:
     """The token ids of a prompt, up to where the reply begins (after `prefix`). `template`: arguments of the chat
-    template. A conversation that ends with the assistant is gone on with."""
+    template. A conversation that ends with the assistant is continued."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt + prefix)["input_ids"])
     begun = prompt[-1]["role"] == "assistant"
@@ -352,7 +354,7 @@ def as_reply(prompt: Prompt, text: str) -> Reply:
 
 
 def columns_of(problems: Sequence[Problem]) -> dict[str, list[Any]]:
-    """The columns of the problems, each a list with one entry a problem (None where it has no such column)."""
+    """The columns of the problems, each a list with one entry per problem (None if it has no such column)."""
     names = dict.fromkeys(name for problem in problems for name in problem.columns)
     return {name: [problem.columns.get(name) for problem in problems] for name in names}
 

@@ -1,4 +1,4 @@
-"""A reward function in a process of its own: it can be stopped, and what it breaks breaks alone."""
+"""A reward function in a process of its own: it can be stopped, and can break nothing else."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Notes:
 
 
 class Worker:
-    """Calls the function that `spec` names in a process that is started now, and anew after it was stopped.
+    """Calls the function that `spec` names in a process that is started now, and again after it was stopped.
 
-    Raises ConfigError where the function cannot be loaded there.
+    Raises ConfigError if the function cannot be loaded there.
     """
 
     def __init__(self, spec: str, find: Callable[[str], Callable[..., Any]]) -> None:
@@ -52,7 +52,7 @@ class Worker:
             raise ConfigError(error)
 
     def call(self, arguments: dict[str, Any], timeout: float | None) -> tuple[Any, Notes]:
-        """What the function returned and logged. Raises TimeoutError, and RuntimeError where it raised or its process
+        """What the function returned and logged. Raises TimeoutError, and RuntimeError if it raised or its process
         ended; after a timeout or an end the next call starts a new process."""
         if not self._process.is_alive():
             self._start()

@@ -1,4 +1,4 @@
-"""Reward functions as the trainer calls them: found by name, checked, timed, counted where they fail.
+"""Reward functions as the trainer calls them: found by name, checked, timed, and counted if they fail.
 
 A plain function gets all completions of the rollout in one call, as in TRL; an `async def` gets one group a call, as
 soon as the group is complete and while others are still sampled.
@@ -33,21 +33,21 @@ log = logging.getLogger(__name__)
 
 Function = Callable[..., Any]
 """f(prompts, completions, completion_ids, **columns, trainer_state, log_extra, log_metric) -> one number, or None for
-"not applicable", a completion."""
+"not applicable", per completion."""
 
 
 @dataclass
 class Scores:
-    """What a function says of the B completions of one call."""
+    """What a function returns for the B completions of one call."""
 
-    values: Tensor  # [B] float64, NaN where the function does not apply
+    values: Tensor  # [B] float64, NaN if the function does not apply
     notes: Notes = field(default_factory=Notes)
     failed: bool = False
 
 
 @dataclass
 class Reward:
-    """A named function, its weight in the sum, and what happens where it is late or fails.
+    """A named function, its weight in the sum, and what happens if it is late or fails.
 
     Raises RewardError, naming the function, unless on_error is "none": then it does not apply to that call.
     """
@@ -106,7 +106,7 @@ class Reward:
         except TypeError:
             raise RewardError(
                 f"reward function {self.name} returned {type(values).__name__}: "
-                "must be a list of one number or None a completion"
+                "must be a list with one number or None per completion"
             ) from None
         for what, entries in {"returned": values, **{f"logged as {k!r}": v for k, v in notes.extra.items()}}.items():
             if len(entries) != count:
@@ -156,7 +156,7 @@ def _where(error: BaseException) -> str:
 
 
 class Rewarding:
-    """The reward functions of a run, at work: those that are async beside the rollout."""
+    """Runs the reward functions of a run; async ones run during the rollout."""
 
     def __init__(self, rewards: Sequence[Reward]) -> None:
         self.rewards = rewards
@@ -175,23 +175,27 @@ class Rewarding:
             for reward in waiting
         }
 
-    def finish(self, problems: Sequence[Problem], samples: Sequence[Sample], state: Any) -> None:
-        """Sets the rewards and extra columns of every sample, group after group. problems: one a sample."""
+    def finish(self, problems: Sequence[Problem], samples: Sequence[Sample], state: Any) -> Tensor:
+        """[F, B] float64: what F functions give to B samples, group after group; NaN: the function does not apply. The
+        columns that they log go into the samples. problems: one a sample."""
         arguments = _arguments(problems, samples, state)
-        for reward in self.rewards:
+        values = torch.empty(len(self.rewards), len(samples), dtype=torch.float64)
+        for row, reward in zip(values, self.rewards, strict=True):
             if reward.is_async:
                 parts = [self._result(group, reward) for group in dict.fromkeys(sample.group for sample in samples)]
             else:
                 parts = [reward.score({**arguments, **reward.parameters}, len(samples))]
-            _into_samples(reward.name, parts, samples)
+            row.copy_(torch.cat([part.values for part in parts]))
+            _note(parts, samples)
             for part in parts:
-                for name, values in part.notes.metrics.items():
-                    self._logged.setdefault(name, []).extend(values)
+                for name, logged in part.notes.metrics.items():
+                    self._logged.setdefault(name, []).extend(logged)
             self._failed[reward.name] += sum(part.failed for part in parts)
         self._begun.clear()
+        return values
 
     def metrics(self) -> dict[str, float]:
-        """Since the last call: the means of what the functions logged, and how many calls failed of those that may."""
+        """Since the last call, the means of what the functions logged, and the failed calls of those that may fail."""
         metrics = {name: sum(values) / len(values) for name, values in self._logged.items()}
         metrics |= {f"reward/{r.name}/failed_calls": self._failed[r.name] for r in self.rewards if r.on_error == "none"}
         self._logged.clear()
@@ -199,7 +203,7 @@ class Rewarding:
         return metrics
 
     def close(self) -> None:
-        """Stops the processes and the thread of the functions; what is still at work is cancelled."""
+        """Stops the processes and the thread of the functions; calls in progress are canceled."""
         self._cancel()
         for reward in self.rewards:
             reward.close()
@@ -241,12 +245,11 @@ def _arguments(problems: Sequence[Problem], samples: Sequence[Sample], state: An
     }
 
 
-def _into_samples(name: str, parts: Sequence[Scores], samples: Sequence[Sample]) -> None:
+def _note(parts: Sequence[Scores], samples: Sequence[Sample]) -> None:
+    """The logged columns of each part go to its samples."""
     remaining = iter(samples)
     for part in parts:
-        for i, value in enumerate(part.values.tolist()):
-            sample = next(remaining)
-            sample.rewards[name] = value
+        for i, sample in zip(range(len(part.values)), remaining, strict=False):
             sample.extra |= {column: values[i] for column, values in part.notes.extra.items()}
 
 

@@ -1,4 +1,4 @@
-"""From rewards to advantages. Rewards are NaN where no reward function applied."""
+"""From rewards to advantages. Rewards are NaN if no reward function applied."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-EPSILON = 1e-4  # beside a standard deviation, as in TRL
+EPSILON = 1e-4  # added to a standard deviation, as in TRL
 Scale = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
-    """values [F, P, G], weights [F] -> [P, G]: the sum over the functions that apply; NaN where none does."""
+    """values [F, P, G], weights [F] -> [P, G]: the sum over the functions that apply; NaN if none does."""
     return (values * weights[:, None, None]).nansum(0).masked_fill(values.isnan().all(0), torch.nan)
 
 
 def advantages(values: Tensor, weights: Tensor, scale: Scale, aggregation: Aggregation) -> Tensor:
     """values f64 [F, P, G] of F functions, P prompts and G completions, weights [F] -> f32 [P, G].
 
-    Exactly 0 in a group without spread, so that such groups can be left out of the backward, and where no function
+    Exactly 0 in a group without spread, so that such groups can be left out of the backward, and if no function
     applied.
     """
     if aggregation == "sum_then_normalize":
@@ -32,7 +32,7 @@ def advantages(values: Tensor, weights: Tensor, scale: Scale, aggregation: Aggre
 
 
 def group_advantages(rewards: Tensor, scale: Scale = "group", unknown: float = 0.0) -> Tensor:
-    """rewards [P, G], a row the completions of one prompt -> advantages f32 [P, G], `unknown` where there is no reward.
+    """rewards [P, G], one row per prompt -> advantages f32 [P, G], `unknown` if there is no reward.
 
     Each reward less its group's mean, over the standard deviation of the group or of all (n - 1, as TRL takes it).
     """

@@ -14,13 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longgrpo.config.rollout import RolloutConfig
 from longgrpo.errors import ConfigError
 from longgrpo.offload import OffloadEngine
 from longgrpo.tasks.rewards import Reward
-from longgrpo.tasks.sample import Sample
-from longgrpo.train.packing import MicroBatch
-from longgrpo.train.token_weights import engine_ratio, engine_weight
+from longgrpo.tasks.sample import Rollout, Sample
 
 
 class Clock:
@@ -36,60 +33,53 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-class Agreement:
-    """|logprob of the engine - logprob of the trainer| of the sampled tokens, their ratio and what it is cut by."""
-
-    def __init__(self, config: RolloutConfig) -> None:
-        self._config = config
-        self._total, self._ratio, self._cut, self._count, self.max = 0.0, 0.0, 0, 0, 0.0
-
-    def add(self, batch: MicroBatch, logp: Tensor) -> None:
-        """logp [M]: the trainer's."""
-        difference = (batch.engine_logp - logp.detach()).abs()
-        ratio = engine_ratio(logp.detach(), batch, self._config)
-        self._ratio += ratio.sum().item()
-        self._cut += int((engine_weight(ratio, self._config) != ratio).sum())
-        self._total += difference.sum().item()
-        self._count += difference.numel()
-        self.max = max(self.max, difference.max().item())
-
-    def metrics(self) -> dict[str, float]:
-        count = max(self._count, 1)
-        return {
-            "engine_trainer_logprob_diff_mean": self._total / count,
-            "engine_trainer_logprob_diff_max": self.max,
-            "importance_ratio_mean": self._ratio / count,
-            "importance_cut": self._cut / count,
-        }
+# The loss's metrics under the names that a run has for them.
+_NAMES = {
+    "sampling_diff_mean": "engine_trainer_logprob_diff_mean",
+    "sampling_diff_max": "engine_trainer_logprob_diff_max",
+    "sampling_ratio_mean": "importance_ratio_mean",
+    "sampling_cut": "importance_cut",
+}
 
 
 class Meter:
-    """The metrics of a step's micro-batches as one: sums, the *_min and *_max, and means over the tokens."""
+    """The metrics of an update's micro-batches as one: sums, the *_min and *_max, and means over the tokens. They stay
+    on the device until `read`, the one time that an update waits for it."""
 
-    SUMS = ("policy_loss", "tokens")
+    SUMS = ("loss", "policy_loss", "tokens")
 
     def __init__(self) -> None:
-        self._loss, self._tokens = 0.0, 0
-        self._values: dict[str, float] = {}
+        self._names: list[str] = []
+        self._rows: list[Tensor] = []  # [K] float32, one a micro-batch
+        self._tokens: list[int] = []
 
-    def add(self, loss: Tensor, metrics: Mapping[str, Tensor], tokens: int) -> None:
-        share = tokens / (self._tokens + tokens)
-        for name, tensor in metrics.items():
-            value = tensor.item()
-            old = self._values.get(name, value)
-            if name in self.SUMS:
-                self._values[name] = self._values.get(name, 0.0) + value
-            elif name.endswith("_min"):
-                self._values[name] = min(old, value)
-            elif name.endswith("_max"):
-                self._values[name] = max(old, value)
-            else:
-                self._values[name] = old + (value - old) * share
-        self._loss += loss.item()
-        self._tokens += tokens
+    def add(self, metrics: Mapping[str, Tensor], tokens: int) -> None:
+        """Scalar tensors of a micro-batch with this number of tokens."""
+        self._names = [_NAMES.get(name, name) for name in metrics]
+        self._rows.append(torch.stack([value.detach().float().view(()) for value in metrics.values()]))
+        self._tokens.append(tokens)
 
-    def metrics(self) -> dict[str, float]:
-        return {"loss": self._loss, **self._values}
+    def read(self, norm: Tensor) -> tuple[float, dict[str, float]]:
+        """`norm`, a scalar, and the metrics: one copy from the device."""
+        # Without a gradient the norm is torch's own 0, on the host.
+        norm = norm.float().view(1).to(self._rows[0].device, non_blocking=True)
+        first, *values = torch.cat([norm, *self._rows]).cpu().tolist()
+        found: dict[str, float] = {}
+        seen = 0
+        for tokens in self._tokens:
+            seen += tokens
+            for name in self._names:
+                found[name] = self._joined(name, found.get(name), values.pop(0), tokens / seen)
+        return first, found
+
+    def _joined(self, name: str, old: float | None, value: float, share: float) -> float:
+        if old is None:
+            return value
+        if name in self.SUMS:
+            return old + value
+        if name.endswith(("_min", "_max")):
+            return _summary(name)([old, value])
+        return old + (value - old) * share
 
 
 def over_updates(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -104,7 +94,7 @@ def _summary(name: str) -> Callable[[Sequence[float]], float]:
 
 
 def known(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """None in place of what is not finite, which JSON cannot say."""
+    """None in place of values that are not finite, which JSON cannot hold."""
     odd = {name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
     return {name: None if name in odd else value for name, value in metrics.items()}
 
@@ -122,7 +112,7 @@ def reward_metrics(functions: Sequence[Reward], values: Tensor, totals: Tensor) 
 
 
 def length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Tokens of a completion, and the share cut off at the longest allowed length."""
+    """Tokens of a completion, and the share truncated at the length limit."""
     lengths = [len(sample) for sample in samples]
     truncated = [sample.completion.finish_reason == "length" for sample in samples]
     return {
@@ -134,20 +124,22 @@ def length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def reference_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """The mean of logp - ref_logp over the sampled tokens, by the engine's logp: an unbiased estimate of the reverse KL
-    (k1), by which runs compare whatever loss.kl is. Nothing where no reference was scored."""
-    ratios = [torch.tensor(s.completion.logprobs) - s.ref_logp.cpu() for s in samples if s.ref_logp is not None]
-    return {"reverse_kl": torch.cat(ratios).mean().item()} if ratios else {}
-
-
-def speed_metrics(
-    samples: Sequence[Sample], active: Sequence[Sample], seconds: Mapping[str, float]
+def step_metrics(
+    rollout: Rollout,
+    trained: int,
+    seconds: Mapping[str, float],
+    offload: OffloadEngine | None,
+    offloaded: Mapping[str, float],
 ) -> dict[str, float]:
-    """Completion tokens a second: sampled, and trained on (samples without a gradient are not counted)."""
+    """Lengths, speed, time and memory of a step. trained: completion tokens that it trained on. offloaded: what
+    offload_counts returned before it."""
     return {
-        "tokens_per_second/rollout": sum(map(len, samples)) / seconds["roll_out"],
-        "tokens_per_second/training": sum(map(len, active)) / (seconds["score"] + seconds["loss_and_backward"]),
+        **length_metrics(rollout.samples),
+        "tokens_per_second/rollout": rollout.bounds[-1] / seconds["roll_out"],
+        "tokens_per_second/training": trained / (seconds["score"] + seconds["loss_and_backward"]),
+        **{f"seconds/{name}": value for name, value in seconds.items()},
+        **offload_metrics(offload, offloaded),
+        **peak_memory(),
     }
 
 
@@ -163,12 +155,12 @@ _OFFLOAD_COUNTS = ("bytes_out", "bytes_in", "keeps", "stall_forward_s", "stall_b
 
 
 def offload_counts(engine: OffloadEngine | None) -> dict[str, float]:
-    """What the engine has counted so far."""
+    """The engine's counts so far."""
     return {} if engine is None else {name: engine.stats()[name] for name in _OFFLOAD_COUNTS}
 
 
-def offload_metrics(engine: OffloadEngine | None, before: dict[str, float]) -> dict[str, float]:
-    """What it has counted since, and the host memory that it holds; the stall stands beside the phases' seconds."""
+def offload_metrics(engine: OffloadEngine | None, before: Mapping[str, float]) -> dict[str, float]:
+    """What it has counted since, and the host memory that it holds; the stall joins the phases' seconds."""
     if engine is None:
         return {}
     since = {name: value - before[name] for name, value in offload_counts(engine).items()}
@@ -182,13 +174,13 @@ def offload_metrics(engine: OffloadEngine | None, before: dict[str, float]) -> d
 
 def best_metric(name: str | None, metrics: Mapping[str, Any]) -> float | None:
     """The value by which the best checkpoint is chosen: the metric `name`, or "-NAME" for the negative of it; None
-    without a name, and where the step has no finite value. Raises ConfigError for a name that no step has."""
+    without a name, and if the step has no finite value. Raises ConfigError for a name that no step has."""
     if name is None:
         return None
     key, sign = (name[1:], -1.0) if name.startswith("-") else (name, 1.0)
     if key not in metrics and not key.startswith("eval"):  # an evaluation is not of every step
         near = difflib.get_close_matches(key, metrics, n=3)
         remedy = f"did you mean {' or '.join(near)}?" if near else f"they have {', '.join(metrics)}"
-        raise ConfigError(f"train.best_metric = {name!r}: no metric of a step; {remedy}")
+        raise ConfigError(f"train.best_metric = {name!r}: not a metric of a step; {remedy}")
     value = metrics.get(key)
     return sign * value if value is not None and math.isfinite(value) else None

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from longgrpo.model.packed_attention import PackedBatch
-from longgrpo.tasks.sample import Sample
+from longgrpo.loss import LossTokens
+from longgrpo.loss.flatten import on_device
+from longgrpo.model.packed_attention import PackedBatch, pack_sequences
+from longgrpo.tasks.sample import Rollout, Sample
 
 
-@dataclass(frozen=True)
+@dataclass
 class MicroBatch:
     """S samples in one packed row, M completion tokens in all, sample after sample."""
 
@@ -21,36 +24,34 @@ class MicroBatch:
     packed: PackedBatch
     rows: Tensor  # [M] int64: packed.input_ids[rows[i]] is the token before target[i]
     target: Tensor  # [M] int64: the completion tokens
-    cu_seqlens: Tensor  # [S+1] int32: sample s has target[cu_seqlens[s]:cu_seqlens[s+1]]
-
-    @property
-    def advantages(self) -> Tensor:
-        """[S] f32"""
-        return torch.tensor([sample.advantage for sample in self.samples], device=self.target.device)
-
-    @property
-    def engine_logp(self) -> Tensor:
-        """[M] f32: the engine's."""
-        logprobs = [logprob for sample in self.samples for logprob in sample.completion.logprobs]
-        return torch.tensor(logprobs, device=self.target.device)
+    tokens: LossTokens  # advantages [S], cu_seqlens [S+1], the rest [M]
 
     @property
     def support(self) -> list[list[int]] | None:
-        """M lists: the tokens that each was sampled from; None where the engine does not tell."""
+        """M lists: the tokens that each was sampled from; None if the engine does not report them."""
         parts = [sample.completion.support for sample in self.samples]
         return None if None in parts else [tokens for part in parts if part for tokens in part]
 
-    def per_token(self, name: str) -> Tensor | None:
-        """[M]: what the samples hold for each token, old_logp, say; None where they hold none."""
-        parts = [getattr(sample, name) for sample in self.samples]
-        return None if parts[0] is None else torch.cat(parts)
+    def to(self, device: torch.device) -> MicroBatch:
+        """On `device`, without waiting for it."""
+        tokens: dict[str, Any] = {name: on_device(device, value) for name, value in vars(self.tokens).items()}
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            rows=on_device(device, self.rows),
+            target=on_device(device, self.target),
+            tokens=LossTokens(**tokens),
+        )
 
 
 def micro_batches(
-    samples: Sequence[Sample], token_budget: int, device: torch.device | str = "cpu", *, share_prompts: bool = True
+    rollout: Rollout, indices: Sequence[int], token_budget: int, *, share_prompts: bool = True
 ) -> list[MicroBatch]:
-    """Packs `samples` in their order. A micro-batch exceeds the budget only where one sample alone does."""
-    return [pack(part, device, share_prompts=share_prompts) for part in split(samples, token_budget, share_prompts)]
+    """Packs the samples `indices` in their order, on the host. A micro-batch exceeds the budget only if one sample
+    alone does."""
+    parts = split([rollout.samples[i] for i in indices], token_budget, share_prompts)
+    remaining = iter(indices)
+    return [pack(rollout, [next(remaining) for _ in part], share_prompts=share_prompts) for part in parts]
 
 
 def split(samples: Sequence[Sample], token_budget: int, share_prompts: bool) -> Iterator[list[Sample]]:
@@ -70,12 +71,30 @@ def split(samples: Sequence[Sample], token_budget: int, share_prompts: bool) -> 
         yield part
 
 
-def pack(samples: Sequence[Sample], device: torch.device | str = "cpu", *, share_prompts: bool = True) -> MicroBatch:
+def pack(rollout: Rollout, indices: Sequence[int], *, share_prompts: bool = True) -> MicroBatch:
     """One row: for each group its prompt once, then the completions that go on from it; a completion that has its
-    prompt for itself goes on in the same sequence.
+    prompt for itself continues in the same sequence.
 
     A completion's last token predicts nothing and stays out; its first is predicted by the prompt's last row.
     """
+    samples = [rollout.samples[i] for i in indices]
+    tokens = rollout.tokens_of(indices)
+    packed, rows = _packed(samples, share_prompts)
+    return MicroBatch(
+        samples,
+        packed,
+        torch.tensor(rows),
+        rollout.token_ids[tokens],
+        LossTokens(
+            advantages=rollout.advantages.flatten()[list(indices)],
+            cu_seqlens=torch.tensor([0, *accumulate(map(len, samples))], dtype=torch.int32),
+            sampling_logp=rollout.sampling_logp[tokens],
+        ),
+    )
+
+
+def _packed(samples: Sequence[Sample], share_prompts: bool) -> tuple[PackedBatch, list[int]]:
+    """The packed row, and of each completion token the row that predicts it."""
     ids: list[int] = []
     positions: list[int] = []
     starts: list[int] = [0]
@@ -95,19 +114,8 @@ def pack(samples: Sequence[Sample], device: torch.device | str = "cpu", *, share
             if tokens:
                 _append(ids, positions, starts, tokens, first_position=len(prompt))
                 prefix.append(prompt_segment)
-    packed = PackedBatch(
-        input_ids=torch.tensor(ids),
-        position_ids=torch.tensor(positions),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        prefix=prefix if max(prefix) >= 0 else None,
-    )
-    return MicroBatch(
-        samples=list(samples),
-        packed=packed,
-        rows=torch.tensor(rows, device=device),
-        target=torch.tensor([t for sample in samples for t in sample.completion.token_ids], device=device),
-        cu_seqlens=torch.tensor([0, *accumulate(map(len, samples))], dtype=torch.int32, device=device),
-    )
+    shared = prefix if max(prefix) >= 0 else None
+    return pack_sequences(torch.tensor(ids), torch.tensor(positions), starts, shared), rows
 
 
 def _groups(samples: Sequence[Sample], share_prompts: bool) -> Iterator[list[Sample]]:

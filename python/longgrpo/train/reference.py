@@ -12,7 +12,7 @@ from torch import Tensor
 
 class Reference:
     """Under LoRA the base without its adapter, which costs nothing. With `copy` a frozen copy of the trained weights,
-    the adapter's or all: it stands in for them while the reference is scored, and can be moved."""
+    the adapter's or all: it replaces them while the reference is scored, and can be moved."""
 
     def __init__(self, model: Any, parameters: Mapping[str, Tensor], copy: bool) -> None:
         self._model, self._parameters = model, parameters
@@ -32,7 +32,7 @@ class Reference:
             self._swap()
 
     def _swap(self) -> None:
-        """Exchanges pointers: what else lies on the weights, an engine or a view, never sees the reference."""
+        """Exchanges pointers: whatever shares the weights, an engine or a view, never sees the reference."""
         for name, parameter in self._parameters.items():
             parameter.data, self.tensors[name] = self.tensors[name], parameter.data
 

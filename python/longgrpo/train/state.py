@@ -1,7 +1,8 @@
-"""The model in training, on the engine's weights, with its optimizer."""
+"""The model in training, on the engine's weights, with its optimizer and its reference."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,28 +17,40 @@ from longgrpo.model.packed_attention import use_packed_attention
 from longgrpo.model.tiled_mlp import tile_mlp, tile_norms
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.protocol import RolloutEngine
-from longgrpo.train.policy import Policy
 from longgrpo.train.reference import Reference
 
 
-def make_policy(config: TrainConfig, engine: RolloutEngine, offload: OffloadEngine | None, **others: Any) -> Policy:
-    """What phases 5 to 7 of a step work with; `others` are the fields that the other phases need."""
+@dataclass
+class TrainState:
+    """What training changes."""
+
+    model: Any  # transformers' model, wrapped by PEFT under LoRA; its base shares the engine's weights
+    masters: MasterWeights
+    optimizer: torch.optim.Optimizer
+    reference: Reference | None  # if the loss has a KL term
+    offload: OffloadEngine | None  # holds the layers' inputs between forward and backward
+    skipped_updates: int = 0  # in a row, up to now, because their gradient was not finite
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """What the optimizer steps, by name, in float32."""
+        return self.masters.parameters
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+
+
+def make_state(config: TrainConfig, engine: RolloutEngine, offload: OffloadEngine | None) -> TrainState:
+    """The model in training, on the engine's weights. Raises ValueError or NotImplementedError for a config that
+    cannot be trained."""
     model = _trained_model(engine, config, offload)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    masters = MasterWeights(trained)
-    train = config.train
-    return Policy(
-        config=config,
-        engine=engine,
-        model=model,
-        reference=_reference(model, trained, config),
-        offload=offload,
-        optimizer=torch.optim.AdamW(
-            masters.parameters.values(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
-        ),
-        masters=masters,
-        **others,
+    masters, train = MasterWeights(trained), config.train
+    optimizer = torch.optim.AdamW(
+        masters.parameters.values(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
     )
+    return TrainState(model, masters, optimizer, _reference(model, trained, config), offload)
 
 
 def _trained_model(engine: RolloutEngine, config: TrainConfig, offload: OffloadEngine | None) -> Any:
@@ -54,7 +67,7 @@ def _trained_model(engine: RolloutEngine, config: TrainConfig, offload: OffloadE
         offload.install(model)
     elif config.memory.checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train(config.memory.checkpointed)  # transformers checkpoints in training mode alone; there is no dropout
+    model.train(config.memory.checkpointed)  # transformers checkpoints in training mode only; there is no dropout
     engine.attach(model)
     return model
 

@@ -1,0 +1,144 @@
+"""Phases 1 to 3 of a step: draw prompts, sample completions, reward them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from longgrpo.config.run import TrainConfig
+from longgrpo.rollout.protocol import Completion, RolloutEngine, seed_for
+from longgrpo.tasks.data import Problem, PromptStream, check_length, decode, encode
+from longgrpo.tasks.rewards import Rewarding
+from longgrpo.tasks.sample import Rollout, Sample
+from longgrpo.train.advantages import groups_with_spread, weighted_sum
+from longgrpo.train.metrics import Clock, reward_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainerState
+
+
+@dataclass(frozen=True)
+class Collector:
+    """What samples and rewards completions."""
+
+    config: TrainConfig
+    engine: RolloutEngine
+    tokenizer: PreTrainedTokenizerBase
+    rewarding: Rewarding
+    stream: PromptStream
+
+    def collect(self, number: int, clock: Clock) -> tuple[Rollout, dict[str, float]]:
+        """Phases 1 to 3 of step `number`; again for the groups without spread, at most train.max_refills times: the
+        groups that then have none stay.
+
+        Returns the rollout, and the share of all groups that had spread with the number of those replaced.
+        """
+        config = self.config.train
+        spread: list[Rollout] = []  # one group each
+        dull: list[Rollout] = []
+        for _ in range(1 + config.max_refills):
+            missing = config.prompts_per_step - len(spread)
+            if not missing:
+                break
+            with clock("sample_prompts"):
+                problems = self.sample_prompts(missing)
+            with clock("roll_out"):
+                samples = self.roll_out(problems, number, first_group=len(spread) + len(dull))
+            with clock("reward"):
+                rewards = self.reward(problems, samples, number)
+            self.stream.observe(problems, self.totals(rewards))
+            for group, differs in zip(_by_group(problems, samples, rewards), self.spread(rewards), strict=True):
+                (spread if differs else dull).append(group)
+        seen = len(spread) + len(dull)
+        chosen = [*spread, *dull[: config.prompts_per_step - len(spread)]]
+        metrics = {
+            "groups_with_spread": len(spread) / seen,
+            "groups_replaced": max(seen - config.prompts_per_step, 0),
+        }
+        return _joined(sorted(chosen, key=lambda group: group.samples[0].group)), metrics
+
+    # ---- 1
+    def sample_prompts(self, count: int) -> list[Problem]:
+        return self.stream.take(count)
+
+    # ---- 2
+    def roll_out(self, problems: Sequence[Problem], number: int, first_group: int = 0) -> list[Sample]:
+        """num_generations completions of each problem, each with a seed of its own, group after group. A group that is
+        complete goes to the async reward functions at once."""
+        config, template = self.config.rollout, self.config.task.chat_template_kwargs
+        prompts = [encode(self.tokenizer, problem.prompt, template) for problem in problems]
+        for ids, problem in zip(prompts, problems, strict=True):
+            check_length(ids, problem, self.engine.max_length())
+        state, size = self._trainer_state(number), config.num_generations
+        members = [(group, member) for group in range(len(problems)) for member in range(size)]
+        samples: list[Sample | None] = [None] * len(members)
+        seed = config.seed(self.config.train.seed)
+
+        def finished(i: int, completion: Completion) -> None:
+            group = members[i][0]
+            text = decode(self.tokenizer, [completion])[0]
+            samples[i] = Sample(first_group + group, prompts[group], completion, text)
+            mates = [sample for sample in samples[group * size : (group + 1) * size] if sample]
+            if len(mates) == size:
+                self.rewarding.begin(problems[group], mates, state)
+
+        self.engine.generate(
+            [prompts[group] for group, _ in members],
+            config.request(),
+            [seed_for(seed, number, first_group + group, member) for group, member in members],
+            finished,
+        )
+        return [sample for sample in samples if sample]
+
+    # ---- 3
+    def reward(self, problems: Sequence[Problem], samples: Sequence[Sample], number: int) -> Tensor:
+        """[F, P, G] float64: every function's values; the columns that it logs go into the samples."""
+        size = len(samples) // len(problems)
+        asked = [problem for problem in problems for _ in range(size)]
+        values = self.rewarding.finish(asked, samples, self._trainer_state(number))  # [F, P G]
+        return values.view(len(values), -1, size)
+
+    def reward_metrics(self, rollout: Rollout) -> dict[str, float | None]:
+        """Metrics of each function and of their weighted sum, and the values that the functions have logged."""
+        named = reward_metrics(self.rewarding.rewards, rollout.rewards, self.totals(rollout.rewards))
+        return {**named, **self.rewarding.metrics()}
+
+    def totals(self, rewards: Tensor) -> Tensor:
+        """[P, G]: the weighted sum of the rewards [F, P, G]."""
+        return weighted_sum(rewards, self.rewarding.weights)
+
+    def spread(self, rewards: Tensor) -> list[bool]:
+        """P: whether a group teaches something."""
+        return groups_with_spread(rewards, self.rewarding.weights, self.config.train.aggregation).tolist()
+
+    def _trainer_state(self, number: int) -> TrainerState:
+        """What reward functions know of the run, in TRL's form: global_step counts the steps done."""
+        from transformers import TrainerState
+
+        return TrainerState(
+            epoch=self.stream.epoch, global_step=max(number - 1, 0), max_steps=self.config.train.steps
+        )  # fmt: skip
+
+
+def _by_group(problems: Sequence[Problem], samples: Sequence[Sample], rewards: Tensor) -> list[Rollout]:
+    size = rewards.shape[2]
+    return [
+        Rollout.of([problem], samples[i * size : (i + 1) * size], rewards[:, i : i + 1])
+        for i, problem in enumerate(problems)
+    ]
+
+
+def _joined(groups: Sequence[Rollout]) -> Rollout:
+    """One rollout of these groups, renumbered."""
+    for i, group in enumerate(groups):
+        for sample in group.samples:
+            sample.group = i
+    return Rollout.of(
+        [problem for group in groups for problem in group.problems],
+        [sample for group in groups for sample in group.samples],
+        torch.cat([group.rewards for group in groups], dim=1),
+    )

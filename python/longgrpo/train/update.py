@@ -1,0 +1,84 @@
+"""The updates of a rollout, planned on the host: which samples each trains on, packed, and what its loss divides by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from longgrpo.config.run import TrainConfig
+from longgrpo.loss import loss_normalizer
+from longgrpo.tasks.sample import Rollout
+from longgrpo.train.packing import MicroBatch, micro_batches
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step."""
+
+    batches: list[MicroBatch]  # on the device
+    normalizer: float
+    """What the loss of the whole update divides by, so that its split into micro-batches changes nothing."""
+    trains: bool
+    """Whether any sample has a gradient. If none has, one micro-batch is scored anyway: every step compares
+    engine and trainer."""
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens that are trained on."""
+        return sum(len(batch.target) for batch in self.batches) if self.trains else 0
+
+
+def plan_updates(config: TrainConfig, rollout: Rollout, device: torch.device, parts: int | None = None) -> list[Update]:
+    """The updates of one pass over the rollout, train.minibatches of them unless `parts` says otherwise; its tensors go
+    to the device here, and only here."""
+    parts = config.train.minibatches if parts is None else parts
+    counted = _in_loss(config, rollout)
+    active = _with_gradient(config, rollout, counted)
+
+    def update(part: int) -> Update:
+        def own(indices: Sequence[int]) -> list[int]:
+            return [i for i in indices if rollout.samples[i].group % parts == part]
+
+        return _update(config, rollout, own(range(len(rollout.samples))), own(counted), own(active), device)
+
+    return [update(part) for part in range(parts)]
+
+
+def batches_of(config: TrainConfig, rollout: Rollout, indices: Sequence[int], device: torch.device) -> list[MicroBatch]:
+    """The samples `indices`, packed, on the device."""
+    packed = micro_batches(rollout, indices, config.train.token_budget, share_prompts=config.memory.share_prompts)
+    return [batch.to(device) for batch in packed]
+
+
+def _update(
+    config: TrainConfig,
+    rollout: Rollout,
+    every: Sequence[int],
+    counted: Sequence[int],
+    active: Sequence[int],
+    device: torch.device,
+) -> Update:
+    """every, counted, active: the update's samples, those of the loss, and those with a gradient."""
+    batches = batches_of(config, rollout, active, device) or batches_of(config, rollout, every, device)[:1]
+    tokens = sum(len(rollout.samples[i]) for i in counted)
+    return Update(
+        batches,
+        float(loss_normalizer(config.loss, len(every), tokens, config.rollout.max_completion_length)),
+        bool(active),
+    )
+
+
+def _in_loss(config: TrainConfig, rollout: Rollout) -> list[int]:
+    masked = config.train.mask_truncated
+    samples = rollout.samples
+    return [i for i, s in enumerate(samples) if not (masked and s.completion.finish_reason == "length")]
+
+
+def _with_gradient(config: TrainConfig, rollout: Rollout, counted: Sequence[int]) -> list[int]:
+    loss = config.loss
+    if loss.beta != 0 or loss.entropy_coef != 0 or loss.function:  # these reach samples of advantage 0 as well
+        return list(counted)
+    advantages = rollout.advantages.flatten().tolist()
+    return [i for i in counted if advantages[i] != 0]
