@@ -44,7 +44,7 @@ def forward_backward(tokens):
     return call
 
 
-forward_backward(16)()  # thread pools, the libraries' own state
+forward_backward(tokens)()  # thread pools; the GEMM library's buffers, whose size is the processor's
 print(peak_extra(forward_backward(tokens)))
 """
 

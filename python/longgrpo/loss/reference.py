@@ -175,6 +175,11 @@ def _denominator(mask: Tensor, sequences: int, normalizer: float | None, config:
     return max(int(mask.sum()), 1)
 
 
+def _clip(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """x within [low, high], with slope 1 at both bounds. torch's clamp has slope 1 there up to 2.13, 0 from 2.14 on."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
 def _policy(
     logp: Tensor, old: Tensor | None, advantage: Tensor, importance: Tensor | None, config: GRPOLossConfig
 ) -> tuple[Tensor, Tensor]:
@@ -197,11 +202,11 @@ def _policy(
         value = -_vespo_weight(log_ratio, importance, advantage, config) * advantage * logp
         mask = (mask != 0).to(logp)
     elif config.loss_type == "gmpo":
-        bounded = torch.where(advantage > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=-config.epsilon))
+        bounded = torch.where(advantage > 0, _clip(log_ratio, high=high), _clip(log_ratio, low=-config.epsilon))
         value = -ratio_of(bounded.mean()) * advantage
     else:
-        bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
-        value = -torch.minimum(bounded * advantage, ratio.clamp(1 - config.epsilon, 1 + high) * advantage)
+        bounded = ratio if config.delta is None else _clip(ratio, high=config.delta)
+        value = -torch.minimum(bounded * advantage, _clip(ratio, 1 - config.epsilon, 1 + high) * advantage)
     return torch.where(mask == 0, torch.zeros_like(value), mask * value), ratio
 
 

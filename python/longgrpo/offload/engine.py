@@ -225,7 +225,7 @@ class OffloadEngine:
         self._check_open()
 
         def pack(tensor: Tensor) -> Record:
-            self._local.seen += 1
+            self._local.seen += tensor.numel() > 0  # torch 2.11's checkpoints save an empty one of their own
             return Kept(tensor) if self._local.disabled else self.pack(tensor, group())
 
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda record: record.unpack())
