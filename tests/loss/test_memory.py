@@ -44,7 +44,7 @@ def forward_backward(tokens):
     return call
 
 
-forward_backward(tokens)()  # thread pools; the GEMM library's buffers, whose size is the processor's
+forward_backward(tokens)()  # thread pools; the GEMM library's buffers, whose size is that of the processor
 print(peak_extra(forward_backward(tokens)))
 """
 

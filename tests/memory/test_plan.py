@@ -45,7 +45,7 @@ def agree(config, target=H100):
     plan, rollout = planned(config, target)
     counted = dry_run(config, rollout, target)
     assert held(plan.training) == pytest.approx(held(counted["training"]), rel=0.05)
-    if config.loss.beta:
+    if config.scores_reference:
         assert held(plan.scoring) == pytest.approx(held(counted["scoring"]), rel=0.05)
     assert plan.training.host_bytes == pytest.approx(counted["training"].host_bytes, rel=0.01)  # blocks are aligned
 
@@ -64,6 +64,14 @@ def test_the_planner_agrees_with_the_dry_run(model, name, length, lora, memory):
 @pytest.mark.parametrize("name", ["phi-4", "qwen3-8b-128k", "gemma-7b", "mistral-7b"])
 def test_every_family(model, name):
     agree(run_config(model(name, LAYERS), 8192, memory=BOTH | {"tile_rows": 2048}, beta=0.1))
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("loss", [{"kl": "exact_reverse", "beta": 0.1}, {"entropy_coef": 0.01}], ids=str)
+def test_the_head_of_a_loss_beyond_logp(model, loss, lora):
+    dtype = "bfloat16" if lora else "float32"
+    config = run_config(model("llama-3.1-8b", 2), 4096, lora=lora, dtype=dtype, memory=BOTH | {"tile_rows": 1024})
+    agree(replace(config, loss=replace(config.loss, **loss)))
 
 
 def test_a_whole_model(model):

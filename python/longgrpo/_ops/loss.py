@@ -16,6 +16,9 @@ METRICS = (
     *SAMPLING_METRICS,
 )  # fmt: skip
 
+# Where LossConfig's entropy_coef stands among the ops' `constants` (csrc/math/loss_config.h).
+ENTROPY_COEF = 4
+
 _LIBRARY = torch.library.Library("longgrpo", "FRAGMENT")
 
 
@@ -179,7 +182,7 @@ def _setup_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]
     token_weight, entropy, constants = inputs[1], inputs[8], inputs[10]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.entropy_coef = constants[4] if entropy is not None else 0.0
+    ctx.entropy_coef = constants[ENTROPY_COEF] if entropy is not None else 0.0
     ctx.save_for_backward(output[2], token_weight)
 
 

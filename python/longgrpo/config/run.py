@@ -91,6 +91,16 @@ class TrainConfig:
             "train.minibatches to 1",
         )
 
+    @property
+    def scores_reference(self) -> bool:
+        """Whether the reference's logprobs are computed before the updates; an exact KL needs none."""
+        return self.loss.beta != 0 and not self.loss.exact_kl
+
+    @property
+    def scores_policy(self) -> bool:
+        """Whether the policy's own logprobs are: as the old ones of several updates, or for the tokens' entropies."""
+        return self.train.updates > 1 or self.train.top_entropy_quantile < 1
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
     """Reads a YAML file, applies overrides such as `--train.steps 5` or `--train.steps=5`, and validates the result.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from longgrpo._ops.library import ops
+from longgrpo._ops.loss import ENTROPY_COEF
 
 
 class Target(NamedTuple):
@@ -89,7 +90,7 @@ def _linear_grpo_loss(target: Target, given: dict[str, Any]) -> int:
     reference = given["ref_hidden"] is not None
     return _head(
         target, given, given["need_hidden"], given["need_weight"] or given["need_bias"], reference=reference,
-        beyond_logp=reference,
+        beyond_logp=reference or given["constants"][ENTROPY_COEF] != 0,
     )  # fmt: skip
 
 

@@ -188,11 +188,11 @@ class _Memory:
         return Phase("rollout", self.resident() | {"KV cache": cache, "engine's forward and logits": forward + logits})
 
     def scoring(self) -> Phase:
-        """A forward without gradients; none if the loss has no reference and each rollout serves one update."""
+        """A forward without gradients, if anything is scored before the updates."""
         terms = self.resident() | self.cache
         if self._moves:
             terms["offload's slots"] = self._slots
-        if self.config.loss.beta == 0 and self.config.train.updates == 1:
+        if not (self.config.scores_reference or self.config.scores_policy):
             return Phase("scoring", terms)
         moments = {
             "a layer's forward": self._forward(),
@@ -347,9 +347,11 @@ class _Memory:
 
     # ---- head and optimizer
     def _head(self, *, hidden_gradient: bool, weight_gradient: bool = False) -> int:
+        exact = hidden_gradient and self.config.loss.exact_kl
         return head_workspace(
             self.target, self.rows.loss, self.shape.hidden, self.shape.vocabulary, _dtype(self.config),
             hidden_gradient=hidden_gradient, weight_gradient=weight_gradient, workspace=DEFAULT_WORKSPACE,
+            reference=exact, beyond_logp=exact or (hidden_gradient and self.config.loss.entropy_coef != 0),
         )  # fmt: skip
 
     @property
@@ -363,12 +365,13 @@ class _Memory:
         return (3 if self.shape.tied else 1) * self._head_gradient + self.h
 
     def _loss(self) -> int:
-        """The last norm, its output, the rows of the loss and, for a frozen head, their direction; a trained head's
-        gradient is in fp32."""
+        """The last norm, its output, the rows of the loss (for an exact KL the reference's too) and their direction; a
+        trained head's gradient is in fp32."""
+        rows = (3 if self.config.loss.exact_kl else 2) * self.loss_rows
         if self.full:
             backward = self._head(hidden_gradient=True, weight_gradient=True) + self._head_gradient
-            return self._norm() + 2 * self.loss_rows + max(backward, self.h)
-        return self._norm() + self.h + 2 * self.loss_rows + self._head(hidden_gradient=True)
+            return self._norm() + rows + max(backward, self.h)
+        return self._norm() + self.h + rows + self._head(hidden_gradient=True)
 
     def _optimizer(self) -> int:
         """torch's AdamW: on a GPU all square roots at once, else two tensors of the largest parameter."""

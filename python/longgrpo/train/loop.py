@@ -91,11 +91,12 @@ def score(config: TrainConfig, state: TrainState, updates: Sequence[Update]) -> 
     none: the policy is its own old one, and the ratio is 1."""
     batches = [batch for update in updates if update.trains for batch in update.batches]
     sampling = config.rollout.request()
-    if state.reference and not config.loss.exact_kl:
+    if config.scores_reference:
+        assert state.reference
         with state.reference() as model:
             for batch in batches:
                 batch.tokens = replace(batch.tokens, ref_logp=logprob(model, batch, sampling).logp)
-    if config.train.updates == 1 and config.train.top_entropy_quantile == 1:
+    if not config.scores_policy:
         return
     entropies: list[Tensor] = []
     for batch in batches:
