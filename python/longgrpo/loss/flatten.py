@@ -7,7 +7,8 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from longgrpo.loss.config import GRPOLossConfig, OffPolicyCorrection, loss_normalizer
+from longgrpo._ops.library import ops
+from longgrpo.loss.config import GRPOLossConfig, OffPolicyCorrection, loss_normalizer, packed
 from longgrpo.loss.tokens import LossTokens
 from longgrpo.loss.types import loss_type
 
@@ -178,14 +179,9 @@ def rows_known_on_host(
         before = torch.nn.functional.pad(visited.cumsum(0), (1, 0))
         index, bounds = visited.nonzero()[:, 0], before[cu_seqlens.long()].int()
         return Rows(index, len(index), bounds) if len(index) < tokens else None
-    moves = visited
-    if not (config.beta or config.entropy_coef):
-        of_token = _spread("advantages", advantages, shape, cu_seqlens)
-        assert of_token is not None
-        moves = visited & (of_token != 0)
-    active, quiet = moves.nonzero()[:, 0], (visited & ~moves).nonzero()[:, 0]
-    index = torch.cat((active, quiet)) if metrics else active
-    return Rows(index, len(active), None) if len(active) < tokens else None
+    of_token = _spread("advantages", advantages, shape, cu_seqlens)
+    index, active = ops.visited_rows(visited.float(), of_token, *packed(config, OffPolicyCorrection()), metrics)
+    return Rows(index, active, None) if active < tokens else None
 
 
 @overload

@@ -38,7 +38,7 @@ def head_workspace(
     reference: bool = False,
     beyond_logp: bool = False,
 ) -> int:
-    """Bytes of linear_logprob, its backward and linear_grpo_loss: the C++ of the ops says it (csrc/ops/memory.cpp)."""
+    """Bytes of linear_logprob, its backward and linear_grpo_loss: the C++ of the ops says it (csrc/ops/host.cpp)."""
     held = ops.head_workspace(
         tokens, hidden, vocabulary, dtype, weight_dtype or dtype, hidden_gradient, weight_gradient, reference,
         beyond_logp, workspace, target.multiprocessors,

@@ -1,4 +1,7 @@
-// What a head op allocates inside, for whoever plans memory: by the functions that the ops plan their own tiles with.
+// What the host asks before a call: the bytes that a head op allocates inside, for whoever plans memory, and the tokens
+// that a pass visits, for a GPU that must not be asked. By the functions that the ops themselves use.
+#include <algorithm>
+
 #include "../cpu/cpu_head.h"
 #include "../cuda/cuda_head.h"
 #include "arguments.h"
@@ -10,6 +13,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(longgrpo, m) {
       "head_workspace(int tokens, int hidden, int vocabulary, ScalarType hidden_dtype, ScalarType weight_dtype, "
       "bool hidden_gradient, bool weight_gradient, bool reference, bool beyond_logp, int workspace, "
       "int multiprocessors) -> int");
+  // Token-level losses: the tokens [M] in the order of a pass, first the `active` ones that may have a gradient.
+  m.def(
+      "visited_rows(Tensor token_weight, Tensor advantages, int[] options, float[] constants, bool report) -> "
+      "(Tensor rows, int active)");
 }
 
 namespace longgrpo {
@@ -31,9 +38,21 @@ int64_t head_workspace(int64_t tokens, int64_t hidden, int64_t vocabulary, Scala
   return workspace_bytes(plan, shape, plan.tile_rows);
 }
 
+std::tuple<Tensor, int64_t> visited_rows(const Tensor& token_weight, const Tensor& advantages,
+                                         const std::vector<int64_t>& options, const std::vector<double>& constants,
+                                         bool report) {
+  const TokenBatch batch = token_batch(token_weight, advantages, {}, {}, {}, {});
+  std::vector<float> visited(size_t(batch.tokens));
+  const CpuRows rows = visit({loss_config(options, constants), batch, nullptr, {nullptr, 0}, report}, visited.data());
+  Tensor order = torch::stable::new_empty(token_weight, {int64_t(rows.order.size())}, ScalarType::Long);
+  std::copy(rows.order.begin(), rows.order.end(), static_cast<int64_t*>(order.mutable_data_ptr()));
+  return {order, rows.active};
+}
+
 }  // namespace
 }  // namespace longgrpo
 
 STABLE_TORCH_LIBRARY_IMPL(longgrpo, CompositeExplicitAutograd, m) {
   m.impl("head_workspace", TORCH_BOX(&longgrpo::head_workspace));
+  m.impl("visited_rows", TORCH_BOX(&longgrpo::visited_rows));
 }
