@@ -56,8 +56,8 @@ def test_a_null_lora_means_full_fine_tuning(path):
         (["--rewards", "[]"], ["rewards is empty"]),
         (["--loss.loss_type", "ppo"], ["loss: unknown loss_type 'ppo'", "dapo"]),
         (
-            ["--loss.beta", "1", "--loss.kl", "exact_reverse", "--train.off_policy_threshold", "1"],
-            ["loss.kl = 'exact_reverse'", "k3"],
+            ["--train.off_policy_threshold", "-1", "--train.num_iterations", "2"],
+            ["off_policy_threshold = -1", "0 nats or more"],
         ),
         (
             ["--loss.beta", "1", "--loss.kl", "exact_reverse", "--rollout.sampling", "{top_p: 0.9}"],

@@ -19,7 +19,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 def pack(rows, device="cpu"):
     ids = torch.tensor([token for row in rows for token in row])
     positions = torch.cat([torch.arange(len(row)) for row in rows])
-    return pack_sequences(ids, positions, [0, *accumulate(map(len, rows))]).to(device)
+    return pack_sequences(ids, positions, [0, *accumulate(map(len, rows))]).to(torch.device(device))
 
 
 def random_rows(lengths):
@@ -125,7 +125,7 @@ def test_bfloat16(device):
     expected = one_by_one(model, rows)
     model.to(device, torch.bfloat16)
     use_packed_attention(model)
-    hidden = packed_hidden(model, pack(rows, torch.device(device)))
+    hidden = packed_hidden(model, pack(rows, device))
     assert hidden.dtype == torch.bfloat16
     assert (hidden.float().cpu() - expected).abs().mean() < 0.03
 

@@ -210,6 +210,7 @@ def test_a_threshold_of_zero_silences_what_became_less_likely(make):
         {"importance_level": "sequence"},
         {"delta": 4.0, "entropy_coef": 0.01},
         {"beta": 0.1, "kl_correction": True},
+        {"beta": 0.1, "kl": "exact_forward"},
     ],
     ids=str,
 )
