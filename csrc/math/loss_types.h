@@ -64,6 +64,17 @@ LONGGRPO_HD bool needs_whole_sequence(LossType type) {
   return true;
 }
 
+LONGGRPO_HD bool is_detached(LossType type) {
+  switch (type) {
+#define LONGGRPO_CASE(name, mean, divides_by, whole_sequence, ppo_clip, detached) \
+  case LossType::name:                                                            \
+    return detached;
+    LONGGRPO_LOSS_TYPES(LONGGRPO_CASE)
+#undef LONGGRPO_CASE
+  }
+  return true;
+}
+
 LONGGRPO_HD bool is_exact(Kl kl) {
   switch (kl) {
 #define LONGGRPO_CASE(name, exact) \

@@ -74,11 +74,10 @@ LONGGRPO_HD SequenceTerm sequence_term(const LossConfig& config, const Token& to
     // The sequence's ratio, or the token's own if only a correction asks for the sequence.
     const bool shares = config.sequence_level || config.type == LossType::gmpo;
     const float ratio = shares ? sequence.policy_ratio : token_ratio;
-    if (config.type == LossType::cispo) {
-      policy = cispo_term(config, ratio, token.advantage, token.logp);
+    policy = policy_term(config, ratio, token.advantage, token.logp);
+    if (is_detached(config.type)) {
       term.token.policy_slope = policy.slope;
     } else {
-      policy = ratio_term(config, ratio, token.advantage);
       const double slope = config.detach ? double(policy.slope) * ratio : 0.0;
       if (shares)
         term.shared.policy = slope;

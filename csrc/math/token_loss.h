@@ -53,17 +53,19 @@ LONGGRPO_HD PolicyTerm sapo_term(const LossConfig& config, float ratio, float ad
   return {-(4 / t) * gate * advantage, -4 * (e / ((1 + e) * (1 + e))) * advantage};
 }
 
-// Losses that are a function of the ratio; GMPO's clip is inside its ratio.
-LONGGRPO_HD PolicyTerm ratio_term(const LossConfig& config, float ratio, float advantage) {
-  if (config.type == LossType::sapo) return sapo_term(config, ratio, advantage);
-  if (config.type == LossType::gmpo) return {-ratio * advantage, -advantage};
-  return ppo_term(config, ratio, advantage);
-}
-
 // CISPO: the capped, detached ratio weighs REINFORCE; epsilon_high is the cap itself.
 LONGGRPO_HD PolicyTerm cispo_term(const LossConfig& config, float ratio, float advantage, float logp) {
   const float capped = ratio > config.epsilon_high ? config.epsilon_high : ratio;
   return {-capped * advantage * logp, -capped * advantage, false, ratio > config.epsilon_high};
+}
+
+// The policy term of every type that is a function of the token's ratio (or the sequence's in its place) and of logp.
+// GMPO's clip is inside its ratio; VESPO's weight is not a ratio (sequence_loss.h).
+LONGGRPO_HD PolicyTerm policy_term(const LossConfig& config, float ratio, float advantage, float logp) {
+  if (config.type == LossType::cispo) return cispo_term(config, ratio, advantage, logp);
+  if (config.type == LossType::sapo) return sapo_term(config, ratio, advantage);
+  if (config.type == LossType::gmpo) return {-ratio * advantage, -advantage};
+  return ppo_term(config, ratio, advantage);
 }
 
 LONGGRPO_HD double vespo_clamp(double log_weight) {
@@ -154,10 +156,8 @@ LONGGRPO_HD float corrected_kl_slope(const LossConfig& config, const Token& toke
 // A token-level loss: everything is known from the token itself.
 LONGGRPO_HD TokenTerm token_term(const LossConfig& config, const Token& token) {
   const float ratio = importance_ratio(token.logp - token.old_logp);
-  const bool detached = config.type == LossType::cispo;
-  const PolicyTerm policy =
-      detached ? cispo_term(config, ratio, token.advantage, token.logp) : ratio_term(config, ratio, token.advantage);
-  const float slope = detached ? policy.slope : (config.detach ? policy.slope * ratio : 0.0f);
+  const PolicyTerm policy = policy_term(config, ratio, token.advantage, token.logp);
+  const float slope = is_detached(config.type) ? policy.slope : (config.detach ? policy.slope * ratio : 0.0f);
   TokenTerm term{policy.value, slope, 0.0f, 0.0f, ratio, policy.clip_low, policy.clip_high};
   if (config.beta != 0) {
     const KlTerm kl = kl_term(config.kl, token.logp, token.ref_logp);
