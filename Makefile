@@ -37,7 +37,7 @@ dev: $(STAMPS)/editable  ## editable install, libraries rebuilt; ARCH=none, nati
 	@scripts/setup.sh dev $(BIN) $(ARCH)
 
 check: dev $(STAMPS)/check $(if $(HEAVY),$(STAMPS)/engine $(STAMPS)/test)  ## a part of the tests on this tree: T=tests/loss ARGS="-k cispo -n 2"
-	$(BIN)/python -m pytest -q $(T) $(ARGS)
+	$(BIN)/python -m pytest -q -m "not long" $(T) $(ARGS)
 
 test: setup $(STAMPS)/test  ## set up, then run the tests on the installed wheel
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
@@ -62,7 +62,7 @@ sdist: $(STAMPS)/build  ## dist/longgrpo-*.tar.gz, which builds the CPU part whe
 	@scripts/setup.sh step "source distribution" \
 	  $(BIN)/python -m build -q --sdist --no-isolation -o dist .
 
-lint: $(STAMPS)/lint  ## ruff, clang-format, mypy, the layers of the imports, the workflow's schema
+lint: $(STAMPS)/lint $(STAMPS)/engine  ## ruff, clang-format, mypy, the layers of the imports, the workflow's schema
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'bench/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$')
 	$(BIN)/mypy

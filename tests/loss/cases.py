@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longgrpo import GRPOLossConfig, LossTokens, OffPolicyCorrection
 from longgrpo.loss import reference
-from longgrpo.loss.types import CORRECTIONS, KL_ESTIMATORS, LOSS_TYPES
+from longgrpo.loss.types import CORRECTIONS, KL_ESTIMATORS, LOSS_TYPES, loss_type
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -186,18 +186,17 @@ def make_batch(
 @st.composite
 def configs(draw) -> GRPOLossConfig:
     """Every combination of the options that makes sense; the others are refused, which test_errors checks."""
-    loss_type = draw(st.sampled_from(LOSS_TYPES))
+    row = loss_type(draw(st.sampled_from(LOSS_TYPES)))
     kl = draw(st.sampled_from([kl for kl in KL_ESTIMATORS if not kl.startswith("exact")]))
-    own_weight, clips = loss_type in ("vespo", "gmpo"), loss_type not in ("cispo", "sapo", "vespo", "gmpo")
     return GRPOLossConfig(
-        loss_type=loss_type,
-        importance_level="token" if own_weight else draw(st.sampled_from(["token", "sequence"])),
+        loss_type=row.name,
+        importance_level="token" if row.whole_sequence else draw(st.sampled_from(["token", "sequence"])),
         kl=kl,
         kl_correction=kl == "k3" and draw(st.booleans()),
         beta=draw(st.sampled_from([0.0, 0.04, 1.0])),
         epsilon=draw(st.sampled_from([0.0, 0.2])),
-        epsilon_high=5.0 if loss_type == "cispo" else draw(st.sampled_from([None, 0.28])),
-        delta=draw(st.sampled_from([None, 1.1, 3.0])) if clips else None,
+        epsilon_high=5.0 if row.name == "cispo" else draw(st.sampled_from([None, 0.28])),
+        delta=draw(st.sampled_from([None, 1.1, 3.0])) if row.ppo_clip else None,
         entropy_coef=draw(st.sampled_from([0.0, 0.01])),
         max_completion_length=64,
     )
