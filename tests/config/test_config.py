@@ -63,6 +63,10 @@ def test_a_null_lora_means_full_fine_tuning(path):
             ["--loss.beta", "1", "--loss.kl", "exact_reverse", "--rollout.sampling", "{top_p: 0.9}"],
             ["loss.kl = 'exact_reverse'", "rollout.sampling cuts", "k3"],
         ),
+        (
+            ["--loss.beta", "1", "--loss.kl", "exact_reverse", "--loss.function", "mine.py:loss"],
+            ["loss.kl = 'exact_reverse' has none", "k3"],
+        ),
         (["--train.off_policy_threshold", "1"], ["train.off_policy_threshold", "train.minibatches = 1"]),
         (["--train.reference_sync_steps", "5"], ["loss.beta is 0", "set loss.beta above 0"]),
         (

@@ -86,6 +86,10 @@ class TrainConfig:
             "sample without top_p, top_k, min_p, allowed_token_ids and logit_bias",
         )
         require(
+            not (self.loss.function and self.loss.exact_kl),
+            f"loss.function takes the reference's logprobs, and loss.kl = {self.loss.kl!r} has none: take kl: k3",
+        )
+        require(
             self.loss.detach or self.train.updates == 1,
             "loss.detach = false is about a rollout without old logprobs: set train.num_iterations and "
             "train.minibatches to 1",
