@@ -26,7 +26,7 @@ struct LossConfig {
                     // likes
 
   // Whether the KL term is a sum over the vocabulary, which the head adds.
-  LONGGRPO_HD bool has_exact_kl() const { return beta != 0 && is_exact(kl); }
+  LONGGRPO_HD bool has_exact_kl() const { return beta != 0 && rules(kl).exact; }
   // Whether the head has a gradient other than logp's.
   LONGGRPO_HD bool beyond_logp() const { return entropy_coef != 0 || has_exact_kl(); }
 };

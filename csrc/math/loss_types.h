@@ -53,60 +53,38 @@ enum class Kl : int { LONGGRPO_KL_ESTIMATORS(LONGGRPO_NAME) };
 enum class Correction : int { LONGGRPO_CORRECTIONS(LONGGRPO_NAME) };
 #undef LONGGRPO_NAME
 
-LONGGRPO_HD bool needs_whole_sequence(LossType type) {
-  switch (type) {
-#define LONGGRPO_CASE(name, mean, divides_by, whole_sequence, ppo_clip, detached) \
-  case LossType::name:                                                            \
-    return whole_sequence;
-    LONGGRPO_LOSS_TYPES(LONGGRPO_CASE)
-#undef LONGGRPO_CASE
-  }
-  return true;
-}
+// What C++ reads of a line: rules(type).detached.
+struct LossTypeRules {
+  bool whole_sequence, ppo_clip, detached;
+};
+struct KlRules {
+  bool exact;
+};
+struct CorrectionRules {
+  bool of_sequence, masks;
+};
 
-LONGGRPO_HD bool is_detached(LossType type) {
-  switch (type) {
-#define LONGGRPO_CASE(name, mean, divides_by, whole_sequence, ppo_clip, detached) \
-  case LossType::name:                                                            \
-    return detached;
-    LONGGRPO_LOSS_TYPES(LONGGRPO_CASE)
-#undef LONGGRPO_CASE
+#define LONGGRPO_RULES(Rules, Kind, TABLE, LINE) \
+  LONGGRPO_HD Rules rules(Kind kind) {           \
+    switch (kind) { TABLE(LINE) }                \
+    return {};                                   \
   }
-  return true;
-}
-
-LONGGRPO_HD bool is_exact(Kl kl) {
-  switch (kl) {
-#define LONGGRPO_CASE(name, exact) \
-  case Kl::name:                   \
-    return exact;
-    LONGGRPO_KL_ESTIMATORS(LONGGRPO_CASE)
-#undef LONGGRPO_CASE
-  }
-  return true;
-}
-
-LONGGRPO_HD bool of_sequence(Correction correction) {
-  switch (correction) {
-#define LONGGRPO_CASE(name, sequence, mask) \
-  case Correction::name:                    \
-    return sequence;
-    LONGGRPO_CORRECTIONS(LONGGRPO_CASE)
-#undef LONGGRPO_CASE
-  }
-  return true;
-}
-
-LONGGRPO_HD bool masks(Correction correction) {
-  switch (correction) {
-#define LONGGRPO_CASE(name, sequence, mask) \
-  case Correction::name:                    \
-    return mask;
-    LONGGRPO_CORRECTIONS(LONGGRPO_CASE)
-#undef LONGGRPO_CASE
-  }
-  return true;
-}
+#define LONGGRPO_LINE(name, mean, divides_by, ...) \
+  case LossType::name:                             \
+    return {__VA_ARGS__};
+LONGGRPO_RULES(LossTypeRules, LossType, LONGGRPO_LOSS_TYPES, LONGGRPO_LINE)
+#undef LONGGRPO_LINE
+#define LONGGRPO_LINE(name, ...) \
+  case Kl::name:                 \
+    return {__VA_ARGS__};
+LONGGRPO_RULES(KlRules, Kl, LONGGRPO_KL_ESTIMATORS, LONGGRPO_LINE)
+#undef LONGGRPO_LINE
+#define LONGGRPO_LINE(name, ...) \
+  case Correction::name:         \
+    return {__VA_ARGS__};
+LONGGRPO_RULES(CorrectionRules, Correction, LONGGRPO_CORRECTIONS, LONGGRPO_LINE)
+#undef LONGGRPO_LINE
+#undef LONGGRPO_RULES
 
 // A line for each row of a table, the columns' names first.
 constexpr const char* kLossTypeTable = "name mean divides_by whole_sequence ppo_clip detached\n"

@@ -75,7 +75,7 @@ LONGGRPO_HD SequenceTerm sequence_term(const LossConfig& config, const Token& to
     const bool shares = config.sequence_level || config.type == LossType::gmpo;
     const float ratio = shares ? sequence.policy_ratio : token_ratio;
     policy = policy_term(config, ratio, token.advantage, token.logp);
-    if (is_detached(config.type)) {
+    if (rules(config.type).detached) {
       term.token.policy_slope = policy.slope;
     } else {
       const double slope = config.detach ? double(policy.slope) * ratio : 0.0;

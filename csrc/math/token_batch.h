@@ -44,13 +44,13 @@ struct TokenBatch {
 
   // Whether the correction's ratio is a sequence's. With old_logp it is known before any pass of the head.
   LONGGRPO_HD bool corrects_sequences(const LossConfig& config) const {
-    return sampling_logp && of_sequence(config.correction);
+    return sampling_logp && rules(config.correction).of_sequence;
   }
   // Whether sequences are cut that have moved too far; none has moved on policy.
   LONGGRPO_HD bool cuts_sequences(const LossConfig& config) const { return old_logp && config.threshold < INFINITY; }
   // Whether c needs all of a sequence's logp; otherwise it is known in the row.
   LONGGRPO_HD bool needs_sequence(const LossConfig& config) const {
-    return config.sequence_level || needs_whole_sequence(config.type) || cuts_sequences(config) ||
+    return config.sequence_level || rules(config.type).whole_sequence || cuts_sequences(config) ||
            (corrects_sequences(config) && !old_logp);
   }
 };

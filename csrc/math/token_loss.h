@@ -90,9 +90,9 @@ LONGGRPO_HD double gmpo_clip(const LossConfig& config, double log_ratio, float a
 // What an off-policy correction multiplies the policy term by, from its ratio; `cut` if that is not the ratio itself.
 LONGGRPO_HD float correction_factor(const LossConfig& config, float ratio, bool* cut) {
   if (config.correction == Correction::none) return *cut = false, 1.0f;
-  *cut = ratio > config.cap || (masks(config.correction) && ratio < 1 / config.cap);
+  *cut = ratio > config.cap || (rules(config.correction).masks && ratio < 1 / config.cap);
   if (!*cut) return ratio;  // a NaN too
-  return masks(config.correction) ? 0.0f : config.cap;
+  return rules(config.correction).masks ? 0.0f : config.cap;
 }
 
 struct KlTerm {
@@ -157,7 +157,7 @@ LONGGRPO_HD float corrected_kl_slope(const LossConfig& config, const Token& toke
 LONGGRPO_HD TokenTerm token_term(const LossConfig& config, const Token& token) {
   const float ratio = importance_ratio(token.logp - token.old_logp);
   const PolicyTerm policy = policy_term(config, ratio, token.advantage, token.logp);
-  const float slope = is_detached(config.type) ? policy.slope : (config.detach ? policy.slope * ratio : 0.0f);
+  const float slope = rules(config.type).detached ? policy.slope : (config.detach ? policy.slope * ratio : 0.0f);
   TokenTerm term{policy.value, slope, 0.0f, 0.0f, ratio, policy.clip_low, policy.clip_high};
   if (config.beta != 0) {
     const KlTerm kl = kl_term(config.kl, token.logp, token.ref_logp);

@@ -7,7 +7,6 @@ import torch
 
 torch.backends.cuda.matmul.allow_tf32 = False  # whatever the environment says: the bounds are those of fp32
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "loss"))
 if importlib.util.find_spec("hypothesis") is None:  # a rented machine has what it has
     sys.path.append(str(Path(__file__).parent / "stand_in"))
 

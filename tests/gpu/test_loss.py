@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, batches, configs, heads, make_batch, make_head, relative_error
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_grpo import check_fused, fused_and_oracle, lengths_of, near_a_clip
 
 from longgrpo import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_logprob
 from longgrpo.loss.types import LOSS_TYPES
+from testing.cases import DTYPES, batches, configs, heads, make_batch, make_head, relative_error
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 MIB = 1 << 20

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import make_batch, make_head
 from torch.autograd.profiler import profile
 
 from longgrpo import GRPOLossConfig, LossTokens, OffPolicyCorrection, grpo_loss, linear_grpo_loss, linear_logprob
 from longgrpo._ops.loss import SAMPLING_METRICS
 from longgrpo.loss.types import CORRECTIONS
+from testing.cases import make_batch, make_head
 
 LENGTHS = [6, 0, 1, 9]
 

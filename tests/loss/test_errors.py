@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import make_head
 
 from longgrpo import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_logprob
+from testing.cases import make_head
 
 
 @pytest.mark.parametrize(

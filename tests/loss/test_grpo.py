@@ -7,7 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import (
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import longgrpo.loss.grpo as grpo
+from longgrpo import GRPOLossConfig, LinearGRPOLoss, grpo_loss, linear_grpo_loss, linear_logprob
+from longgrpo.loss import reference
+from longgrpo.loss.flatten import rows_known_on_host
+from longgrpo.loss.types import KL_ESTIMATORS, LOSS_TYPES
+from testing.cases import (
     DTYPES,
     NO_CORRECTION,
     Head,
@@ -19,14 +27,6 @@ from cases import (
     make_head,
     relative_error,
 )
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-
-import longgrpo.loss.grpo as grpo
-from longgrpo import GRPOLossConfig, LinearGRPOLoss, grpo_loss, linear_grpo_loss, linear_logprob
-from longgrpo.loss import reference
-from longgrpo.loss.flatten import rows_known_on_host
-from longgrpo.loss.types import KL_ESTIMATORS, LOSS_TYPES
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, Head, heads, make_head, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longgrpo import linear_logprob
+from testing.cases import DTYPES, Head, heads, make_head, relative_error
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 

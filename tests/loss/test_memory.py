@@ -1,12 +1,10 @@
 """Peak memory, in a fresh process each: the workspace, the gradients, and a word or two a token."""
 
 import functools
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from memory import in_fresh_process
 
 MIB = 1 << 20

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from cases import make_batch, make_head
 from torch.utils.checkpoint import checkpoint
 
 from longgrpo import GRPOLossConfig, OffPolicyCorrection, grpo_loss, linear_grpo_loss, linear_logprob
 from longgrpo._ops import loss as loss_ops
 from longgrpo.loss.config import packed
+from testing.cases import make_batch, make_head
 
 ops = torch.ops.longgrpo
 HEAD = (None, None, 1.0, 0.0, 1.0)  # bias, token_temperature, temperature, softcap, logit_scale
@@ -89,8 +90,9 @@ def compiled_equals_eager() -> None:
 
 
 def test_torch_compile_takes_the_ops():
-    code = "import sys; sys.path.insert(0, 'tests/loss'); import test_ops; test_ops.compiled_equals_eager()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=500)
+    code = "import test_ops; test_ops.compiled_equals_eager()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=500)
 
 
 def test_import_needs_torch_alone():

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from cases import make_batch, make_head, relative_error
 from torch.distributed.device_mesh import init_device_mesh
 
 from longgrpo import GRPOLossConfig, linear_grpo_loss, linear_logprob
+from testing.cases import make_batch, make_head, relative_error
 
 ROWS = (0, 37, 100)  # the vocabulary's shards, of unequal size
 
@@ -132,10 +131,11 @@ def run_here() -> None:
 
 def test_two_ranks_give_the_numbers_of_one(tmp_path):
     """Two processes, which meet in a file: no port to collide with."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_parallel as t; t.run_here()"
+    code = "import test_parallel as t; t.run_here()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "STORE": str(tmp_path / "store")}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", code], env={**os.environ, "RANK": str(rank), "STORE": str(tmp_path / "store")},
+            [sys.executable, "-c", code], env={**environment, "RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from cases import make_batch, make_head, relative_error
 
 from longgrpo import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_logprob
 from longgrpo.loss.types import KL_ESTIMATORS, LOSS_TYPES
+from testing.cases import make_batch, make_head, relative_error
 
 SAMPLED_KL = [kl for kl in KL_ESTIMATORS if not kl.startswith("exact")]
 

@@ -6,12 +6,12 @@ import functools
 import os
 from pathlib import Path
 
-import compiled
 import torch
-from compiled import ROOT
 from torch import Tensor
 
 from longgrpo._ops.loss import METRICS
+from testing import compiled
+from testing.compiled import ROOT
 
 HERE = Path(__file__).parent
 BUILD = ROOT / "build" / "native" / "kernels"

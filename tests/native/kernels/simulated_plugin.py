@@ -4,12 +4,12 @@
 --simulated-schedule forward, reverse or shuffled. --simulated-examples caps what hypothesis tries.
 """
 
-import cases
 import simulated
 import torch
 from hypothesis import settings
 
 import longgrpo._ops.loss  # noqa: F401 - the ops exist before they are replaced
+from testing import cases
 
 _make_head = cases.make_head
 

@@ -152,7 +152,7 @@ def score(h, chunk: int, rows: int = 16, **needs):
 
 def test_both_tilings_give_the_same_bits():
     """Whole rows and chunks of 32768 columns, with and without a gradient: on policy the ratio is exactly 1."""
-    from cases import make_head
+    from testing.cases import make_head
 
     h = make_head(1, 20, 8, 70_001, torch.bfloat16, spread=4.0)
     whole = score(h, 0)
@@ -163,7 +163,7 @@ def test_both_tilings_give_the_same_bits():
 
 def test_backward_of_a_frozen_head_in_chunks():
     """No scale goes out with it: the direction is dL/dhidden itself."""
-    from cases import make_head, relative_error
+    from testing.cases import make_head, relative_error
 
     h = make_head(2, 20, 8, 300, ignored=0.2)
     c = torch.randn(20)

@@ -18,7 +18,7 @@ SUITES = [f"tests/loss/test_{name}.py" for name in ("grpo", "rules", "linear", "
 
 
 def run_suite(*options: str, suites: list[str] = SUITES, left_out: str = LEFT_OUT, **environment: str) -> None:
-    path = os.pathsep.join([str(HERE), str(ROOT / "tests" / "loss"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(HERE), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "simulated_plugin", "-p", "no:cacheprovider", "-W", "ignore",
          "-k", left_out, *suites, *options],
