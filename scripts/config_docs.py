@@ -1,4 +1,4 @@
-"""Renders docs/config.md from the dataclasses of the config: python scripts/config_docs.py > docs/config.md"""
+"""Writes docs/config.md from the dataclasses of the config: python scripts/config_docs.py"""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import itertools
 import re
 import textwrap
 import typing
+from pathlib import Path
 from typing import Any
 
 from longgrpo.config.run import TrainConfig
 
+PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 HEAD = """# The config of a run
 
 A config is one YAML file. `longgrpo train CONFIG.yaml --group.key VALUE` overrides any key (the value is YAML, and a
 number indexes a list: `--rewards.0.weight 0.5`), `--print-config` shows the whole config with its defaults, and a typo
-is answered with the nearest key. `python scripts/config_docs.py > docs/config.md` renders this page from the
-dataclasses.
+is answered with the nearest key. `python scripts/config_docs.py` writes this page from the dataclasses.
 
 The defaults of the loss and the algorithm are those of TRL 1.16's `GRPOConfig`, except for these:
 
@@ -134,4 +135,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(render(), end="")
+    PAGE.write_text(render())
