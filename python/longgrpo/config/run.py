@@ -13,6 +13,7 @@ from longgrpo.config.check import require
 from longgrpo.config.loss import LossConfig
 from longgrpo.config.model import LoraConfig, ModelConfig
 from longgrpo.config.overrides import explain, field_names, parse_overrides, set_key
+from longgrpo.config.paths import make_absolute
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.task import RewardConfig, TaskConfig
 from longgrpo.config.train import LoopConfig, MemoryConfig
@@ -108,6 +109,7 @@ class TrainConfig:
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
     """Reads a YAML file, applies overrides such as `--train.steps 5` or `--train.steps=5`, and validates the result.
+    Relative paths are those of the file, or of the shell's folder (longgrpo.config.paths).
 
     Raises ConfigError, which names the file, the key, the value and the remedy.
     """
@@ -120,8 +122,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(field_names(TrainConfig))}")
+    make_absolute(tree, path.parent)
     for key, value in parse_overrides(overrides or []):
         set_key(tree, key, value)
+    make_absolute(tree, Path())
     return build_config(tree, str(path))
 
 
