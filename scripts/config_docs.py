@@ -19,8 +19,8 @@ HEAD = """# The config of a run
 
 A config is one YAML file. `longgrpo train CONFIG.yaml --group.key VALUE` overrides any key (the value is YAML, and a
 number indexes a list: `--rewards.0.weight 0.5`), `--print-config` shows the whole config with its defaults, and a typo
-is answered with the nearest key. Relative paths in the file are relative to it, those on the command line to the current
-folder. `python scripts/config_docs.py` writes this page from the dataclasses.
+is answered with the nearest key. Relative paths in the file are relative to it, those on the command line to the
+current folder. `python scripts/config_docs.py` writes this page from the dataclasses.
 
 The defaults of the loss and the algorithm are those of TRL 1.16's `GRPOConfig`, except for these:
 
