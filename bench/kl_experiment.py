@@ -1,6 +1,6 @@
 """The KL term's estimators against each other, in training: `make experiment`, which goes on where it was stopped.
 
-Each run is `longgrpo train examples/smollm2-arithmetic.yaml` with one estimator, one beta and one seed. What is kept of
+Each run is `longgrpo train examples/diseased.yaml` with one estimator, one beta and one seed. What is kept of
 it (curves, held-out accuracy) goes to docs/experiments/kl.json; a run that stands there is not made again. Then the
 distance of each estimator's expected gradient from the divergence's own is worked out, over the whole vocabulary, on
 what a trained policy samples, and the tables and curves of docs/experiments/kl.md are drawn anew.
@@ -25,6 +25,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from curves import Curves, curves_of, draw, solved_in, splice
 from torch import Tensor
 
 from longgrpo.loss.reference import kl_estimate, log_softmax_rows
@@ -36,7 +37,7 @@ from longgrpo.train.losses import hidden_states
 from longgrpo.train.update import batches_of
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "smollm2-arithmetic.yaml"
+EXAMPLE = ROOT / "examples" / "diseased.yaml"
 PAGE = ROOT / "docs" / "experiments" / "kl.md"
 REFERENCE = "k3 (reference)"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -113,13 +114,12 @@ def reference_run(runs: Path, beta: float, seeds: Sequence[int], steps: int) -> 
 
 def kept(directory: Path) -> dict[str, Any]:
     summary = json.loads((directory / "summary.json").read_text())
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    solved = {
-        when: [int(s >= 1.0) for s in json.loads((directory / f"eval_{when}.json").read_text())["scores"]]
-        for when in ("before", "after")
+    return {
+        "versions": summary["versions"],
+        "seconds": round(summary["seconds"]),
+        "solved": {when: solved_in(directory, when) for when in ("before", "after")},
+        "curves": curves_of(directory, list(CURVES)),
     }
-    curves = {name: [round(r[name], 5) for r in records if r["step"] > 0] for name in CURVES}
-    return {"versions": summary["versions"], "seconds": round(summary["seconds"]), "solved": solved, "curves": curves}
 
 
 # ---- the expected gradient
@@ -217,37 +217,18 @@ def gradient_table(found: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-def draw(records: Sequence[dict[str, Any]], beta: float, path: Path) -> None:
-    """A panel a metric: the seeds' mean, and a band over what they span."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "longgrpo", "svg.fonttype": "none"}  # the same file for the same numbers
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(CURVES), figsize=(12, 3.4), layout="constrained")
-    for panel, (name, title) in zip(panels, CURVES.items(), strict=True):
-        for variant in VARIANTS:
-            curves = [r["curves"][name] for r in records if r["variant"] == variant and r["beta"] == beta]
-            if not curves:
-                continue
-            values = torch.tensor(curves).unfold(1, 3, 1).mean(-1)  # [S, steps - 2]: a running mean over three steps
-            steps = range(2, 2 + values.shape[1])
-            panel.plot(steps, values.mean(0), label=variant)
-            panel.fill_between(steps, values.amin(0), values.amax(0), alpha=0.12, linewidth=0)
-        panel.set(title=title, xlabel="step")
-    panels[0].legend(fontsize=7)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+def curves(records: Sequence[dict[str, Any]], beta: float) -> dict[str, dict[str, Curves]]:
+    """Of each variant that was run: a curve a seed for each metric."""
+    some = {v: [r["curves"] for r in records if r["variant"] == v and r["beta"] == beta] for v in VARIANTS}
+    return {v: {name: [c[name] for c in seeds] for name in CURVES} for v, seeds in some.items() if seeds}
 
 
 def write_page(results: dict[str, Any]) -> None:
-    """Replaces what lies between the page's markers."""
     records = results["runs"]
     parts = []
     for beta in sorted({r["beta"] for r in records}):
         image = PAGE.with_name(f"kl-beta-{beta:g}.svg")
-        draw(records, beta, image)
+        draw(CURVES, curves(records, beta), image)
         parts += [
             f"### beta = {beta:g}",
             "",
@@ -258,9 +239,7 @@ def write_page(results: dict[str, Any]) -> None:
         ]
     if found := results.get("distances"):
         parts += ["### The expected gradient", "", *gradient_table(found), ""]
-    before, begin, rest = PAGE.read_text().partition("<!-- results -->\n")
-    _, end, after = rest.partition("<!-- end of results -->")
-    PAGE.write_text("".join([before, begin, "\n", "\n".join(parts), end, after]))
+    splice(PAGE, parts)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Kills a run with SIGKILL at random moments, resumes it, and compares it with the run that was not killed.
 
-    python bench/resume.py examples/smollm2-arithmetic.yaml --kills 3 --train.steps 6 --train.save_steps 2
+    python bench/resume.py examples/smollm2-sums.yaml --kills 3 --train.steps 6 --train.save_steps 2
 
 Prints each moment and, at the end, what differs: nothing, or the names of the files. The exit status says the same.
 """

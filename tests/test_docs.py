@@ -196,7 +196,7 @@ def user(tmp_path, monkeypatch):
 def mine(user):
     run = Path("runs/mine")
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text(dump_config(load_config("examples/smollm2-arithmetic.yaml")))
+    (run / "config.yaml").write_text(dump_config(load_config("examples/smollm2-sums.yaml")))
 
 
 @pytest.mark.parametrize("block", SHELL)
@@ -208,8 +208,8 @@ def test_shell(block, mine):
     "line",
     [
         "curl example.org", "longgrpo fly", "make nothing", "pytest tests/nowhere", "cmake --preset slow",
-        "longgrpo train examples/smollm2-arithmetic.yaml --train.stepz 5", "longgrpo eval runs/mine --checkpiont best",
-        "python bench/resume.py examples/smollm2-arithmetic.yaml --kills many",
+        "longgrpo train examples/smollm2-sums.yaml --train.stepz 5", "longgrpo eval runs/mine --checkpiont best",
+        "python bench/resume.py examples/smollm2-sums.yaml --kills many",
     ],
 )  # fmt: skip
 def test_a_wrong_command_is_caught(line, mine):

@@ -21,7 +21,7 @@ def test_what_is_printed_reads_back_the_same(path, tmp_path):
 
 
 def test_the_example_is_valid():
-    config = load_config(ROOT / "examples" / "smollm2-arithmetic.yaml")
+    config = load_config(ROOT / "examples" / "smollm2-sums.yaml")
     assert config.train.learning_rate == 1e-3
     assert config.loss.loss_type == "dapo"
     assert len(config.rewards) == 2

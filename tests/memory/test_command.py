@@ -117,7 +117,7 @@ def test_targets():
 
 
 def test_train_refuses_what_cannot_fit(tmp_path, capsys):
-    config = yaml.safe_load((EXAMPLES / "smollm2-arithmetic.yaml").read_text())
+    config = yaml.safe_load((EXAMPLES / "smollm2-sums.yaml").read_text())
     config["rollout"]["kv_cache_gib"] = 10_000
     config["rollout"]["engine"] = "vllm"
     file = tmp_path / "huge.yaml"

@@ -12,8 +12,8 @@ import torch
 
 from testing import ROOT
 
-EXAMPLE = ROOT / "examples" / "smollm2-arithmetic.yaml"
-SMALLER = ["--task.eval_n", "24", "--task.eval_prefill", "null", "--train.probe_prompts", "4"]
+EXAMPLE = ROOT / "examples" / "smollm2-sums.yaml"
+SMALLER = ["--task.eval_n", "24", "--train.probe_prompts", "4"]
 
 
 @pytest.fixture(scope="module")
