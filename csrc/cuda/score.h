@@ -17,11 +17,12 @@ struct ScorePlan {
   int64_t bytes() const { return tile_rows * row_bytes + fixed_bytes; }
 };
 
+constexpr int kScoreCapability = 80;  // the first to have its instructions
+
 // Whether the kernel knows these operands and this card has its instructions.
 inline bool can_score(const HeadInputs& in, const Chip& chip) {
-  constexpr int kFirstCapability = 80;
   return in.hidden_dtype == in.weight_dtype && in.hidden_dtype != Dtype::f32 && !in.reference() &&
-         chip.capability >= kFirstCapability;
+         chip.capability >= kScoreCapability;
 }
 
 // One wave of blocks a launch, two a multiprocessor: no more rows than L2 keeps the hidden states of, and the
