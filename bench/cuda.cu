@@ -99,7 +99,13 @@ struct CublasRuntime {
   const Chip& chip() const { return chip_; }
   Stream stream() const { return nullptr; }
   CudaPlan plan(const CudaWish& wish, int64_t limit_bytes) const { return plan_cuda(wish, limit_bytes, chip_); }
+  std::optional<ScorePlan> score_plan(const HeadShape& shape, const HeadInputs& in, int64_t limit_bytes) const {
+    if (!scores_itself || !can_score(in, chip_)) return {};
+    return plan_score(shape, limit_bytes, chip_);
+  }
   void gemm(const Operand& a, const Operand& b, float* c, int64_t c_stride) const { blas.gemm(a, b, c, c_stride); }
+
+  bool scores_itself = false;  // with score.cu's kernel in place of the library's GEMM
 
   // One allocation, kept, as torch's allocator would.
   struct Scratch {
@@ -212,7 +218,7 @@ struct HeadBuffers {
 };
 
 bench::Case head_case(CublasRuntime& runtime, const std::shared_ptr<HeadBuffers>& b, const std::string& name,
-                      bool gradient, bool trains_head, int64_t workspace) {
+                      bool gradient, bool trains_head, int64_t workspace, bool scores_itself = false) {
   const auto [n, h, v] = b->shape;
   const double gemm = 2.0 * double(n) * double(h) * double(v);
   const auto run = [=, &runtime](int input) {
@@ -232,6 +238,7 @@ bench::Case head_case(CublasRuntime& runtime, const std::shared_ptr<HeadBuffers>
                           .direction = gradient ? b->direction.data() : nullptr,
                           .scale = gradient ? scores + b->shape.tokens : nullptr,
                           .dweight = trains_head ? b->dweight.data<float>() : nullptr};
+    runtime.scores_itself = scores_itself;
     CudaDevice<CublasRuntime>(runtime, b->shape, workspace, b->shape.tokens).pass(in, out, RowLoss{});
   };
   const double hidden_bytes = double(b->direction.bytes()), weight_bytes = double(b->weight.bytes());
@@ -258,10 +265,12 @@ int main(int argc, char** argv) try {
   for (const bench::Case& c : row_cases(o, runtime.chip())) report.add(c, measure(c), top, o.about);
   const auto buffers = std::make_shared<HeadBuffers>(o);
   const int64_t workspace = o.workspace << 20;
-  for (const bench::Case& c : {head_case(runtime, buffers, "head, scoring", false, false, workspace),
-                               head_case(runtime, buffers, "head, frozen", true, false, workspace),
-                               head_case(runtime, buffers, "head, trained", true, true, workspace)})
-    report.add(c, measure(c), top, o.about);
+  std::vector<bench::Case> cases = {head_case(runtime, buffers, "head, scoring", false, false, workspace),
+                                    head_case(runtime, buffers, "head, frozen", true, false, workspace),
+                                    head_case(runtime, buffers, "head, trained", true, true, workspace)};
+  if (runtime.chip().capability >= kScoreCapability)
+    cases.push_back(head_case(runtime, buffers, "head, scoring, tensor cores", false, false, workspace, true));
+  for (const bench::Case& c : cases) report.add(c, measure(c), top, o.about);
   return 0;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "bench_cuda: %s\n", error.what());

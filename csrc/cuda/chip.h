@@ -10,6 +10,7 @@ using Stream = void*;  // a cudaStream_t
 struct Chip {
   int multiprocessors;
   int64_t shared_memory;  // that one block can have, bytes
+  int capability = 0;     // 80 for sm_80; 0: not asked for
 };
 
 // Makes the device current for the kernels, which have a CUDA runtime of their own beside torch's.

@@ -3,6 +3,7 @@
 //   runtime.gemm(a, b, c, c_stride)    c = a b with fp32 accumulation and output, any strides, on runtime.stream()
 //   runtime.chip()                     of the device that the pass runs on
 //   runtime.plan(wish, limit_bytes)    plan_cuda, unless a test wants a tiling of its own
+//   runtime.score_plan(shape, inputs, limit_bytes)   nothing, unless score.h's kernel was asked for and can_score
 //   auto memory = runtime.scratch(bytes)   memory.data(), freed with `memory` in the order of the stream
 //
 // No value on the device is read by the host. Rows are visited in the order they have; a row without a target, outside
@@ -14,6 +15,7 @@
 #include "../head/flash_pass.h"
 #include "../head/head_pass.h"
 #include "launch.h"
+#include "score.h"
 
 namespace longgrpo {
 
@@ -307,7 +309,11 @@ class CudaDevice {
     return {active_};
   }
 
+  // A pass of its own; those of a fused loss take one path, since their logp meet in ratios.
   void pass(const HeadInputs& in, const HeadOutputs& out, const RowLoss& loss) const {
+    if (!out.gradient() && shape_.tokens > 0)
+      if (const std::optional<ScorePlan> plan = runtime_.score_plan(shape_, in, workspace_))
+        return score_pass(runtime_, *plan, shape_, in, out, loss);
     pass(in, out, loss, {shape_.tokens});
   }
 

@@ -1,5 +1,6 @@
 // The one place that knows CUDA from the simulator (tests/native/kernels/simulator.h). Kernels are written against:
-//   KERNEL(threads) void name(Parameters p)   a kernel that is launched with at most so many threads a block
+//   KERNEL(threads) void name(Parameters p)   a kernel that is launched with at most so many threads a block;
+//                                             KERNEL(threads, n): registers such that n blocks fit a multiprocessor
 //   DEVICE                                    a device function
 //   SHARED(T[n], name)                        static shared memory, not initialized
 //   DYNAMIC_SHARED(T, name)                   T* to the launch's dynamic shared memory
@@ -28,7 +29,7 @@ constexpr unsigned kFullMask = 0xffffffffu;
 #include <stdexcept>
 #include <string>
 
-#define KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define DEVICE __device__ __forceinline__
 // Bytes, because a type with initializers may not be __shared__.
 #define SHARED(type, name)                                           \

@@ -74,6 +74,34 @@ void launch_finish(const RowTile& tile, const RowOutputs& out, const ChunkState*
 void launch_rescale_add(float* sums, const float* product, const ChunkState* state, int64_t rows, int64_t hidden,
                         Stream stream);
 
+// ---- scoring on the tensor cores (see score.cu) ----
+
+constexpr int kScoreTileRows = 128;
+constexpr int64_t kScoreSegment = 512;  // columns that are summed by themselves, however the vocabulary is split
+constexpr int64_t kScoreParts = 2;      // of a segment's columns, a warp each
+
+// An OnlineSoftmax over one part of a row's columns, the target's left out.
+struct ScorePart {
+  float highest, sum, weighted;
+};
+
+LONGGRPO_HD int64_t score_parts(int64_t vocabulary) {
+  return (vocabulary + kScoreSegment - 1) / kScoreSegment * kScoreParts;
+}
+
+struct ScoreTile {
+  RowTile tile;  // its logits are null
+  const void* hidden;
+  const void* weight;  // both in the dtype of the launch, [tokens, hidden_size] and [vocabulary, hidden_size]
+  int64_t hidden_size;
+  ScorePart* parts;  // scratch [rows, score_parts(vocabulary)]
+  float* target_x;   // scratch [rows]: the target's transformed logit
+};
+
+// logp and entropy of whole rows of bf16 or fp16 operands; blocks share the vocabulary in at most `splits` ranges of
+// segments, and any number of them gives the same bits. Needs sm_80.
+void launch_score(const ScoreTile& in, Dtype dtype, int64_t splits, const RowOutputs& out, Stream stream);
+
 // ---- matrices ----
 
 // to[i, j] = scale_i from[i, j], 0 if scale_i is 0, and from[i, j] itself if `scale` is null. In place is fine.

@@ -37,6 +37,7 @@ class CudaRuntime {
   const Chip& chip() const { return chip_; }
   Stream stream() const { return stream_; }
   CudaPlan plan(const CudaWish& wish, int64_t limit_bytes) const { return plan_cuda(wish, limit_bytes, chip_); }
+  std::optional<ScorePlan> score_plan(const HeadShape&, const HeadInputs&, int64_t) const { return {}; }
 
   // fp32 operands follow torch's own setting of TF32 (off unless torch.backends.cuda.matmul.allow_tf32 says so).
   void gemm(const Operand& a, const Operand& b, float* c, int64_t c_stride) const {

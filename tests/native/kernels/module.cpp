@@ -15,8 +15,10 @@ using namespace longgrpo;
 
 namespace {
 
-Chip chip{4, 100 << 10};
+constexpr int kCapability = 80;
+Chip chip{4, 100 << 10, kCapability};
 int64_t forced_rows = 0, forced_chunk = 0;  // 0: what the rule says
+int64_t forced_splits = -1;                 // of score.cu's kernel; 0: as its plan says, -1: another kernel
 int64_t multiply_adds = 0;                  // of all GEMMs so far
 
 float element(const Operand& m, int64_t i, int64_t j) {
@@ -54,6 +56,13 @@ struct SimulatedRuntime {
     if (forced_rows == 0) return plan_cuda(wish, limit_bytes, ::chip);
     CudaPlan plan = forced_chunk && wish.can_chunk() ? row_chunks(wish, forced_chunk) : whole_rows(wish);
     plan.tile_rows = forced_rows;
+    return plan;
+  }
+
+  std::optional<ScorePlan> score_plan(const HeadShape& shape, const HeadInputs& in, int64_t limit_bytes) const {
+    if (forced_splits < 0 || !can_score(in, ::chip)) return {};
+    ScorePlan plan = plan_score(shape, limit_bytes, ::chip);
+    if (forced_splits > 0) plan.splits = forced_splits;
     return plan;
   }
 
@@ -150,7 +159,16 @@ Chip use_device(int) { return ::chip; }
 
 PYBIND11_MODULE(longgrpo_kernels, m) {
   m.def("set_schedule", [](int schedule) { sim::schedule = sim::Schedule(schedule); });
-  m.def("set_chip", [](int multiprocessors, int64_t shared) { chip = {multiprocessors, shared}; });
+  m.def(
+      "set_chip",
+      [](int multiprocessors, int64_t shared, int capability) { chip = {multiprocessors, shared, capability}; },
+      py::arg("multiprocessors"), py::arg("shared"), py::arg("capability") = kCapability);
+  m.def("force_score", [](int64_t splits) { forced_splits = splits; });
+  m.def("shared_accesses", [] { return std::make_pair(sim::shared_accesses.warps, sim::shared_accesses.conflicts); });
+  m.def("score_plan", [](int64_t n, int64_t h, int64_t v, int64_t workspace) {
+    const ScorePlan p = plan_score({n, h, v}, workspace, chip);
+    return std::make_tuple(p.tile_rows, p.splits, p.bytes());
+  });
   m.def("force_tiles", [](int64_t rows, int64_t chunk) { forced_rows = rows, forced_chunk = chunk; });
   m.def("multiply_adds", [] { return multiply_adds; });
   m.def("launches", [] { return sim::launches; });

@@ -1,6 +1,7 @@
 """pytest -p simulated_plugin: the loss ops on the CPU become the CUDA path on the simulator, for any test of the loss.
 
 --simulated-tiles ROWS,CHUNK forces a tiling: rows of a tile, and columns of a chunk (0: whole rows).
+--simulated-score: calls without a gradient are scored by the tensor-core kernel where it can.
 --simulated-schedule forward, reverse or shuffled. --simulated-examples caps what hypothesis tries.
 """
 
@@ -27,6 +28,7 @@ _SIMULATED = torch.library.Library("longgrpo", "IMPL")
 
 def pytest_addoption(parser):
     parser.addoption("--simulated-tiles", default="0,0")
+    parser.addoption("--simulated-score", action="store_true")
     parser.addoption("--simulated-schedule", default="forward", choices=simulated.SCHEDULES)
     parser.addoption("--simulated-examples", type=int, default=50)
 
@@ -36,6 +38,7 @@ def pytest_configure(config):
         _SIMULATED.impl(name, getattr(simulated, name), "CPU", allow_override=True)
     simulated.replaced = True
     simulated.kernels().force_tiles(*map(int, config.getoption("--simulated-tiles").split(",")))
+    simulated.kernels().force_score(0 if config.getoption("--simulated-score") else -1)
     simulated.kernels().set_schedule(simulated.SCHEDULES[config.getoption("--simulated-schedule")])
 
 

@@ -45,13 +45,22 @@ constexpr int kMaxThreads = 1024;
 
 enum class State { ready, at_barrier, at_exchange, done };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, group;
+};
+
 struct Fiber {
   void* stack_pointer;
   State state;
   int line;
   unsigned mask;
-  int lane_mask;
-  uint64_t value;
+  Act act;
+  void* argument;
+  int groups;                     // of copies, closed so far
+  std::vector<Copy> copies;       // on their way
+  std::vector<uintptr_t> stores;  // 16 bytes of shared memory each, since the last barrier
 };
 
 struct Block {
@@ -112,7 +121,7 @@ void create(Fiber& fiber, int thread) {
   void** frame = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t{15}) - 1;
   *--frame = reinterpret_cast<void*>(&enter);  // returned into, as if it had been called: 16-byte alignment is off by 8
   for (int i = 0; i < 6; ++i) *--frame = nullptr;
-  fiber = {frame, State::ready, 0, 0, 0, 0};
+  fiber = {frame, State::ready, 0, 0, nullptr, nullptr, 0, {}, {}};
 }
 
 void resume(int thread) {
@@ -131,39 +140,52 @@ void arrange(std::vector<Integer>& order, size_t n) {
   if (schedule == Schedule::shuffled) std::shuffle(order.begin(), order.end(), random_order);
 }
 
-// Whether some warp had all the lanes of an exchange together.
-bool exchange_lanes() {
-  bool any = false;
-  const int threads = int(block.fibers.size());
-  for (int first = 0; first < threads; first += 32) {
-    Fiber* lanes = block.fibers.data() + first;
-    const int count = std::min(32, threads - first);
-    for (int i = 0; i < count; ++i) {
-      if (lanes[i].state != State::at_exchange) continue;
-      const unsigned mask = lanes[i].mask;
-      if (count < 32 && (mask >> count) != 0)
-        throw std::runtime_error(where(first + i) + ": the mask names lanes that are not there");
-      if (!(mask >> i & 1)) throw std::runtime_error(where(first + i) + ": the mask leaves out its own lane");
-      bool complete = true;
-      for (int k = 0; k < count; ++k)
-        complete &= !(mask >> k & 1) ||
-                    (lanes[k].state == State::at_exchange && lanes[k].mask == mask && lanes[k].line == lanes[i].line);
-      if (!complete) continue;
-      uint64_t results[32];
-      for (int k = 0; k < count; ++k) {
-        const int from = k ^ lanes[k].lane_mask;
-        if (mask >> k & 1) results[k] = from < count && (mask >> from & 1) ? lanes[from].value : ~uint64_t{0};
-      }
-      for (int k = 0; k < count; ++k)
-        if (mask >> k & 1) lanes[k].value = results[k], lanes[k].state = State::ready;
-      any = true;
+// The k-th store of each of eight lanes since the last barrier is one instruction.
+void count_stores() {
+  for (size_t first = 0; first < block.fibers.size(); first += 8) {
+    for (size_t k = 0;; ++k) {
+      uintptr_t at[8];
+      int n = 0;
+      for (size_t i = first; i < std::min(first + 8, block.fibers.size()); ++i)
+        if (k < block.fibers[i].stores.size()) at[n++] = block.fibers[i].stores[k];
+      if (n == 0) break;
+      count_banks(at, n);
     }
+  }
+  for (Fiber& fiber : block.fibers) fiber.stores.clear();
+}
+
+// Whether a warp had all the lanes of an operation together.
+bool act_together(int first) {
+  const int count = std::min(kWarp, int(block.fibers.size()) - first);
+  Fiber* const lanes = block.fibers.data() + first;
+  bool any = false;
+  for (int i = 0; i < count; ++i) {
+    if (lanes[i].state != State::at_exchange) continue;
+    const Fiber& mine = lanes[i];
+    if (count < kWarp && (mine.mask >> count) != 0)
+      throw std::runtime_error(where(first + i) + ": the mask names lanes that are not there");
+    if (!(mine.mask >> i & 1)) throw std::runtime_error(where(first + i) + ": the mask leaves out its own lane");
+    bool complete = true;
+    void* arguments[kWarp] = {};
+    for (int k = 0; k < count; ++k) {
+      if (!(mine.mask >> k & 1)) continue;
+      complete &= lanes[k].state == State::at_exchange && lanes[k].mask == mine.mask && lanes[k].line == mine.line &&
+                  lanes[k].act == mine.act;
+      arguments[k] = lanes[k].argument;
+    }
+    if (!complete) continue;
+    mine.act(arguments, count);
+    for (int k = 0; k < count; ++k)
+      if (arguments[k]) lanes[k].state = State::ready;
+    any = true;
   }
   return any;
 }
 
 // All threads at one barrier go on. False: the block is done.
 bool release_barrier() {
+  count_stores();
   int waiting = 0, done = 0, stuck = -1;
   for (int i = 0; i < int(block.fibers.size()); ++i) {
     const Fiber& fiber = block.fibers[size_t(i)];
@@ -179,19 +201,31 @@ bool release_barrier() {
   return true;
 }
 
+// Every lane of a warp as far as it gets alone, and then what they do together. False: they wait for other warps.
+bool run_warp(int first) {
+  arrange(block.order, std::min(size_t(kWarp), block.fibers.size() - size_t(first)));
+  for (int i : block.order)
+    if (block.fibers[size_t(first + i)].state == State::ready) resume(first + i);
+  return act_together(first);
+}
+
+void run_to_barrier() {
+  std::vector<int> warps;
+  arrange(warps, (block.fibers.size() + kWarp - 1) / kWarp);
+  while (!warps.empty()) {
+    const size_t next = schedule == Schedule::shuffled ? random_order() % warps.size() : 0;
+    if (!run_warp(warps[next] * kWarp)) warps.erase(warps.begin() + ptrdiff_t(next));
+  }
+}
+
 void run_block(int threads, int64_t shared) {
   block.shared.clear();
   block.dynamic.reset(shared ? new char[size_t(shared)] : nullptr);
   if (shared) std::memset(block.dynamic.get(), 0xff, size_t(shared));  // NaN
   block.fibers.resize(size_t(threads));
   for (int i = 0; i < threads; ++i) create(block.fibers[size_t(i)], i);
-  do {
-    do {
-      arrange(block.order, size_t(threads));
-      for (int i : block.order)
-        if (block.fibers[size_t(i)].state == State::ready) resume(i);
-    } while (exchange_lanes());
-  } while (release_barrier());
+  do run_to_barrier();
+  while (release_barrier());
 }
 
 }  // namespace
@@ -218,11 +252,35 @@ void barrier(int line) {
   yield(State::at_barrier);
 }
 
-uint64_t exchange(unsigned mask, uint64_t value, int lane_mask, int line) {
+void together(unsigned mask, Act act, void* argument, int line) {
   Fiber& self = block.fibers[size_t(block.current)];
-  self.mask = mask, self.value = value, self.lane_mask = lane_mask, self.line = line;
+  self.mask = mask, self.act = act, self.argument = argument, self.line = line;
   yield(State::at_exchange);
-  return self.value;
+}
+
+void copy_async(void* to, const void* from, int bytes) {
+  Fiber& self = block.fibers[size_t(block.current)];
+  std::memset(to, 0xff, 16);
+  self.copies.push_back({to, from, bytes, self.groups});
+  self.stores.push_back(reinterpret_cast<uintptr_t>(to));
+}
+
+void commit_copies() { ++block.fibers[size_t(block.current)].groups; }
+
+void wait_copies(int groups) {
+  Fiber& self = block.fibers[size_t(block.current)];
+  const auto lands = [&](const Copy& copy) { return copy.group < self.groups - groups; };
+  for (const Copy& copy : self.copies) {
+    if (!lands(copy)) continue;
+    std::memset(copy.to, 0, 16);
+    std::memcpy(copy.to, copy.from, size_t(copy.bytes));
+  }
+  std::erase_if(self.copies, lands);
+}
+
+void store_shared(void* to, const void* from) {
+  std::memcpy(to, from, 16);
+  block.fibers[size_t(block.current)].stores.push_back(reinterpret_cast<uintptr_t>(to));
 }
 
 void run(const char* name, int64_t grid, int threads, int64_t shared, const std::function<void()>& body) {

@@ -14,7 +14,7 @@ import pytest
 from simulated import ROOT
 
 KERNELS = ROOT / "csrc" / "cuda"
-SOURCES = ("rows", "flash", "matrix", "token_loss")
+SOURCES = ("rows", "flash", "matrix", "score", "token_loss")
 ARCHITECTURES = ("80", "90a")
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -86,3 +86,20 @@ def test_rows_are_read_in_16_bytes(code, source, kernel):
     for name, instructions in kernels.items():
         wide = [i for i in instructions if re.search(r"\bLDG\.E(\.\w+)*\.128\b", i)]
         assert len(wide) >= 4, name
+
+
+def test_scoring_runs_on_the_tensor_cores(code):
+    """64 products and 16 ldmatrix a step; copies are asynchronous where rows lie on 16 bytes; two blocks fit."""
+    kernels = {k: v for k, v in functions(code["score"][1]).items() if "score_kernel" in k}
+    assert len(kernels) == 8
+    for name, instructions in kernels.items():
+        count = {word: sum(word in i for i in instructions) for word in ("HMMA.16816.F32", "LDSM", "LDGSTS")}
+        assert count["HMMA.16816.F32"] == 64, name
+        assert count["LDSM"] == 16, name
+        wide = name.endswith("ELb1EEEvNS_9ScoreTileEii")
+        assert (count["LDGSTS"] >= 8) is wide, name
+        assert not wide or not [i for i in instructions if "LDGSTS" in i and ".128" not in i], name
+    report = re.findall(r"score_kernel\S+' for '\S+'\n.*\n.*\n?.*Used (\d+) registers", code["score"][0])
+    registers = 65_536
+    assert len(report) == 8, code["score"][0]
+    assert all(2 * 128 * -(-int(used) // 8) * 8 <= registers for used in report)

@@ -31,6 +31,11 @@ def test_as_the_rule_tiles():
     run_suite("--simulated-schedule", "reverse", "--simulated-examples", "15")
 
 
+def test_scoring_on_the_tensor_cores():
+    run_suite("--simulated-score", "--simulated-schedule", "shuffled", "--simulated-examples", "15",
+              suites=["tests/loss/test_linear.py"])  # fmt: skip
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("rows", "chunk"), [(16, 0), (16, 64)], ids=["whole rows", "chunks"])
 def test_small_tiles(rows, chunk):
