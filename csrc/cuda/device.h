@@ -1,10 +1,12 @@
 // The one place that knows CUDA from the simulator (tests/native/kernels/simulator.h). Kernels are written against:
-//   KERNEL(threads) void name(Parameters p)   a kernel that is launched with at most so many threads a block
+//   KERNEL(threads) name(Parameters p)   a kernel that is launched with at most so many threads a block
+//   KERNEL(threads, blocks) name(...)    the same, with registers for so many blocks a multiprocessor
 //   DEVICE                                    a device function
 //   SHARED(T[n], name)                        static shared memory, not initialized
 //   DYNAMIC_SHARED(T, name)                   T* to the launch's dynamic shared memory
 //   launch(name, kernel, grid, block, shared bytes, stream, parameters...)
-//   threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, __syncthreads, __shfl_xor_sync
+//   threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, __syncthreads, __syncthreads_or,
+//   __shfl_xor_sync
 //   exp2_fast(x), product(a, b)               a product that no compiler makes part of a multiply-add
 #pragma once
 
@@ -28,7 +30,7 @@ constexpr unsigned kFullMask = 0xffffffffu;
 #include <stdexcept>
 #include <string>
 
-#define KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define DEVICE __device__ __forceinline__
 // Bytes, because a type with initializers may not be __shared__.
 #define SHARED(type, name)                                           \

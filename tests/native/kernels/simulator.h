@@ -13,7 +13,7 @@
 #include <functional>
 #include <type_traits>
 
-#define KERNEL(threads) void
+#define KERNEL(...) void
 #define DEVICE inline
 #define SHARED(type, name)                                  \
   static const int name##_site = longgrpo::sim::new_site(); \
@@ -34,6 +34,7 @@ int new_site();
 void* shared_memory(int site, size_t bytes);  // the block's own, the same for all its threads
 void* dynamic_shared_memory();
 void barrier(int line);
+bool barrier_or(bool mine, int line);  // whether any thread came with true
 // Hands in `value` and gets the value of lane (own ^ lane_mask), once all lanes of the mask are here, at this very
 // line.
 uint64_t exchange(unsigned mask, uint64_t value, int lane_mask, int line);
@@ -45,6 +46,8 @@ void run(const char* name, int64_t grid, int block, int64_t shared, const std::f
 extern longgrpo::sim::Index threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads(int line = __builtin_LINE()) { longgrpo::sim::barrier(line); }
+
+inline int __syncthreads_or(int mine, int line = __builtin_LINE()) { return longgrpo::sim::barrier_or(mine, line); }
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int line = __builtin_LINE()) {

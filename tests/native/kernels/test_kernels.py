@@ -8,7 +8,7 @@ import pytest
 import simulated
 import torch
 
-# 256 threads up to 8192 columns, then 1024; steps of 4096, 8192 and 16384 columns; blocks of 32768.
+# 256 threads up to 8192 columns, then 512; steps of 4096 and 8192 columns; segments of 512.
 RAGGED = (1, 3, 4, 5, 31, 257, 4095, 4097, 8192, 8193, 16385, 20001, 32769, 70001)
 CHIPS = {"nothing kept": (4, 48 << 10), "a part kept": (4, 100 << 10), "H100": (132, 227 << 10)}
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -35,7 +35,7 @@ def run_rows(logits: torch.Tensor, target: torch.Tensor, c, e, out_dtype, *, chi
             "tokens": n, "hidden_size": 1, "vocabulary": v, "stride": stride, "target": target.data_ptr(),
             "logits": tile.data_ptr(), "hidden_dtype": 0, "weight_dtype": 0, "temperature": temperature,
             "softcap": softcap, "logit_scale": 1.0, "exact_kl": 0, "bias": simulated.address(bias),
-            "out_dtype": simulated.DTYPES.index(out_dtype), "c": simulated.address(c), "e": simulated.address(e),
+            "out_dtype": simulated.DTYPES.index(out_dtype), "dweight_dtype": 0, "c": simulated.address(c), "e": simulated.address(e),
             "logp": logp.data_ptr(), "entropy": entropy.data_ptr(), "scale": scale.data_ptr(),
             "row_scale": row_scale.data_ptr(),
         }
@@ -145,20 +145,21 @@ def score(h, chunk: int, rows: int = 16, **needs):
     kernels.force_tiles(rows, chunk)
     try:
         return simulated.linear_logprob(h.hidden, h.weight, h.target, None, None, 0.9, 0.0, 1.0, True,
-                                        needs.get("direction", False), 1 << 40)  # fmt: skip
+                                        needs.get("direction", False), 1 << 40, False)  # fmt: skip
     finally:
         kernels.force_tiles(0, 0)
 
 
 def test_both_tilings_give_the_same_bits():
-    """Whole rows and chunks of 32768 columns, with and without a gradient: on policy the ratio is exactly 1."""
+    """Whole rows and chunks of any multiple of a segment, with and without a gradient: on policy the ratio is exactly 1."""
     from cases import make_head
 
     h = make_head(1, 20, 8, 70_001, torch.bfloat16, spread=4.0)
     whole = score(h, 0)
-    for other in (score(h, 32768), score(h, 32768, direction=True), score(h, 0, 20, direction=True)):
+    others = [score(h, 32768), score(h, 32768, direction=True), score(h, 0, 20, direction=True)]
+    for other in (*others, score(h, 11_776, direction=True), score(h, 512)):
         assert torch.equal(other[0], whole[0])
-    assert simulated.kernels().plan(20, 8, 70_001, 1, False, 1 << 30)[0] is False
+        assert torch.equal(other[1], whole[1])
 
 
 def test_backward_of_a_frozen_head_in_chunks():
@@ -170,7 +171,7 @@ def test_backward_of_a_frozen_head_in_chunks():
     simulated.kernels().force_tiles(16, 64)
     try:
         actual, _, _ = simulated.linear_logprob_backward(
-            h.hidden, h.weight, h.target, None, None, 1.0, 0.0, 1.0, c, None, True, False, False, 1 << 40
+            h.hidden, h.weight, h.target, None, None, 1.0, 0.0, 1.0, c, None, True, False, False, 1 << 40, None, None
         )
     finally:
         simulated.kernels().force_tiles(0, 0)
@@ -180,16 +181,17 @@ def test_backward_of_a_frozen_head_in_chunks():
 
 
 def test_the_rule_of_the_tiling():
-    """H100, 8192 tokens, H = 4096, V = 151936: chunks at 256 MiB, whole rows at 1 GiB or for a trained head."""
+    """H100, H = 4096, V = 151936: whole output tiles of the GEMMs, within the workspace, two passes for a trained head in
+    a small one, and no chunks if all of it fits. tests/native/counting has the launches, bytes and waves."""
     kernels = simulated.kernels()
     kernels.set_chip(*CHIPS["H100"])
     try:
-        for workspace, trains, flash in ((256, False, True), (1024, False, False), (256, True, False)):
-            plan = kernels.plan(8192, 4096, 151_936, 1, trains, workspace << 20)
-            assert plan[0] is flash
-            assert plan[1] % 128 == 0
-            assert plan[3] <= workspace << 20
-        assert kernels.plan(64, 4096, 151_936, 1, False, 256 << 20)[:2] == (False, 64)
+        for workspace, trains in ((256, False), (1024, False), (256, True)):
+            splits, rows, _, held = kernels.plan(8192, 4096, 151_936, 1, trains, workspace << 20)
+            assert splits is trains
+            assert trains or rows % 128 == 0
+            assert held <= workspace << 20
+        assert kernels.plan(64, 4096, 151_936, 1, False, 256 << 20)[:3] == (False, 64, 151_936)
     finally:
         kernels.set_chip(*CHIPS["a part kept"])
 
