@@ -301,7 +301,8 @@ class CpuDevice {
     const int64_t active = out.gradient() ? rows.active : 0;
     const bool nothing = rows.order.empty() || (active == 0 && !out.scores());
     const bool dweight_begun = !nothing && tiles(in, out, loss, rows.order, active);
-    if (out.dweight && !dweight_begun) std::fill_n(static_cast<float*>(out.dweight), shape_.vocabulary * shape_.hidden, 0.0f);
+    if (out.dweight && !dweight_begun)
+      std::fill_n(static_cast<float*>(out.dweight), shape_.vocabulary * shape_.hidden, 0.0f);
   }
 
   void correct(const LossArguments& arguments, float* sequence_ratio, float* kept) const {

@@ -160,8 +160,7 @@ class CudaHead {
 
   void finish(int64_t begin, int64_t rows, bool gradient) {
     tile_.first = begin, tile_.rows = rows;
-    launch_finish(tile_,
-                  {out_.logp, out_.entropy, nullptr, gradient ? out_.scale : nullptr, nullptr, out_.normalizer},
+    launch_finish(tile_, {out_.logp, out_.entropy, nullptr, gradient ? out_.scale : nullptr, nullptr, out_.normalizer},
                   chunks_, {in_.weight, in_.weight_dtype, out_.direction, in_.hidden_dtype}, runtime_.stream());
   }
 
@@ -177,9 +176,8 @@ class CudaHead {
     if (out_.dbias)
       launch_add_columns(out_.dbias + column, gradient.data, dtype, nullptr, highest_, rows, columns,
                          gradient.row_stride, runtime_.stream());
-    const void* const hidden = wish_.mixed() && in_.hidden_dtype != dtype
-                                   ? hidden_  // which chunk_logits has upcast
-                                   : at(in_.hidden, in_.hidden_dtype, begin * h);
+    const void* const hidden = wish_.mixed() && in_.hidden_dtype != dtype ? hidden_  // which chunk_logits has upcast
+                                                                          : at(in_.hidden, in_.hidden_dtype, begin * h);
     if (out_.dweight) runtime_.gemm(gradient.transposed(), {hidden, dtype, rows, h, h, 1}, dweight_, h, begin > 0);
   }
 

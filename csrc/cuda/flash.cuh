@@ -37,8 +37,7 @@ chunk_kernel(RowTile tile, int64_t first_column, int columns, Chunks chunks) {
   const int64_t i = blockIdx.x, token = tile.first + i;
   float* const x = tile.logits + i * tile.stride;
   Out* const to = signed_row<Out>(x, tile.stride);
-  const BlockRow row{
-      x, {tile.transform, tile.temperature_of(token), int(first_column), columns}, columns, nullptr, 0};
+  const BlockRow row{x, {tile.transform, tile.temperature_of(token), int(first_column), columns}, columns, nullptr, 0};
   if (tile.skips(token)) {
     if (kGradient) row.rewrite(to, [](float, int) { return 0.0f; });
     return;
@@ -141,8 +140,7 @@ weight_rows_kernel(RowTile tile, int64_t first_column, int columns, const float*
   float* const x = tile.logits + i * tile.stride;
   Out* const to = signed_row<Out>(x, tile.stride);
   const float temperature = tile.temperature_of(token);
-  const Row<kShaped, kThreads> row{
-      x, {tile.transform, temperature, int(first_column), columns}, columns, nullptr, 0};
+  const Row<kShaped, kThreads> row{x, {tile.transform, temperature, int(first_column), columns}, columns, nullptr, 0};
   if (c[token] == 0 || tile.target[token] < 0) return row.rewrite(to, [](float, int) { return 0.0f; });
   const RowNormalizer normalizer = normalizers[token];
   const float to_logits = c[token] * tile.transform.logit_scale / temperature;

@@ -41,12 +41,12 @@ struct RowTile {
   LONGGRPO_HD bool skips(int64_t token) const { return target[token] < 0 || loss.skips(token); }
 };
 
-struct RowOutputs {  // null if not wanted
-  float* logp;       // [tokens]
-  float* entropy;    // [tokens]
-  float* kl;         // [tokens]
-  float* scale;      // [tokens]
-  float* row_scale;  // [rows]: the same for the tile. Null: statistics only, the logits stay
+struct RowOutputs {                     // null if not wanted
+  float* logp;                          // [tokens]
+  float* entropy;                       // [tokens]
+  float* kl;                            // [tokens]
+  float* scale;                         // [tokens]
+  float* row_scale;                     // [rows]: the same for the tile. Null: statistics only, the logits stay
   RowNormalizer* normalizer = nullptr;  // [tokens], of rows in chunks
 };
 

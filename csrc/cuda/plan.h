@@ -70,8 +70,8 @@ inline int64_t tile_bytes(const CudaWish& wish, Tiling tiling, int64_t rows, int
   if (tiling == Tiling::weight) return fixed + 4 * (rows * (columns + hidden_tile) + columns * h + n);
   const int64_t references = wish.reference ? 1 : 0;
   const bool hidden = wish.mixed() || wish.weight_gradient;  // upcast, or scaled for the weight's gradient
-  const int64_t per_row = columns * (1 + references) + h * ((hidden ? 1 : 0) + (wish.mixed() ? references : 0) +
-                                                            (wish.hidden_gradient ? 1 : 0)) + 2;
+  const int64_t per_row = columns * (1 + references) +
+                          h * ((hidden ? 1 : 0) + (wish.mixed() ? references : 0) + (wish.hidden_gradient ? 1 : 0)) + 2;
   return fixed + 4 * (rows * per_row + (wish.weight_gradient ? h * std::min(v, kGradientRows) : 0));
 }
 
@@ -99,8 +99,8 @@ struct WaveModel {
     if (tiling == Tiling::weight)
       return first + gemm(columns, h, rows) + memory(logits + rewritten + e * r * c + e * r * k + 8 * c * k) +
              3 * kLaunch;
-    const double back = first + gemm(rows, h, columns) + memory(logits + rewritten + e * r * c + e * c * k + 8 * r * k) +
-                        3 * kLaunch;
+    const double back =
+        first + gemm(rows, h, columns) + memory(logits + rewritten + e * r * c + e * c * k + 8 * r * k) + 3 * kLaunch;
     if (tiling == Tiling::chunks || !wish.weight_gradient) return back;
     const int64_t pieces = ceil_divide(columns, kGradientRows);
     return back + double(pieces) * gemm(std::min(columns, kGradientRows), h, rows) +
@@ -196,8 +196,8 @@ inline bool splits(const CudaWish& wish, int64_t limit_bytes, const Chip& chip, 
 // Bytes of the largest pass of a loss.
 inline int64_t cuda_workspace(const CudaWish& wish, int64_t limit_bytes, const Chip& chip) {
   if (!wish.weight_gradient || !wish.can_chunk()) return plan_cuda(wish, limit_bytes, chip).bytes;
-  const int64_t split = std::max(plan_cuda(without_weight(wish), limit_bytes, chip).bytes,
-                                 plan_weight(wish, limit_bytes, chip).bytes);
+  const int64_t split =
+      std::max(plan_cuda(without_weight(wish), limit_bytes, chip).bytes, plan_weight(wish, limit_bytes, chip).bytes);
   return splits(wish, limit_bytes, chip, true) ? split : std::max(split, plan_cuda(wish, limit_bytes, chip).bytes);
 }
 

@@ -73,9 +73,7 @@ struct Row {
 
   // The first of this warp's columns in a step, and those of this thread.
   DEVICE static int segment(int step) { return step + int(threadIdx.x) / kWarp * kSegment; }
-  DEVICE static int column(int step, int u) {
-    return segment(step) + (u * kWarp + int(threadIdx.x) % kWarp) * kWidth;
-  }
+  DEVICE static int column(int step, int u) { return segment(step) + (u * kWarp + int(threadIdx.x) % kWarp) * kWidth; }
 
   // Transformed logits of this thread in a step; -inf past the last column.
   DEVICE void read(int step, Values& to) const {

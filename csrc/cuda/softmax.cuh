@@ -5,10 +5,10 @@
 // t_j, which overflows for logits beyond 1e9. Padding and the target column hold -inf and add nothing.
 //
 // The order of the sums is part of what a kernel computes: a token's logp is the same bits from every kernel that
-// scores it, so that on policy the ratio is exactly 1. A warp sums kSegment columns that begin at a multiple of kSegment
-// of the whole row, relative to their own maximum; fold() joins all segments of a row. So neither the threads of a
-// block nor the columns of a chunk, a multiple of kSegment, change a bit; nor does a product that a compiler may or may
-// not fuse.
+// scores it, so that on policy the ratio is exactly 1. A warp sums kSegment columns that begin at a multiple of
+// kSegment of the whole row, relative to their own maximum; fold() joins all segments of a row. So neither the threads
+// of a block nor the columns of a chunk, a multiple of kSegment, change a bit; nor does a product that a compiler may
+// or may not fuse.
 #pragma once
 
 #include "../math/row.h"

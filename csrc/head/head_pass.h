@@ -47,8 +47,8 @@ inline int64_t workspace_bytes(const HeadPlan& plan, const HeadShape& shape, int
 inline void check_workspace(int64_t limit_bytes, int64_t least_bytes) {
   if (limit_bytes < least_bytes)
     throw std::invalid_argument("workspace of " + std::to_string(limit_bytes) + " bytes is too small for a tile of " +
-                                std::to_string(kMinTileRows) + " rows of this head: give workspace >= " +
-                                std::to_string(least_bytes));
+                                std::to_string(kMinTileRows) +
+                                " rows of this head: give workspace >= " + std::to_string(least_bytes));
 }
 
 // Fills tile_rows: as many as the limit allows, tiles of equal size.

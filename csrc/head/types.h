@@ -54,7 +54,7 @@ struct HeadOutputs {          // null if not wanted
   // [vocabulary, hidden]; f32 on the CPU, where the first active tile writes it; zeroed on CUDA.
   void* dweight = nullptr;
   Dtype dweight_dtype = Dtype::f32;
-  float* dbias = nullptr;     // [vocabulary], zeroed
+  float* dbias = nullptr;               // [vocabulary], zeroed
   RowNormalizer* normalizer = nullptr;  // [tokens], for a pass for the weight's gradient alone
 
   bool scores() const { return logp || entropy || kl; }

@@ -337,8 +337,8 @@ void Engine::copy_pieces(Lane lane, char* host, size_t bytes, Copy&& copy) {
     piece(0, bytes, false);
 }
 
-// Null if the driver refuses. Pinned, for a copy from pageable memory may read it at once, and not when the stream's own
-// host function has filled it.
+// Null if the driver refuses. Pinned, for a copy from pageable memory may read it at once, and not when the stream's
+// own host function has filled it.
 std::shared_ptr<char> Engine::pinned_buffer(size_t bytes) {
   std::unique_ptr<char, decltype(&std::free)> memory(static_cast<char*>(std::aligned_alloc(4096, bytes)), &std::free);
   if (!memory) throw std::bad_alloc();

@@ -68,10 +68,12 @@ struct LossResult {
 
 template <class Runtime>
 struct LossOps {
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprob(
-      const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-      const OptionalTensor& token_temperature, double temperature, double softcap, double logit_scale, bool entropy,
-      bool direction, int64_t workspace, bool normalizer) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprob(const Tensor& hidden, const Tensor& weight,
+                                                                   const Tensor& target, const OptionalTensor& bias,
+                                                                   const OptionalTensor& token_temperature,
+                                                                   double temperature, double softcap,
+                                                                   double logit_scale, bool entropy, bool direction,
+                                                                   int64_t workspace, bool normalizer) {
     Runtime runtime(hidden);
     const HeadArguments head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale);
     runtime.check(head.in, head.shape);
@@ -141,8 +143,8 @@ struct LossOps {
     head.in.reference_weight = ref_weight ? ref_weight->const_data_ptr() : head.in.weight;
     const int64_t n = head.shape.tokens;
     Tensor logp = runtime.zeros({n}, ScalarType::Float), entropy = runtime.zeros({n}, ScalarType::Float);
-    const Gradients gradients(runtime, head.shape, hidden.scalar_type(), weight.scalar_type(), need_hidden,
-                              need_hidden, need_weight, need_bias);
+    const Gradients gradients(runtime, head.shape, hidden.scalar_type(), weight.scalar_type(), need_hidden, need_hidden,
+                              need_weight, need_bias);
     HeadOutputs out = gradients.outputs;
     out.logp = data(logp), out.entropy = data(entropy);
     const LossResult result(runtime);

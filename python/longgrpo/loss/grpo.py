@@ -142,10 +142,11 @@ def linear_grpo_loss(
     and bias.
 
     The loss needs one scalar a token. If that is known as soon as the token's row of logits is there, a frozen head
-    costs 2 GEMMs and a trained one 3 (on a GPU 4, if its workspace holds few whole rows of logits). If it needs the whole sequence's logp (importance_level="sequence", vespo, gmpo,
-    a correction of sequences without old_logp, a threshold with it), 2 and 4, and a frozen head 3 with an entropy bonus
-    or an exact KL. The exact KL itself adds one. Tokens outside the mask cost nothing; tokens whose gradient is known
-    to be 0 cost the first GEMM, or nothing with `metrics=False`.
+    costs 2 GEMMs and a trained one 3 (on a GPU 4, if its workspace holds few whole rows of logits). If it needs the
+    whole sequence's logp (importance_level="sequence", vespo, gmpo, a correction of sequences without old_logp, a
+    threshold with it), 2 and 4, and a frozen head 3 with an entropy bonus or an exact KL. The exact KL itself adds one.
+    Tokens outside the mask cost nothing; tokens whose gradient is known to be 0 cost the first GEMM, or nothing with
+    `metrics=False`.
 
     On a GPU this takes a mask and advantages (and cu_seqlens) that are CPU tensors: the pass is planned on the host,
     which never waits for the device. Handed in on the GPU, such tokens cost what the others do.

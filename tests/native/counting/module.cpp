@@ -130,8 +130,9 @@ PYBIND11_MODULE(longgrpo_counting, m) {
         CudaDevice<CountingRuntime> device(runtime, {n, h, v}, workspace, n);
         void* const some = reinterpret_cast<void*>(uintptr_t{1} << 20);
         float* const f = static_cast<float*>(some);
-        const HeadInputs in{some,    nullptr, Dtype(dtype), some, nullptr, Dtype(dtype), static_cast<int64_t*>(some),
-                            nullptr, 1,       {v, 1, 0, nullptr}, ExactKl::none};
+        const HeadInputs in{
+            some,    nullptr, Dtype(dtype),       some,         nullptr, Dtype(dtype), static_cast<int64_t*>(some),
+            nullptr, 1,       {v, 1, 0, nullptr}, ExactKl::none};
         HeadOutputs out{.logp = f, .entropy = f};
         if (!hidden && !weight) {
           device.pass(in, out, RowLoss{});

@@ -6,9 +6,9 @@ import functools
 
 import pytest
 import torch
-from testing.compiled import ROOT, build, load
 
 from longgrpo._ops.library import ops
+from testing.compiled import ROOT, build, load
 
 H, V = 4096, 151_936
 MIB = 1 << 20

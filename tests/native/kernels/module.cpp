@@ -171,7 +171,8 @@ PYBIND11_MODULE(longgrpo_kernels, m) {
   m.def("plan", [](int64_t n, int64_t h, int64_t v, int dtype, bool trains, int64_t workspace) {
     const CudaWish wish{{n, h, v}, Dtype(dtype), Dtype(dtype), false, true, trains, false};
     const CudaPlan p = plan_cuda(wish, workspace, chip);
-    return std::make_tuple(splits(wish, workspace, chip, true), p.tile_rows, p.chunk, cuda_workspace(wish, workspace, chip));
+    return std::make_tuple(splits(wish, workspace, chip, true), p.tile_rows, p.chunk,
+                           cuda_workspace(wish, workspace, chip));
   });
   m.def("linear_logprob", [](const py::dict& d) { device_of(d).pass(inputs_of(d), outputs_of(d), RowLoss{}); });
   m.def("linear_logprob_backward", [](const py::dict& d) {

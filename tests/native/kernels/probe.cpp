@@ -95,8 +95,8 @@ bool flash_is_right(int64_t vocabulary) {
   const auto sums = exactly<float>(kRows * kHidden, NAN);
   const auto direction = exactly<float>(kRows * kHidden);
   const auto tile_logits = exactly<float>(kRows * kChunk);
-  RowTile tile{0, kRows, kChunk, tile_logits.get(), nullptr, {vocabulary, 1, 0, nullptr}, nullptr, 1, target,
-               ExactKl::none, {}};
+  RowTile tile{0,       kRows, kChunk, tile_logits.get(), nullptr, {vocabulary, 1, 0, nullptr},
+               nullptr, 1,     target, ExactKl::none,     {}};
   tile.loss.kind = RowLoss::given, tile.loss.c = c;
   const auto load = [&](int64_t column, int64_t columns) {
     for (int64_t i = 0; i < kRows; ++i)
@@ -170,7 +170,8 @@ bool matrices_are_right(int64_t columns) {
 bool token_loss_is_right(bool sequence_level) {
   constexpr int64_t kTokens = 601;
   const int32_t bounds[] = {0, 200, 201, kTokens};
-  const auto weight = exactly<float>(kTokens, 0.25f), advantage = exactly<float>(kTokens), logp = exactly<float>(kTokens, -1.0f);
+  const auto weight = exactly<float>(kTokens, 0.25f), advantage = exactly<float>(kTokens),
+             logp = exactly<float>(kTokens, -1.0f);
   const auto c = exactly<float>(kTokens, NAN);
   for (int64_t s = 0; s < 3; ++s)
     for (int64_t t = bounds[s]; t < bounds[s + 1]; ++t) advantage[size_t(t)] = float(s) + 1;
@@ -178,8 +179,11 @@ bool token_loss_is_right(bool sequence_level) {
   LossConfig config{};
   config.sequence_level = sequence_level, config.detach = true;
   config.epsilon = config.epsilon_high = 0.2f, config.delta = config.cap = config.threshold = kNone;
-  const LossArguments arguments{config,     {kTokens, weight.get(), advantage.get(), nullptr, nullptr, nullptr, nullptr},
-                                {bounds, 3}, logp.get(), nullptr, nullptr, c.get()};
+  const LossArguments arguments{
+      config,      {kTokens, weight.get(), advantage.get(), nullptr, nullptr, nullptr, nullptr},
+      {bounds, 3}, logp.get(),
+      nullptr,     nullptr,
+      c.get()};
   const auto partials = exactly<LossSums>(size_t(loss_partials(arguments)));
   float loss;
   LossMetrics metrics;

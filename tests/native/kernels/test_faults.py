@@ -53,7 +53,12 @@ def kernel_of(fault: Path) -> str:
 
 def test_each_source_has_faults():
     planted = [kernel_of(fault) for fault in FAULTS]
-    assert {kernel: planted.count(kernel) for kernel in KERNELS} == {"rows": 5, "flash": 4, "matrix": 2, "token_loss": 2}
+    assert {kernel: planted.count(kernel) for kernel in KERNELS} == {
+        "rows": 5,
+        "flash": 4,
+        "matrix": 2,
+        "token_loss": 2,
+    }
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.stem)

@@ -33,7 +33,8 @@ def run_rows(logits: torch.Tensor, target: torch.Tensor, c, e, out_dtype, *, chi
             "tokens": n, "hidden_size": 1, "vocabulary": v, "stride": stride, "target": target.data_ptr(),
             "logits": tile.data_ptr(), "hidden_dtype": 0, "weight_dtype": 0, "temperature": temperature,
             "softcap": softcap, "logit_scale": 1.0, "exact_kl": 0, "bias": simulated.address(bias),
-            "out_dtype": simulated.DTYPES.index(out_dtype), "dweight_dtype": 0, "c": simulated.address(c), "e": simulated.address(e),
+            "out_dtype": simulated.DTYPES.index(out_dtype), "dweight_dtype": 0, "c": simulated.address(c),
+            "e": simulated.address(e),
             "logp": logp.data_ptr(), "entropy": entropy.data_ptr(), "scale": scale.data_ptr(),
             "row_scale": row_scale.data_ptr(),
         }
@@ -154,7 +155,7 @@ def score(h, chunk: int, rows: int = 16, **needs):
 
 
 def test_both_tilings_give_the_same_bits():
-    """Whole rows and chunks of any multiple of a segment, with and without a gradient: on policy the ratio is exactly 1."""
+    """Whole rows and chunks of whole segments, with and without a gradient: on policy the ratio is exactly 1."""
     from cases import make_head
 
     h = make_head(1, 20, 8, 70_001, torch.bfloat16, spread=4.0)
@@ -189,7 +190,7 @@ EXACT = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}  # wh
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("dtype", simulated.DTYPES, ids=["f32", "bf16", "f16"])
 def test_both_passes_in_chunks(dtype, trains, schedule):
-    """Ragged chunks and tiles. The hidden states that the vocabulary's end likes are far from the target: p_y < e^-87."""
+    """Ragged chunks and tiles. One token likes the end of the vocabulary, which is met last: its p_y is below e^-87."""
     from cases import relative_error
 
     n, h, v = 37, 8, 2100
@@ -205,9 +206,7 @@ def test_both_passes_in_chunks(dtype, trains, schedule):
     try:
         head = (hidden, weight, target, None, None, 1.0, 0.0, 1.0)
         logp, _, direction, normalizer = simulated.linear_logprob(*head, False, True, 1 << 40, True)
-        d_weight = simulated.linear_logprob_backward(
-            *head, c, None, False, trains, False, 1 << 40, logp, normalizer
-        )[1]
+        d_weight = simulated.linear_logprob_backward(*head, c, None, False, trains, False, 1 << 40, logp, normalizer)[1]
     finally:
         kernels.force_tiles(0, 0)
     truth = hidden.double().requires_grad_(), weight.double().requires_grad_()
@@ -221,8 +220,8 @@ def test_both_passes_in_chunks(dtype, trains, schedule):
 
 
 def test_the_rule_of_the_tiling():
-    """H100, H = 4096, V = 151936: whole output tiles of the GEMMs, within the workspace, two passes for a trained head in
-    a small one, and no chunks if all of it fits. tests/native/counting has the launches, bytes and waves."""
+    """H100, H = 4096, V = 151936: whole output tiles of the GEMMs, within the workspace, two passes for a trained head
+    in a small one, and no chunks if all of it fits. tests/native/counting has the launches, bytes and waves."""
     kernels = simulated.kernels()
     kernels.set_chip(*CHIPS["H100"])
     try:
