@@ -98,12 +98,19 @@ struct CublasRuntime {
 
   const Chip& chip() const { return chip_; }
   Stream stream() const { return nullptr; }
-  CudaPlan plan(const CudaWish& wish, int64_t limit_bytes) const { return plan_cuda(wish, limit_bytes, chip_); }
+  CudaPlan plan(const CudaWish& wish, Tiling tiling, int64_t limit_bytes) const {
+    return best_tiles(wish, tiling, limit_bytes, chip_);
+  }
+  bool splits(const CudaWish& wish, int64_t limit_bytes, bool c_in_row) const {
+    return longgrpo::splits(wish, limit_bytes, chip_, c_in_row);
+  }
   std::optional<ScorePlan> score_plan(const HeadShape& shape, const HeadInputs& in, int64_t limit_bytes) const {
     if (!scores_itself || !can_score(in, chip_)) return {};
     return plan_score(shape, limit_bytes, chip_);
   }
-  void gemm(const Operand& a, const Operand& b, float* c, int64_t c_stride) const { blas.gemm(a, b, c, c_stride); }
+  void gemm(const Operand& a, const Operand& b, float* c, int64_t c_stride, bool add) const {
+    blas.gemm(a, b, c, c_stride, add);
+  }
 
   bool scores_itself = false;  // with score.cu's kernel in place of the library's GEMM
 
@@ -133,7 +140,7 @@ bench::Case matmul(const CublasRuntime& runtime, int64_t n) {
           8.0 * double(n * n),
           [=, &runtime](int) {
             runtime.gemm({a->data(), Dtype::bf16, n, n, n, 1}, {b->data(), Dtype::bf16, n, n, n, 1}, c->data<float>(),
-                         n);
+                         n, false);
           },
           {}};
 }
@@ -202,7 +209,7 @@ struct HeadBuffers {
         direction(2 * o.tokens * o.hidden),
         dweight(4 * o.vocabulary * o.hidden),
         target(8 * o.tokens),
-        scores(8 * o.tokens) {
+        scores(16 * o.tokens) {
     randomize<__nv_bfloat16>(weight, 3.0f / std::sqrt(float(o.hidden)), 9);
     for (int i = 0; i < bench::kInputs; ++i) {
       hidden.push_back(std::make_unique<Memory>(2 * o.tokens * o.hidden));
@@ -239,7 +246,13 @@ bench::Case head_case(CublasRuntime& runtime, const std::shared_ptr<HeadBuffers>
                           .scale = gradient ? scores + b->shape.tokens : nullptr,
                           .dweight = trains_head ? b->dweight.data<float>() : nullptr};
     runtime.scores_itself = scores_itself;
-    CudaDevice<CublasRuntime>(runtime, b->shape, workspace, b->shape.tokens).pass(in, out, RowLoss{});
+    const CudaDevice<CublasRuntime> device(runtime, b->shape, workspace, b->shape.tokens);
+    if (!trains_head || !device.weight_by_itself(in, out, false, true)) return device.pass(in, out, RowLoss{});
+    HeadOutputs first = out, weight{.logp = out.logp, .dweight = out.dweight};
+    first.dweight = nullptr;
+    first.normalizer = weight.normalizer = reinterpret_cast<RowNormalizer*>(scores + 2 * b->shape.tokens);
+    device.pass(in, first, RowLoss{});
+    device.weight_pass(in, weight, out.scale, {b->shape.tokens});
   };
   const double hidden_bytes = double(b->direction.bytes()), weight_bytes = double(b->weight.bytes());
   const double bytes =

@@ -128,16 +128,16 @@ class CpuHead {
     for (int64_t i = 0; i < rows; ++i) factors[size_t(i)] = slots_[i].scale * slots_[i].factor;
     if (out_.dweight && bf16_) {
       bf16::gemm(runtime_, {logits_, true, stride_, false, factors.data()}, {hidden_, false, h, false, nullptr}, v, h,
-                 rows, dweight_begun_, out_.dweight, h, staged_);
+                 rows, dweight_begun_, dweight(), h, staged_);
     } else if (out_.dweight) {
       runtime_.parallel_for(
           rows, [&](int64_t i) { from_float(hidden_ + i * h, factors[size_t(i)], hidden_ + i * h, Dtype::f32, h); });
       for (int64_t j = 0; j < v; j += weight_chunk(shape_)) {
         const int64_t n = std::min(weight_chunk(shape_), v - j);
-        float* product = dweight_begun_ ? staged_ : out_.dweight + j * h;
+        float* product = dweight_begun_ ? staged_ : dweight() + j * h;
         runtime_.gemm(transposed({logits_ + j, rows, n, stride_, 1}), row_major(hidden_, rows, h, h),
                       row_major(product, n, h, h));
-        if (dweight_begun_) add(out_.dweight + j * h, product, n * h);
+        if (dweight_begun_) add(dweight() + j * h, product, n * h);
       }
     }
     dweight_begun_ = true;
@@ -154,6 +154,8 @@ class CpuHead {
   }
 
  private:
+  float* dweight() const { return static_cast<float*>(out_.dweight); }
+
   struct Slot {
     int64_t token;
     float factor;  // dlogits = scale * factor * (signed row)
@@ -282,6 +284,7 @@ template <class Runtime>
 class CpuDevice {
  public:
   using Rows = CpuRows;
+  static constexpr bool kWeightByItself = false;
 
   CpuDevice(Runtime& runtime, const HeadShape& shape, int64_t workspace)
       : runtime_(runtime), shape_(shape), workspace_(workspace) {}
@@ -298,7 +301,8 @@ class CpuDevice {
     const int64_t active = out.gradient() ? rows.active : 0;
     const bool nothing = rows.order.empty() || (active == 0 && !out.scores());
     const bool dweight_begun = !nothing && tiles(in, out, loss, rows.order, active);
-    if (out.dweight && !dweight_begun) std::fill_n(out.dweight, shape_.vocabulary * shape_.hidden, 0.0f);
+    if (out.dweight && !dweight_begun)
+      std::fill_n(static_cast<float*>(out.dweight), shape_.vocabulary * shape_.hidden, 0.0f);
   }
 
   void correct(const LossArguments& arguments, float* sequence_ratio, float* kept) const {

@@ -1,8 +1,10 @@
 // The head on CUDA: head_pass.h's and flash_pass.h's Device, and fused_loss.h's. No torch, no CUDA headers: kernels
-// come through launch.h, and the Runtime lends memory and the GEMM:
-//   runtime.gemm(a, b, c, c_stride)    c = a b with fp32 accumulation and output, any strides, on runtime.stream()
-//   runtime.chip()                     of the device that the pass runs on
-//   runtime.plan(wish, limit_bytes)    plan_cuda, unless a test wants a tiling of its own
+// come through launch.h, and the Runtime lends memory, the GEMM and the choice of tiles:
+//   runtime.gemm(a, b, c, c_stride, add)   c = a b, or c += a b, with fp32 accumulation and output, any strides, on
+//                                          runtime.stream()
+//   runtime.chip()                         of the device that the pass runs on
+//   runtime.plan(wish, tiling, limit_bytes), runtime.splits(wish, limit_bytes, c_in_row)
+//                                          best_tiles and splits of plan.h, unless a test wants tiles of its own
 //   runtime.score_plan(shape, inputs, limit_bytes)   nothing, unless score.h's kernel was asked for and can_score
 //   auto memory = runtime.scratch(bytes)   memory.data(), freed with `memory` in the order of the stream
 //
@@ -15,95 +17,11 @@
 #include "../head/flash_pass.h"
 #include "../head/head_pass.h"
 #include "launch.h"
+#include "operand.h"
+#include "plan.h"
 #include "score.h"
 
 namespace longgrpo {
-
-struct Operand {
-  const void* data;
-  Dtype dtype;
-  int64_t rows, columns, row_stride, column_stride;
-
-  Operand transposed() const { return {data, dtype, columns, rows, column_stride, row_stride}; }
-};
-
-inline const void* at(const void* data, Dtype dtype, int64_t i) {
-  return static_cast<const char*>(data) + i * size_of(dtype);
-}
-inline void* at(void* data, Dtype dtype, int64_t i) { return static_cast<char*>(data) + i * size_of(dtype); }
-
-// What a pass wants, as far as memory and tiling are concerned.
-struct CudaWish {
-  HeadShape shape;
-  Dtype hidden_dtype, weight_dtype;
-  bool reference, weight_gradient;
-  bool beyond_logp;  // a gradient of the entropy or of the exact KL
-
-  // Operands of one dtype go to the GEMM as they are; a mixture is upcast.
-  bool mixed() const { return hidden_dtype != weight_dtype; }
-  Dtype gemm_dtype() const { return mixed() ? Dtype::f32 : hidden_dtype; }
-  bool can_chunk() const { return !weight_gradient && !reference && !beyond_logp; }
-};
-
-struct CudaPlan {
-  bool flash;
-  int64_t tile_rows;
-  int64_t chunk;      // vocabulary columns at a time; all of them unless `flash`
-  int64_t stride;     // of a row of logits
-  int64_t row_bytes;  // of workspace
-  int64_t fixed_bytes;
-
-  int64_t bytes() const { return tile_rows * row_bytes + fixed_bytes; }
-};
-
-constexpr int64_t kUpcastRows = 4096;                   // rows of a mixed head's weight that are upcast at once
-constexpr int64_t kGradientRows = 2048;                 // rows of dW whose fp32 product stays in L2 until it is added
-constexpr int64_t kGemmRows = 128, kGemmColumns = 256;  // output tile of a library GEMM at full rate
-constexpr int64_t kAlignment = 256;
-
-inline int64_t fixed_bytes(const CudaWish& wish) {
-  constexpr int64_t kParts = 12;  // each is aligned
-  const int64_t upcast = wish.mixed() ? std::min(wish.shape.vocabulary, kUpcastRows) : 0;
-  const int64_t gradient = wish.weight_gradient ? std::min(wish.shape.vocabulary, kGradientRows) : 0;
-  return kParts * kAlignment + 4 + 4 * wish.shape.hidden * (upcast + gradient);
-}
-
-// The two tilings, without their tile_rows.
-inline CudaPlan whole_rows(const CudaWish& wish) {
-  const int64_t v = wish.shape.vocabulary, stride = (v + kStrideUnit - 1) / kStrideUnit * kStrideUnit;
-  const int64_t references = wish.reference ? 1 : 0;  // logits and hidden tile; beside them: direction, two scales
-  return {false,
-          0,
-          v,
-          stride,
-          4 * (stride * (1 + references) + wish.shape.hidden * (2 + references) + 2),
-          fixed_bytes(wish)};
-}
-
-inline CudaPlan row_chunks(const CudaWish& wish, int64_t columns = kBlockColumns) {
-  const int64_t chunk = std::min(columns, whole_rows(wish).stride);  // logits, hidden tile, direction, product
-  return {true, 0, chunk, chunk, 4 * (chunk + 3 * wish.shape.hidden) + int64_t(sizeof(ChunkState)), fixed_bytes(wish)};
-}
-
-inline CudaPlan with_tile(CudaPlan plan, const CudaWish& wish, int64_t limit_bytes) {
-  plan.tile_rows = rows_of_a_tile(wish.shape.tokens, plan.row_bytes, plan.fixed_bytes, limit_bytes, kGemmRows);
-  return plan;
-}
-
-// The rule, to be overturned only by measurement. Whole rows, unless their tile is too small for the second GEMM to
-// give every multiprocessor a tile of its output; then chunks, if the loss permits them. Both tilings give the same
-// logp bit for bit (see softmax.cuh), as far as the library's GEMM does for their two shapes; so that it need not, the
-// rule does not ask whether there is a gradient: scoring and a frozen head's gradient take the same tiling.
-inline CudaPlan plan_cuda(const CudaWish& wish, int64_t limit_bytes, const Chip& chip) {
-  const CudaPlan rows = whole_rows(wish);
-  if (!wish.can_chunk()) return with_tile(rows, wish, limit_bytes);
-  if (rows.row_bytes * kMinTileRows + rows.fixed_bytes <= limit_bytes) {
-    const CudaPlan plan = with_tile(rows, wish, limit_bytes);
-    const int64_t output = plan.tile_rows * wish.shape.hidden;
-    if (plan.tile_rows >= wish.shape.tokens || output >= chip.multiprocessors * kGemmRows * kGemmColumns) return plan;
-  }
-  return with_tile(row_chunks(wish), wish, limit_bytes);
-}
 
 template <class Runtime>
 class CudaHead {
@@ -119,15 +37,24 @@ class CudaHead {
       next_ += bytes;
       return reinterpret_cast<float*>(begin);
     };
+    const bool chunks = plan.tiling == Tiling::chunks, whole = plan.tiling == Tiling::whole_rows;
     logits_ = take(4 * rows * plan.stride);
-    hidden_ = take(4 * rows * h);
-    direction_ = take(4 * rows * h);
-    if (plan.flash) product_ = take(4 * rows * h);
-    if (plan.flash) states_ = reinterpret_cast<ChunkState*>(take(int64_t(sizeof(ChunkState)) * rows));
-    if (!plan.flash) row_scale_ = take(4 * rows), normalized_ = take(4 * rows), highest_ = take(4);
-    if (wish.reference) reference_logits_ = take(4 * rows * plan.stride), reference_hidden_ = take(4 * rows * h);
+    if (wish.mixed() || (whole && wish.weight_gradient)) hidden_ = take(4 * rows * h);
+    if (wish.hidden_gradient && plan.tiling != Tiling::weight) direction_ = take(4 * rows * h);
+    if (chunks) {
+      const int64_t segments = segments_of(v, plan.chunk);
+      chunks_ = {reinterpret_cast<ChunkState*>(take(int64_t(sizeof(ChunkState)) * rows)),
+                 reinterpret_cast<PartSums*>(take(kPartBytes * segments * rows)), segments, nullptr, h};
+    }
+    if (whole) row_scale_ = take(4 * rows);
+    if (whole && wish.weight_gradient) normalized_ = take(4 * rows);
+    if (plan.tiling == Tiling::weight) normalized_ = take(4 * wish.shape.tokens);
+    if (wish.weight_gradient) highest_ = take(4);
+    if (wish.reference) reference_logits_ = take(4 * rows * plan.stride);
+    if (wish.reference && wish.mixed()) reference_hidden_ = take(4 * rows * h);
     if (wish.mixed()) upcast_ = take(4 * std::min(v, kUpcastRows) * h);
-    if (wish.weight_gradient) dweight_ = take(4 * std::min(v, kGradientRows) * h);
+    if (whole && wish.weight_gradient) dweight_ = take(4 * std::min(v, kGradientRows) * h);
+    if (plan.tiling == Tiling::weight) dweight_ = take(4 * plan.chunk * h);
     tile_ = {0,
              0,
              plan.stride,
@@ -144,7 +71,7 @@ class CudaHead {
   // The first `active` rows may have a gradient.
   void run(int64_t active) {
     const auto [n, h, v] = wish_.shape;
-    if (plan_.flash) return flash_pass(*this, {n, active, plan_.tile_rows, v, plan_.chunk});
+    if (plan_.tiling == Tiling::chunks) return flash_pass(*this, {n, active, plan_.tile_rows, v, plan_.chunk});
     const bool gradient = active > 0;
     const HeadPlan plan{n,
                         active,
@@ -154,6 +81,15 @@ class CudaHead {
                         gradient && (out_.dweight || out_.dbias),
                         wish_.reference};
     head_pass(*this, plan);
+  }
+
+  // The weight's gradient alone, from c = dL/d(logp) [tokens] and what an earlier pass left of every row.
+  void run_weight(const float* c) {
+    const auto [n, h, v] = wish_.shape;
+    c_ = normalized_;
+    // c by its largest one: a normalizer of 1e5 tokens must not make fp16 numbers of it.
+    launch_normalize(c, normalized_, highest_, n, runtime_.stream());
+    weight_pass(*this, {n, n, plan_.tile_rows, v, plan_.chunk});
   }
 
   // ---- whole rows ----
@@ -177,7 +113,7 @@ class CudaHead {
     const int64_t h = wish_.shape.hidden, v = wish_.shape.vocabulary;
     const Operand signed_rows = rewritten(rows, v);
     if (out_.dbias)
-      launch_add_columns(out_.dbias, signed_rows.data, dtype, row_scale_, rows, v, signed_rows.row_stride,
+      launch_add_columns(out_.dbias, signed_rows.data, dtype, row_scale_, nullptr, rows, v, signed_rows.row_stride,
                          runtime_.stream());
     if (!out_.dweight) return;
     // The rows' scales go into the hidden states, by their largest one: a normalizer of 1e5 tokens must not make fp16
@@ -191,14 +127,18 @@ class CudaHead {
       Operand columns = signed_rows;
       columns.data = at(signed_rows.data, dtype, j);
       columns.columns = n;
-      runtime_.gemm(columns.transposed(), scaled, dweight_, h);
-      launch_add(out_.dweight + j * h, dweight_, highest_, n * h, runtime_.stream());
+      runtime_.gemm(columns.transposed(), scaled, dweight_, h, false);
+      float* const to = static_cast<float*>(out_.dweight) + j * h;
+      if (tile_.first == 0)
+        launch_scale(dweight_, to, Dtype::f32, highest_, n * h, runtime_.stream());
+      else
+        launch_add(to, dweight_, highest_, n * h, runtime_.stream());
     }
   }
 
   void hidden_gradient(int64_t rows) {
     const int64_t h = wish_.shape.hidden;
-    back_product(rows, 0, wish_.shape.vocabulary, direction_);
+    back_product(rows, 0, wish_.shape.vocabulary, direction_, false);
     launch_scale_rows(direction_, Dtype::f32, at(out_.direction, in_.hidden_dtype, tile_.first * h), in_.hidden_dtype,
                       out_.scale ? nullptr : row_scale_, rows, h, runtime_.stream());
   }
@@ -211,20 +151,43 @@ class CudaHead {
 
   void chunk(int64_t begin, int64_t rows, int64_t column, int64_t columns, bool gradient) {
     tile_.first = begin, tile_.rows = rows;
-    launch_chunk(tile_, column, columns, states_, gradient, wish_.gemm_dtype(), runtime_.stream());
+    chunks_.sums = gradient ? direction_ : nullptr;
+    chunks_.before = column / plan_.chunk * ceil_divide(plan_.chunk, kSegment);
+    launch_chunk(tile_, column, columns, chunks_, wish_.gemm_dtype(), runtime_.stream());
   }
 
   void accumulate(int64_t rows, int64_t column, int64_t columns) {
-    const bool first = column == 0;
-    back_product(rows, column, columns, first ? direction_ : product_);
-    if (!first) launch_rescale_add(direction_, product_, states_, rows, wish_.shape.hidden, runtime_.stream());
+    back_product(rows, column, columns, direction_, column > 0);
   }
 
   void finish(int64_t begin, int64_t rows, bool gradient) {
     tile_.first = begin, tile_.rows = rows;
-    launch_finish(tile_, {out_.logp, out_.entropy, nullptr, gradient ? out_.scale : nullptr, nullptr}, states_,
-                  gradient ? direction_ : nullptr, in_.weight, in_.weight_dtype, out_.direction, in_.hidden_dtype,
-                  wish_.shape.hidden, runtime_.stream());
+    launch_finish(tile_, {out_.logp, out_.entropy, nullptr, gradient ? out_.scale : nullptr, nullptr, out_.normalizer},
+                  chunks_, {in_.weight, in_.weight_dtype, out_.direction, in_.hidden_dtype}, runtime_.stream());
+  }
+
+  // ---- the weight's gradient alone ----
+
+  void weight_rows(int64_t begin, int64_t rows, int64_t column, int64_t columns) {
+    const int64_t h = wish_.shape.hidden;
+    const Dtype dtype = wish_.gemm_dtype();
+    chunk_logits(begin, rows, column, columns);
+    tile_.first = begin, tile_.rows = rows;
+    launch_weight_rows(tile_, column, columns, c_, out_.logp, out_.normalizer, dtype, runtime_.stream());
+    const Operand gradient = rewritten(rows, columns);
+    if (out_.dbias)
+      launch_add_columns(out_.dbias + column, gradient.data, dtype, nullptr, highest_, rows, columns,
+                         gradient.row_stride, runtime_.stream());
+    const void* const hidden = wish_.mixed() && in_.hidden_dtype != dtype ? hidden_  // which chunk_logits has upcast
+                                                                          : at(in_.hidden, in_.hidden_dtype, begin * h);
+    if (out_.dweight) runtime_.gemm(gradient.transposed(), {hidden, dtype, rows, h, h, 1}, dweight_, h, begin > 0);
+  }
+
+  void finish_weight(int64_t column, int64_t columns) {
+    const int64_t h = wish_.shape.hidden;
+    if (out_.dweight)
+      launch_scale(dweight_, at(out_.dweight, out_.dweight_dtype, column * h), out_.dweight_dtype, highest_,
+                   columns * h, runtime_.stream());
   }
 
  private:
@@ -237,7 +200,7 @@ class CudaHead {
 
   // f(first row, rows, operand [rows, hidden] in the GEMM's dtype) for rows [begin, begin + count) of a weight.
   template <class F>
-  void weight_rows(const void* weight, int64_t begin, int64_t count, F&& f) {
+  void weight_operands(const void* weight, int64_t begin, int64_t count, F&& f) {
     const int64_t h = wish_.shape.hidden, step = wish_.mixed() ? kUpcastRows : count;
     for (int64_t j = 0; j < count; j += step) {
       const int64_t n = std::min(step, count - j);
@@ -259,22 +222,20 @@ class CudaHead {
       launch_scale_rows(a, in_.hidden_dtype, tile, Dtype::f32, nullptr, rows, h, runtime_.stream());
       a = tile;
     }
-    weight_rows(weight, column, columns, [&](int64_t j, int64_t, const Operand& w) {
-      runtime_.gemm({a, wish_.gemm_dtype(), rows, h, h, 1}, w.transposed(), logits + j, plan_.stride);
+    weight_operands(weight, column, columns, [&](int64_t j, int64_t, const Operand& w) {
+      runtime_.gemm({a, wish_.gemm_dtype(), rows, h, h, 1}, w.transposed(), logits + j, plan_.stride, false);
     });
   }
 
-  // to [rows, hidden] = (rewritten logits) W
-  void back_product(int64_t rows, int64_t column, int64_t columns, float* to) {
+  // to [rows, hidden] = (rewritten logits) W, or += it
+  void back_product(int64_t rows, int64_t column, int64_t columns, float* to, bool add) {
     const int64_t h = wish_.shape.hidden;
     const Operand all = rewritten(rows, columns);
-    weight_rows(in_.weight, column, columns, [&](int64_t j, int64_t n, const Operand& w) {
+    weight_operands(in_.weight, column, columns, [&](int64_t j, int64_t n, const Operand& w) {
       Operand part = all;
       part.data = at(all.data, all.dtype, j);
       part.columns = n;
-      float* const c = j == 0 ? to : hidden_;  // the hidden tile is free now
-      runtime_.gemm(part, w, c, h);
-      if (j > 0) launch_add(to, c, nullptr, rows * h, runtime_.stream());
+      runtime_.gemm(part, w, to, h, add || j > 0);
     });
   }
 
@@ -285,16 +246,19 @@ class CudaHead {
   const HeadOutputs out_;
   RowTile tile_;
   char* next_;
-  float *logits_, *hidden_, *direction_, *product_ = nullptr;
+  float *logits_, *hidden_ = nullptr, *direction_ = nullptr;
   float *row_scale_ = nullptr, *normalized_ = nullptr, *highest_ = nullptr;
   float *reference_logits_ = nullptr, *reference_hidden_ = nullptr, *upcast_ = nullptr, *dweight_ = nullptr;
-  ChunkState* states_ = nullptr;
+  const float* c_ = nullptr;
+  Chunks chunks_{};
 };
 
 // fused_loss.h's Device. Arrays are [tokens], outputs are zeroed.
 template <class Runtime>
 class CudaDevice {
  public:
+  static constexpr bool kWeightByItself = true;
+
   struct Rows {
     int64_t active;  // the first so many tokens may have a gradient
   };
@@ -319,17 +283,35 @@ class CudaDevice {
 
   void pass(const HeadInputs& in, const HeadOutputs& out, const RowLoss& loss, const Rows& rows) const {
     const int64_t active = out.gradient() ? rows.active : 0;
-    const bool gradient = active > 0;
-    if (shape_.tokens == 0 || !(gradient || out.scores())) return;
-    const CudaWish wish{shape_,
-                        in.hidden_dtype,
-                        in.weight_dtype,
-                        in.reference(),
-                        gradient && (out.dweight || out.dbias),
-                        gradient && loss.beyond_logp()};
-    const CudaPlan plan = runtime_.plan(wish, workspace_);
-    const auto memory = runtime_.scratch(plan.bytes());
-    CudaHead<Runtime>(runtime_, wish, plan, in, out, loss, memory.data()).run(active);
+    if (shape_.tokens == 0 || !(active > 0 || out.scores())) return;
+    const CudaWish wish = wish_of(shape_, in, out, active > 0, loss.beyond_logp());
+    const CudaPlan plan = runtime_.plan(wish, tiling_of(wish), workspace_);
+    const auto memory = runtime_.scratch(plan.bytes);
+    const auto run = [&](const HeadOutputs& to) {
+      CudaHead<Runtime>(runtime_, wish, plan, in, to, loss, memory.data()).run(active);
+    };
+    if (!wish.weight_gradient || !out.dweight || out.dweight_dtype == Dtype::f32) return run(out);
+    // Tiles of rows add up in fp32.
+    const int64_t n = shape_.vocabulary * shape_.hidden;
+    const auto dweight = runtime_.scratch(4 * n);
+    HeadOutputs to = out;
+    to.dweight = dweight.data(), to.dweight_dtype = Dtype::f32;
+    run(to);
+    launch_scale(static_cast<const float*>(dweight.data()), out.dweight, out.dweight_dtype, nullptr, n,
+                 runtime_.stream());
+  }
+
+  bool weight_by_itself(const HeadInputs& in, const HeadOutputs& out, bool beyond_logp, bool c_in_row) const {
+    return runtime_.splits(wish_of(shape_, in, out, true, beyond_logp), workspace_, c_in_row);
+  }
+
+  void weight_pass(const HeadInputs& in, const HeadOutputs& out, const float* c, const Rows& rows) const {
+    if (rows.active == 0) return;
+    const HeadShape shape{rows.active, shape_.hidden, shape_.vocabulary};
+    const CudaWish wish = wish_of(shape, in, out, true, false);
+    const CudaPlan plan = runtime_.plan(wish, Tiling::weight, workspace_);
+    const auto memory = runtime_.scratch(plan.bytes);
+    CudaHead<Runtime>(runtime_, wish, plan, in, out, RowLoss{}, memory.data()).run_weight(c);
   }
 
   void correct(const LossArguments& arguments, float* sequence_ratio, float* kept) const {
@@ -343,7 +325,7 @@ class CudaDevice {
   }
 
   void copy(const float* from, float* to, int64_t n) const {
-    launch_scale_rows(from, Dtype::f32, to, Dtype::f32, nullptr, 1, n, runtime_.stream());
+    launch_scale(from, to, Dtype::f32, nullptr, n, runtime_.stream());
   }
 
   // to[i, :] = scale_i from[i, :]; in place is fine.
@@ -352,6 +334,17 @@ class CudaDevice {
   }
 
  private:
+  static CudaWish wish_of(const HeadShape& shape, const HeadInputs& in, const HeadOutputs& out, bool gradient,
+                          bool beyond_logp) {
+    return {shape,
+            in.hidden_dtype,
+            in.weight_dtype,
+            in.reference(),
+            gradient && out.direction,
+            gradient && (out.dweight || out.dbias),
+            gradient && beyond_logp};
+  }
+
   Runtime& runtime_;
   const HeadShape shape_;
   const int64_t workspace_, active_;

@@ -1,11 +1,12 @@
 // The one place that knows CUDA from the simulator (tests/native/kernels/simulator.h). Kernels are written against:
-//   KERNEL(threads) void name(Parameters p)   a kernel that is launched with at most so many threads a block;
-//                                             KERNEL(threads, n): registers such that n blocks fit a multiprocessor
+//   KERNEL(threads) name(Parameters p)   a kernel that is launched with at most so many threads a block
+//   KERNEL(threads, blocks) name(...)    the same, with registers for so many blocks a multiprocessor
 //   DEVICE                                    a device function
 //   SHARED(T[n], name)                        static shared memory, not initialized
 //   DYNAMIC_SHARED(T, name)                   T* to the launch's dynamic shared memory
 //   launch(name, kernel, grid, block, shared bytes, stream, parameters...)
-//   threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, __syncthreads, __shfl_xor_sync
+//   threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, __syncthreads, __syncthreads_or,
+//   __shfl_xor_sync
 //   exp2_fast(x), product(a, b)               a product that no compiler makes part of a multiply-add
 #pragma once
 

@@ -14,12 +14,14 @@ namespace longgrpo {
 
 constexpr int64_t kStrideUnit = 8;
 
-// Threads of a row, by nothing but the vocabulary: every kernel that sums a row must do it in the same order.
-constexpr int kFewThreads = 256, kManyThreads = 1024;
+// Threads of a block for rows of few or of many columns, and how many of a multiprocessor's threads the blocks share:
+// a barrier of one block is hidden by another.
+constexpr int kFewThreads = 256, kManyThreads = 512, kRowThreads = 1024;
 constexpr int64_t kFewColumns = 8192;
-// Columns that are summed by themselves before they join the row's sums: the chunk of flash.cuh, which must not change
-// the order of the sums.
-constexpr int kBlockColumns = 32768;
+// Columns that one warp sums (see softmax.cuh). Chunks of a row are multiples of it.
+constexpr int kSegment = 512;
+struct PartSums;
+constexpr int64_t kPartBytes = 12;
 
 // A tile of rows as the kernels see it. Row i is the token first + i.
 struct RowTile {
@@ -39,12 +41,13 @@ struct RowTile {
   LONGGRPO_HD bool skips(int64_t token) const { return target[token] < 0 || loss.skips(token); }
 };
 
-struct RowOutputs {  // null if not wanted
-  float* logp;       // [tokens]
-  float* entropy;    // [tokens]
-  float* kl;         // [tokens]
-  float* scale;      // [tokens]
-  float* row_scale;  // [rows]: the same for the tile. Null: statistics only, the logits stay
+struct RowOutputs {                     // null if not wanted
+  float* logp;                          // [tokens]
+  float* entropy;                       // [tokens]
+  float* kl;                            // [tokens]
+  float* scale;                         // [tokens]
+  float* row_scale;                     // [rows]: the same for the tile. Null: statistics only, the logits stay
+  RowNormalizer* normalizer = nullptr;  // [tokens], of rows in chunks
 };
 
 // Statistics of whole rows, and the signed row in `dtype` in place:
@@ -54,25 +57,39 @@ void launch_rows(const RowTile& tile, const RowOutputs& out, Dtype dtype, const 
 // ---- rows in chunks of the vocabulary (see flash.cuh) ----
 
 struct ChunkState {
-  float highest, sum, weighted;  // an OnlineSoftmax over the columns so far, the target's left out
-  float target_x;                // its transformed logit, once its chunk has been there
-  float rescale;                 // what the last chunk multiplies sums over earlier chunks by
+  float reference;  // E_j = 2^(factor2 (x_j - reference)) in `sums`; if there is a gradient
+  float target_x;   // the target's transformed logit, once its chunk has been there
 };
 
-// Adds the columns [column, column + columns) to `state` [rows]; tile.logits holds only these columns. With `gradient`
-// the logits become 2^t_j (1 - tanh_j^2) in `dtype`, 0 at the target.
-void launch_chunk(const RowTile& tile, int64_t column, int64_t columns, ChunkState* state, bool gradient, Dtype dtype,
+struct Chunks {
+  ChunkState* state;  // [rows]
+  PartSums* parts;    // [rows, segments]: every column but the target's
+  int64_t segments;   // of a whole row
+  float* sums;        // [rows, hidden], or null without a gradient: sum_j E_j w_j over the chunks so far
+  int64_t hidden;
+  int64_t before = 0;  // segments of the chunks before this one
+};
+
+// Adds the columns [column, column + columns) to `chunks`; tile.logits holds only these columns. With a gradient the
+// logits become E_j (1 - tanh_j^2) in `dtype`, 0 at the target.
+void launch_chunk(const RowTile& tile, int64_t column, int64_t columns, const Chunks& chunks, Dtype dtype,
                   Stream stream);
 
-// logp, entropy, scale and direction [tokens, hidden] of rows whose chunks are all in `state` and `sums` [rows,
-// hidden]; `sums` may be null.
-void launch_finish(const RowTile& tile, const RowOutputs& out, const ChunkState* state, const float* sums,
-                   const void* weight, Dtype weight_dtype, void* direction, Dtype direction_dtype, int64_t hidden,
+struct Direction {
+  const void* weight;
+  Dtype weight_dtype;
+  void* to;  // [tokens, hidden]
+  Dtype dtype;
+};
+
+// logp, entropy, normalizer, scale and, if `chunks` has sums, direction of rows whose chunks are all there.
+void launch_finish(const RowTile& tile, const RowOutputs& out, const Chunks& chunks, const Direction& direction,
                    Stream stream);
 
-// sums[i, :] = state_i.rescale sums[i, :] + product[i, :]
-void launch_rescale_add(float* sums, const float* product, const ChunkState* state, int64_t rows, int64_t hidden,
-                        Stream stream);
+// A pass for the weight's gradient alone: the logits of the columns [column, column + columns) become
+// dL/d(logit before the transform), with c [tokens] = dL/d(logp), in `dtype`.
+void launch_weight_rows(const RowTile& tile, int64_t column, int64_t columns, const float* c, const float* logp,
+                        const RowNormalizer* normalizer, Dtype dtype, Stream stream);
 
 // ---- scoring on the tensor cores (see score.cu) ----
 
@@ -109,9 +126,11 @@ void launch_scale_rows(const void* from, Dtype from_dtype, void* to, Dtype to_dt
                        int64_t columns, Stream stream);
 // to += *factor from, n numbers; factor null: 1
 void launch_add(float* to, const float* from, const float* factor, int64_t n, Stream stream);
-// to[j] += sum_i scale_i from[i, j]; from has `stride` numbers a row
-void launch_add_columns(float* to, const void* from, Dtype dtype, const float* scale, int64_t rows, int64_t columns,
-                        int64_t stride, Stream stream);
+// to = *factor from, n numbers; factor null: 1
+void launch_scale(const float* from, void* to, Dtype dtype, const float* factor, int64_t n, Stream stream);
+// to[j] += *factor sum_i scale_i from[i, j]; from has `stride` numbers a row. scale or factor null: 1
+void launch_add_columns(float* to, const void* from, Dtype dtype, const float* scale, const float* factor, int64_t rows,
+                        int64_t columns, int64_t stride, Stream stream);
 // to = from / max |from|, which goes to *highest; all 0 stays 0
 void launch_normalize(const float* from, float* to, float* highest, int64_t n, Stream stream);
 

@@ -31,13 +31,23 @@ void launch_add(float* to, const float* from, const float* factor, int64_t n, St
   launch("add_kernel", add_kernel<kThreads>, blocks, kThreads, 0, stream, to, from, factor, n);
 }
 
-void launch_add_columns(float* to, const void* from, Dtype dtype, const float* scale, int64_t rows, int64_t columns,
-                        int64_t stride, Stream stream) {
+void launch_scale(const float* from, void* to, Dtype dtype, const float* factor, int64_t n, Stream stream) {
+  const int64_t blocks = std::clamp<int64_t>((n / kWidth + kThreads - 1) / kThreads, 1, kMostBlocks);
+  with_type(dtype, [&](auto tag) {
+    using To = typename decltype(tag)::type;
+    To* const y = static_cast<To*>(to);
+    launch("scale_kernel", scale_kernel<To, kThreads>, blocks, kThreads, 0, stream, from, y, factor, n,
+           is_aligned(from) && is_aligned(y));
+  });
+}
+
+void launch_add_columns(float* to, const void* from, Dtype dtype, const float* scale, const float* factor, int64_t rows,
+                        int64_t columns, int64_t stride, Stream stream) {
   with_type(dtype, [&](auto tag) {
     using From = typename decltype(tag)::type;
     constexpr int64_t kColumns = kThreads * kWidth;
     launch("add_columns_kernel", add_columns_kernel<From, kThreads>, (columns + kColumns - 1) / kColumns, kThreads, 0,
-           stream, to, static_cast<const From*>(from), scale, rows, columns, stride);
+           stream, to, static_cast<const From*>(from), scale, factor, rows, columns, stride);
   });
 }
 

@@ -47,38 +47,49 @@ add_kernel(float* to, const float* from, const float* factor, int64_t n) {
   for (int64_t j = vectors * kWidth + thread; j < n; j += step) to[j] = fmaf(f, from[j], to[j]);
 }
 
+template <class To, int kThreads>
+KERNEL(kThreads)
+scale_kernel(const float* from, To* to, const float* factor, int64_t n, bool wide) {
+  const float f = factor ? *factor : 1.0f;
+  const int64_t step = int64_t(gridDim.x) * kThreads, thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t vectors = wide ? n / kWidth : 0;
+  for (int64_t v = thread; v < vectors; v += step) {
+    float values[kWidth];
+    load4(from + v * kWidth, values);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) values[k] *= f;
+    store4(to + v * kWidth, values);
+  }
+  for (int64_t j = vectors * kWidth + thread; j < n; j += step) round_to(f * from[j], to[j]);
+}
+
 // A thread has four columns of every row: neighbours read neighbours, and each sum has one order.
 template <class From, int kThreads>
 KERNEL(kThreads)
-add_columns_kernel(float* to, const From* from, const float* scale, int64_t rows, int64_t columns, int64_t stride) {
+add_columns_kernel(float* to, const From* from, const float* scale, const float* factor, int64_t rows, int64_t columns,
+                   int64_t stride) {
   const int64_t j = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kWidth;
   if (j >= columns) return;
   float sums[kWidth] = {0, 0, 0, 0};
   for (int64_t i = 0; i < rows; ++i) {
-    const float factor = scale[i];
-    if (factor == 0) continue;
+    const float of_row = scale ? scale[i] : 1.0f;
+    if (of_row == 0) continue;
     float x[kWidth];
     load4(from + i * stride + j, x);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) sums[k] = fmaf(factor, x[k], sums[k]);
+    for (int k = 0; k < kWidth; ++k) sums[k] = fmaf(of_row, x[k], sums[k]);
   }
+  const float f = factor ? *factor : 1.0f;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k)
-    if (j + k < columns) to[j + k] += sums[k];
+    if (j + k < columns) to[j + k] = fmaf(f, sums[k], to[j + k]);
 }
-
-struct Highest {
-  float value;
-  DEVICE void merge(Highest other) {
-    if (!(other.value <= value)) value = other.value;  // a NaN wins
-  }
-};
 
 // One block.
 template <int kThreads>
 KERNEL(kThreads)
 normalize_kernel(const float* from, float* to, float* highest, int64_t n) {
-  Highest mine{0};
+  HighestOrNan mine{0};
   for (int64_t i = threadIdx.x; i < n; i += kThreads) mine.merge({fabsf(from[i])});
   const float all = block_reduce<kThreads>(mine).value;
   if (threadIdx.x == 0) *highest = all;

@@ -5,20 +5,23 @@
 namespace longgrpo {
 namespace {
 
-// Whole chunks at the front of a row that fit into shared memory.
-template <int kStep>
+int64_t segments(const RowTile& tile) { return (tile.transform.vocabulary + kSegment - 1) / kSegment; }
+
+// Whole steps at the front of a row that fit into shared memory, which kBlocks blocks of a multiprocessor share.
+template <int kStep, int kBlocks>
 int64_t kept_columns(const RowTile& tile, const RowOutputs& out, const Chip& chip) {
-  constexpr int64_t kReserved = 2 << 10, kChunk = kStep;  // reductions, and the system's own
+  constexpr int64_t kReserved = 2 << 10;  // reductions, and the system's own
   if (!out.row_scale) return 0;
-  const int64_t fit = (chip.shared_memory - kReserved) / int64_t(sizeof(float)) / kChunk * kChunk;
-  return std::clamp<int64_t>(round_up(tile.transform.vocabulary, kChunk), 0, std::max<int64_t>(fit, 0));
+  const int64_t parts = segments(tile) * int64_t(sizeof(PartSums));
+  const int64_t fit = (chip.shared_memory / kBlocks - kReserved - parts) / int64_t(sizeof(float)) / kStep * kStep;
+  return std::clamp<int64_t>(round_up(tile.transform.vocabulary, kStep), 0, std::max<int64_t>(fit, 0));
 }
 
 template <class Out, bool kShaped, bool kBeyond, int kThreads>
 void launch_row_kernel(const RowTile& tile, const RowOutputs& out, const Chip& chip, Stream stream) {
-  const int64_t kept = kept_columns<Row<kShaped, kThreads, kBeyond ? 2 : 4>::kStep>(tile, out, chip);
-  launch("row_kernel", row_kernel<Out, kShaped, kBeyond, kThreads>, tile.rows, kThreads, kept * int64_t(sizeof(float)),
-         stream, tile, out, int(kept));
+  const int64_t kept = kept_columns<Row<kShaped, kThreads>::kStep, kRowThreads / kThreads>(tile, out, chip);
+  launch("row_kernel", row_kernel<Out, kShaped, kBeyond, kThreads>, tile.rows, kThreads,
+         kept * int64_t(sizeof(float)) + segments(tile) * int64_t(sizeof(PartSums)), stream, tile, out, int(kept));
 }
 
 template <class Out, bool kShaped, bool kBeyond>

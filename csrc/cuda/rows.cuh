@@ -59,26 +59,27 @@ struct Logits {
   }
 };
 
-// One row as its block reads it, in steps of kLoads loads of each thread that are in flight together.
-template <bool kShaped, int kThreads, int kLoads>
+// One row as its block reads it: in steps, of which each warp has a segment.
+template <bool kShaped, int kThreads>
 struct Row {
-  static constexpr int kStep = kThreads * kWidth * kLoads;
-  static_assert(kBlockColumns % kStep == 0 && kLoads * kWidth % kGroup == 0);
+  static constexpr int kLoads = kSegment / (kWarp * kWidth), kStep = kThreads / kWarp * kSegment;
   using Values = float[kLoads][kWidth];
 
   const float* x;
   Logits<kShaped> logits;
   int columns;
-  float* kept;  // shared memory for the first `kept_columns`, whole chunks
+  float* kept;  // shared memory for the first `kept_columns`, whole steps
   int kept_columns;
 
-  DEVICE static int column(int chunk, int u) { return chunk + (u * kThreads + int(threadIdx.x)) * kWidth; }
+  // The first of this warp's columns in a step, and those of this thread.
+  DEVICE static int segment(int step) { return step + int(threadIdx.x) / kWarp * kSegment; }
+  DEVICE static int column(int step, int u) { return segment(step) + (u * kWarp + int(threadIdx.x) % kWarp) * kWidth; }
 
-  // Transformed logits of this thread in a chunk; -inf past the last column.
-  DEVICE void read(int chunk, Values& to) const {
+  // Transformed logits of this thread in a step; -inf past the last column.
+  DEVICE void read(int step, Values& to) const {
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
-      const int j = column(chunk, u);
+      const int j = column(step, u);
       if (j < columns) {
         load4(x + j, to[u]);
       } else {
@@ -87,7 +88,7 @@ struct Row {
     }
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
-      const int j = column(chunk, u);
+      const int j = column(step, u);
       if constexpr (kShaped) {
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) to[u][k] = logits(to[u][k], j + k);
@@ -100,59 +101,101 @@ struct Row {
     }
   }
 
-  // The softmax's sums over all columns but the target.
-  DEVICE OnlineSoftmax sum(int target) const {
-    OnlineSoftmax whole(logits.factor2());
-    for (int block = 0; block < columns; block += kBlockColumns) whole.merge(sum_block(block, target));
-    return whole;
-  }
-
-  DEVICE OnlineSoftmax sum_block(int block, int target) const {
-    OnlineSoftmax softmax(logits.factor2());
-    const int end = columns - block < kBlockColumns ? columns : block + kBlockColumns;
-    for (int chunk = block; chunk < end; chunk += kStep) {
-      Values values;
-      read(chunk, values);
-      if (chunk < kept_columns) {
+  // The target's column adds nothing to sums.
+  DEVICE static void leave_out(int target, int step, Values& values) {
 #pragma unroll
-        for (int u = 0; u < kLoads; ++u) store4(kept + column(chunk, u), values[u]);
+    for (int u = 0; u < kLoads; ++u) {
+      const unsigned hit = unsigned(target - column(step, u));
+      if (hit < kWidth) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k)
+          if (hit == unsigned(k)) values[u][k] = -INFINITY;
       }
-#pragma unroll
-      for (int u = 0; u < kLoads; ++u) {
-        const unsigned hit = unsigned(target - column(chunk, u));
-        if (hit < kWidth) {
-#pragma unroll
-          for (int k = 0; k < kWidth; ++k)
-            if (hit == unsigned(k)) values[u][k] = -INFINITY;
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kLoads; u += kGroup / kWidth) softmax.add(values[u]);
     }
-    return block_reduce<kThreads>(softmax);
   }
 
-  // to[j] = f(x'_j, j), from the last chunk to the first; `to` may lie in the second half of the row's own memory.
+  // The highest logit of this warp's segment.
+  DEVICE static float highest(const Values& values) {
+    float top = values[0][0];
+#pragma unroll
+    for (int u = 0; u < kLoads; ++u)
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) top = fmaxf(top, values[u][k]);
+    return warp_reduce<kWarp>(Highest{top}).value;
+  }
+
+  // The segment's sums, written to `parts`; its logits become 2^t_j relative to `top`.
+  DEVICE void sum_segment(int step, float top, Values& values, PartSums* parts) const {
+    const float factor2 = logits.factor2();
+    PartSums part{top, 0, 0};
+    const float origin = part.origin();
+#pragma unroll
+    for (int u = 0; u < kLoads; ++u)
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        const float t = exponent(values[u][k], origin, factor2), e = exp2_fast(t);
+        part.sum += e;
+        part.weighted = fmaf(e, fmaxf(t, kLowestExponent), part.weighted);
+        values[u][k] = e;
+      }
+    const TwoSums sums = warp_reduce<kWarp>(TwoSums{part.sum, part.weighted});
+    if (threadIdx.x % kWarp == 0 && segment(step) < columns)
+      parts[segment(step) / kSegment] = {top, sums.first, sums.second};
+  }
+
+  // The softmax's sums over all columns but the target. parts [segments of a row]: shared memory.
+  DEVICE PartSums sum(int target, PartSums* parts) const {
+    __syncthreads();  // the readers of an earlier sum are done
+    for (int step = 0; step < columns; step += kStep) {
+      Values values;
+      read(step, values);
+      if (step < kept_columns) {
+#pragma unroll
+        for (int u = 0; u < kLoads; ++u) store4(kept + column(step, u), values[u]);
+      }
+      leave_out(target, step, values);
+      sum_segment(step, highest(values), values, parts);
+    }
+    __syncthreads();
+    return fold(parts, (columns + kSegment - 1) / kSegment, logits.factor2());
+  }
+
+  // to[j] = f(x'_j, j), from the last step to the first; `to` may lie in the second half of the row's own memory.
   template <class Out, class F>
   DEVICE void rewrite(Out* to, F&& f) const {
     const int last = (columns - 1) / kStep * kStep;
-    for (int chunk = last; chunk >= 0; chunk -= kStep) {
+    for (int step = last; step >= 0; step -= kStep) {
       Values values;
-      if (chunk < kept_columns) {
+      if (step < kept_columns) {
 #pragma unroll
-        for (int u = 0; u < kLoads; ++u) load4(kept + column(chunk, u), values[u]);
+        for (int u = 0; u < kLoads; ++u) load4(kept + column(step, u), values[u]);
       } else {
-        read(chunk, values);
+        read(step, values);
       }
       if constexpr (sizeof(Out) != sizeof(float)) __syncthreads();  // others may still read where this thread writes
 #pragma unroll
       for (int u = 0; u < kLoads; ++u) {
-        const int j = column(chunk, u);
+        const int j = column(step, u);
         if (j >= columns) continue;
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) values[u][k] = f(values[u][k], j + k);
         store4(to + j, values[u]);
       }
+    }
+  }
+
+  // to[j] *= factor in the columns of this thread in a step that it has written.
+  template <class Out>
+  DEVICE void scale_written(Out* to, int step, float factor) const {
+#pragma unroll
+    for (int u = 0; u < kLoads; ++u) {
+      const int j = column(step, u);
+      if (j >= columns) continue;
+      float values[kWidth];
+      load4(to + j, values);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) values[k] *= factor;
+      store4(to + j, values);
     }
   }
 };
@@ -169,12 +212,12 @@ struct Base2Statistics {
   float rest;             // sum of 2^t_j over all columns but the target
   RowSoftmax softmax;
 
-  DEVICE float exponent(float x) const { return product(x - origin, factor2); }
+  DEVICE float exponent(float x) const { return longgrpo::exponent(x, origin, factor2); }
   DEVICE float logp(float x) const { return kLn2 * exponent(x) - softmax.offset; }
 };
 
-DEVICE Base2Statistics finish(const OnlineSoftmax& rest, float target_x) {
-  Base2Statistics row{rest.factor2, rest.origin(), rest.sum, {}};
+DEVICE Base2Statistics finish(const PartSums& rest, float factor2, float target_x) {
+  Base2Statistics row{factor2, rest.origin(), rest.sum, {}};
   row.softmax = finish_row(rest.sums(), product(kLn2, row.exponent(target_x)));
   return row;
 }
@@ -199,16 +242,15 @@ struct KlTerms {
 template <int kThreads, class BlockRow>
 DEVICE float exact_kl(const BlockRow& row, const BlockRow& reference, const KlTerms& terms) {
   Sum sum{0};
-  for (int chunk = 0; chunk < row.columns; chunk += BlockRow::kStep) {
+  for (int step = 0; step < row.columns; step += BlockRow::kStep) {
     typename BlockRow::Values x, r;
-    row.read(chunk, x);
-    reference.read(chunk, r);
-    constexpr int kLoads = sizeof(x) / sizeof(x[0]);
+    row.read(step, x);
+    reference.read(step, r);
 #pragma unroll
-    for (int u = 0; u < kLoads; ++u) {
+    for (int u = 0; u < BlockRow::kLoads; ++u) {
 #pragma unroll
       for (int k = 0; k < kWidth; ++k)
-        if (BlockRow::column(chunk, u) + k < row.columns) sum.value += terms.divergence(x[u][k], r[u][k]);
+        if (BlockRow::column(step, u) + k < row.columns) sum.value += terms.divergence(x[u][k], r[u][k]);
     }
   }
   return block_reduce<kThreads>(sum).value;
@@ -216,16 +258,17 @@ DEVICE float exact_kl(const BlockRow& row, const BlockRow& reference, const KlTe
 
 // kBeyond: a gradient other than logp's, that of the entropy or of the exact KL, is possible.
 template <class Out, bool kShaped, bool kBeyond, int kThreads>
-KERNEL(kThreads)
+KERNEL(kThreads, kRowThreads / kThreads)
 row_kernel(RowTile tile, RowOutputs out, int kept_columns) {
-  DYNAMIC_SHARED(float, kept);
+  DYNAMIC_SHARED(float, kept);  // then the sums of the segments
+  PartSums* const parts = reinterpret_cast<PartSums*>(kept + kept_columns);
   SHARED(RowGradient, shared_gradient);
   const int64_t i = blockIdx.x, token = tile.first + i;
   const int columns = int(tile.transform.vocabulary);
   float* const x = tile.logits + i * tile.stride;
   Out* const to = signed_row<Out>(x, tile.stride);
   const float temperature = tile.temperature_of(token);
-  using BlockRow = Row<kShaped, kThreads, kBeyond ? 2 : 4>;  // the longer kernel has fewer registers to spare
+  using BlockRow = Row<kShaped, kThreads>;
   const BlockRow row{x, {tile.transform, temperature, 0, columns}, columns, kept, kept_columns};
 
   if (tile.skips(token)) {
@@ -237,7 +280,7 @@ row_kernel(RowTile tile, RowOutputs out, int kept_columns) {
 
   const int target = int(tile.target[token] < columns ? tile.target[token] : 0);
   const float target_x = row.logits(x[target], target);
-  Base2Statistics statistics = finish(row.sum(target), target_x);
+  Base2Statistics statistics = finish(row.sum(target, parts), row.logits.factor2(), target_x);
   if (tile.target[token] >= columns) statistics.softmax.logp = NAN;  // no way to raise an error from here
   const float logp = statistics.softmax.logp, entropy = statistics.softmax.entropy;
 
@@ -249,7 +292,8 @@ row_kernel(RowTile tile, RowOutputs out, int kept_columns) {
       reference.x = tile.reference_logits + i * tile.stride;
       reference.kept_columns = 0;
       const float reference_target = row.logits(reference.x[target], target);
-      terms = {statistics, finish(reference.sum(target), reference_target), tile.exact_kl == ExactKl::reverse};
+      terms = {statistics, finish(reference.sum(target, parts), row.logits.factor2(), reference_target),
+               tile.exact_kl == ExactKl::reverse};
       divergence = exact_kl<kThreads>(row, reference, terms);
     }
   }

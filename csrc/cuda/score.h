@@ -30,8 +30,10 @@ inline bool can_score(const HeadInputs& in, const Chip& chip) {
 inline ScorePlan plan_score(const HeadShape& shape, int64_t limit_bytes, const Chip& chip) {
   constexpr int64_t kMostRows = 16 * kScoreTileRows, kBlocks = 2, kAlignment = 16;
   ScorePlan plan{0, 0, score_parts(shape.vocabulary) * int64_t(sizeof(ScorePart)) + int64_t(sizeof(float)), kAlignment};
-  const int64_t limit = std::min(limit_bytes, kMostRows * plan.row_bytes + plan.fixed_bytes);
-  plan.tile_rows = rows_of_a_tile(shape.tokens, plan.row_bytes, plan.fixed_bytes, limit, kScoreTileRows);
+  check_workspace(limit_bytes, plan.row_bytes * kMinTileRows + plan.fixed_bytes);
+  const int64_t fit = (limit_bytes - plan.fixed_bytes) / plan.row_bytes;
+  plan.tile_rows = std::max(kMinTileRows, std::min({shape.tokens, kMostRows, fit}));
+  if (plan.tile_rows > kScoreTileRows) plan.tile_rows -= plan.tile_rows % kScoreTileRows;
   const int64_t row_tiles = (plan.tile_rows + kScoreTileRows - 1) / kScoreTileRows;
   plan.splits = std::max<int64_t>(1, kBlocks * chip.multiprocessors / row_tiles);
   return plan;

@@ -5,60 +5,42 @@
 // t_j, which overflows for logits beyond 1e9. Padding and the target column hold -inf and add nothing.
 //
 // The order of the sums is part of what a kernel computes: a token's logp is the same bits from every kernel that
-// scores it, so that on policy the ratio is exactly 1. Hence groups of kGroup columns, blocks of kBlockColumns columns
-// (see rows.cuh), one number of threads for a vocabulary, and no product that a compiler may or may not fuse.
+// scores it, so that on policy the ratio is exactly 1. A warp sums kSegment columns that begin at a multiple of
+// kSegment of the whole row, relative to their own maximum; fold() joins all segments of a row. So neither the threads
+// of a block nor the columns of a chunk, a multiple of kSegment, change a bit; nor does a product that a compiler may
+// or may not fuse.
 #pragma once
 
 #include "../math/row.h"
+#include "launch.h"
 #include "numbers.cuh"
 
 namespace longgrpo {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147182f;
-constexpr int kGroup = 8;                   // columns of a thread that share a look at the maximum
 constexpr float kLowestExponent = -126.0f;  // 2^t is 0 below: keeps 0 times -inf out of `weighted`
 
-struct OnlineSoftmax {
-  float factor2, highest = -INFINITY, sum = 0, weighted = 0;
+DEVICE float exponent(float x, float highest, float factor2) { return product(x - highest, factor2); }
 
-  DEVICE explicit OnlineSoftmax(float factor2) : factor2(factor2) {}
+// Sums over a part of a row, relative to its highest logit.
+struct PartSums {
+  float highest, sum, weighted;
 
   DEVICE float origin() const { return highest == -INFINITY ? 0.0f : highest; }
-  DEVICE float exponent(float x, float from) const { return product(x - from, factor2); }
 
-  DEVICE void raise(float to) {
+  DEVICE void raise(float to, float factor2) {
     if (!(to > highest)) return;
     if (sum != 0) {
-      const float shift = exponent(highest, to), ratio = exp2_fast(shift);
+      const float shift = exponent(highest, to, factor2), ratio = exp2_fast(shift);
       weighted = product(ratio, fmaf(fmaxf(shift, kLowestExponent), sum, weighted));
       sum = product(sum, ratio);
     }
     highest = to;
   }
 
-  DEVICE void add(const float* x) {  // kGroup numbers
-    float top = x[0];
-#pragma unroll
-    for (int i = 1; i < kGroup; ++i) top = fmaxf(top, x[i]);
-    raise(top);
-    const float from = origin();
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const float t = exponent(x[i], from), e = exp2_fast(t);
-      sum += e;
-      weighted = fmaf(e, fmaxf(t, kLowestExponent), weighted);
-    }
-  }
-
-  DEVICE void merge(OnlineSoftmax other) {
-    raise(other.highest);
-    other.raise(highest);
-    sum += other.sum;
-    weighted += other.weighted;
-  }
-
   DEVICE RowSums sums() const { return {sum, product(kLn2, weighted)}; }
 };
+static_assert(sizeof(PartSums) == kPartBytes);
 
 // Any value with merge(), reduced over the first kLanes lanes that differ in their low bits; every lane gets the
 // result.
@@ -95,6 +77,40 @@ DEVICE T block_reduce(T mine) {
 struct Sum {
   float value;
   DEVICE void merge(Sum other) { value += other.value; }
+};
+
+struct Highest {
+  float value;
+  DEVICE void merge(Highest other) { value = fmaxf(value, other.value); }
+};
+
+struct TwoSums {
+  float first, second;
+  DEVICE void merge(TwoSums other) { first += other.first, second += other.second; }
+};
+
+// A whole row from its segments, for every lane of a warp.
+DEVICE PartSums fold(const PartSums* parts, int count, float factor2) {
+  const int lane = int(threadIdx.x) % kWarp;
+  Highest top{-INFINITY};
+  for (int k = lane; k < count; k += kWarp) top.merge({parts[k].highest});
+  top = warp_reduce<kWarp>(top);
+  TwoSums sums{0, 0};
+  for (int k = lane; k < count; k += kWarp) {
+    PartSums part = parts[k];
+    part.raise(top.value, factor2);
+    sums.merge({part.sum, part.weighted});
+  }
+  sums = warp_reduce<kWarp>(sums);
+  return {top.value, sums.first, sums.second};
+}
+
+// As Highest, but a NaN wins.
+struct HighestOrNan {
+  float value;
+  DEVICE void merge(HighestOrNan other) {
+    if (!(other.value <= value)) value = other.value;
+  }
 };
 
 }  // namespace longgrpo

@@ -1,12 +1,17 @@
 // The fused loss of one call, on every device. How many passes of the head it takes depends on when c = dL/d(logp) is
 // known: in the row (one pass), or once a sequence is whole (a frozen head: the direction first and its factor later; a
-// trained one: a scoring pass first).
+// trained one: a scoring pass first). A device that can have the weight's gradient by itself takes a trained head as a
+// frozen one and adds a pass for it, as far as that is the faster way.
 //
 // Device lends the parts:
 //   auto memory = device.scratch(bytes);          memory.data() is freed with `memory`
 //   auto rows = device.visit(visits, weight);     weight [tokens] receives visits.weight of each token; rows is what
 //                                                 the device knows of the rows to visit
 //   device.pass(in, out, row_loss, rows);         one pass of the head
+//   Device::kWeightByItself                       whether it has the next two
+//   device.weight_by_itself(in, out, beyond_logp, c_in_row)   whether it is to be called for the weight's gradient
+//   device.weight_pass(in, out, c, rows)          the gradient of weight and bias from c [tokens] and what a pass left
+//                                                 in out.logp and out.normalizer
 //   device.correct(arguments, ratio, kept);       LossArguments::correct of every sequence
 //   device.sum(arguments, outputs);               the loss, its metrics and c from logp
 //   device.copy(from, to, n);                     n floats
@@ -68,7 +73,8 @@ class FusedLoss {
         with_entropy_(report || config.entropy_coef != 0),
         scores_{.logp = out.logp, .entropy = with_entropy_ ? out.entropy : nullptr},
         gradients_(out),
-        memory_(device.scratch(std::max<int64_t>(1, kArrays * shape.tokens) * int64_t(sizeof(float)))),
+        weight_by_itself_(by_itself()),
+        memory_(device.scratch(std::max<int64_t>(1, arrays() * shape.tokens) * int64_t(sizeof(float)))),
         kl_(array(0)),
         c_(array(1)),
         visited_(array(2)),
@@ -83,13 +89,21 @@ class FusedLoss {
 
   void run(const LossOutputs& out) {
     const bool frozen = gradients_.direction && !gradients_.dweight && !gradients_.dbias;
+    if (weight_by_itself_) return direction_then_factor(out);
     if (!needs_sequence_) return one_pass(out);
     if (frozen && !config_.beyond_logp()) return direction_then_factor(out);
     score_then_gradients(out);
   }
 
  private:
-  static constexpr int64_t kArrays = 3;
+  bool by_itself() {
+    if constexpr (Device::kWeightByItself)
+      return (gradients_.dweight || gradients_.dbias) &&
+             device_.weight_by_itself(in_, gradients_, config_.beyond_logp(), !needs_sequence_);
+    return false;
+  }
+  // Of floats a token: kl, c, visited, and the normalizer.
+  int64_t arrays() const { return weight_by_itself_ ? 5 : 3; }
 
   // c is known in the row.
   void one_pass(const LossOutputs& out) {
@@ -99,13 +113,21 @@ class FusedLoss {
     sum(out);
   }
 
-  // A frozen head: dlogp/dhidden now, its factor c once the sequences are whole.
+  // dlogp/dhidden now, its factor c once the sequences are whole; then the weight's gradient, if there is one.
   void direction_then_factor(const LossOutputs& out) {
     HeadOutputs directions = scores_;
     directions.direction = gradients_.direction;
+    if (weight_by_itself_) directions.normalizer = reinterpret_cast<RowNormalizer*>(array(3));
     pass(directions, RowLoss::direction, false);
     sum(out);
-    device_.copy(c_, gradients_.scale, batch_.tokens);
+    if (gradients_.direction) device_.copy(c_, gradients_.scale, batch_.tokens);
+    if constexpr (Device::kWeightByItself) {
+      if (!weight_by_itself_) return;
+      HeadOutputs weight = gradients_;
+      weight.direction = nullptr;
+      weight.logp = scores_.logp, weight.normalizer = directions.normalizer;
+      device_.weight_pass(in_, weight, c_, rows_);
+    }
   }
 
   // A scoring pass, then a pass in which every gradient is given.
@@ -142,6 +164,7 @@ class FusedLoss {
   const bool needs_sequence_, exact_, with_entropy_;
   const HeadOutputs scores_;
   HeadOutputs gradients_;
+  const bool weight_by_itself_;
   const decltype(std::declval<Device&>().scratch(0)) memory_;
   float *kl_, *c_, *visited_;
   const SequenceFactors<Device> factors_;

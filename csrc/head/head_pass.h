@@ -43,25 +43,21 @@ inline int64_t workspace_bytes(const HeadPlan& plan, const HeadShape& shape, int
   return 4 * tile_rows * (logits + hidden) + plan.staging_bytes;
 }
 
-// Rows of a tile: as many as the limit allows in multiples of `unit`, tiles of equal size.
-inline int64_t rows_of_a_tile(int64_t rows, int64_t bytes_per_row, int64_t fixed_bytes, int64_t limit_bytes,
-                              int64_t unit = 1) {
-  int64_t limit = (limit_bytes - fixed_bytes) / bytes_per_row;
-  if (limit < kMinTileRows)
+// least_bytes: of the smallest tile.
+inline void check_workspace(int64_t limit_bytes, int64_t least_bytes) {
+  if (limit_bytes < least_bytes)
     throw std::invalid_argument("workspace of " + std::to_string(limit_bytes) + " bytes is too small for a tile of " +
-                                std::to_string(kMinTileRows) + " rows of this head: give workspace >= " +
-                                std::to_string(kMinTileRows * bytes_per_row + fixed_bytes));
-  if (limit < unit) unit = 1;
-  limit = limit / unit * unit;
-  const int64_t tiles = std::max<int64_t>(1, (rows + limit - 1) / limit);
-  const int64_t even = (rows + tiles - 1) / tiles;
-  return std::max(kMinTileRows, tiles == 1 ? even : std::min(limit, (even + unit - 1) / unit * unit));
+                                std::to_string(kMinTileRows) +
+                                " rows of this head: give workspace >= " + std::to_string(least_bytes));
 }
 
-// Fills tile_rows.
+// Fills tile_rows: as many as the limit allows, tiles of equal size.
 inline HeadPlan plan_tiles(HeadPlan plan, const HeadShape& shape, int64_t limit_bytes) {
+  check_workspace(limit_bytes, workspace_bytes(plan, shape, kMinTileRows));
   const int64_t per_row = workspace_bytes(plan, shape, 1) - plan.staging_bytes;
-  plan.tile_rows = rows_of_a_tile(plan.rows, per_row, plan.staging_bytes, limit_bytes);
+  const int64_t limit = (limit_bytes - plan.staging_bytes) / per_row;
+  const int64_t tiles = std::max<int64_t>(1, (plan.rows + limit - 1) / limit);
+  plan.tile_rows = std::max(kMinTileRows, (plan.rows + tiles - 1) / tiles);
   return plan;
 }
 

@@ -39,14 +39,23 @@ struct HeadInputs {
   bool reference() const { return exact_kl != ExactKl::none && reference_hidden; }
 };
 
+// What makes a probability of a logit, from one pass to the next: p_j = exp(z_j - highest) inverse.
+struct RowNormalizer {
+  float highest;  // before the temperature
+  float inverse;
+};
+
 struct HeadOutputs {          // null if not wanted
   float* logp = nullptr;      // [tokens]
   float* entropy = nullptr;   // [tokens]
   float* kl = nullptr;        // [tokens]
   void* direction = nullptr;  // [tokens, hidden] in the hidden states' dtype: dL/dhidden = scale * direction
   float* scale = nullptr;     // [tokens]; null: direction is dL/dhidden itself
-  float* dweight = nullptr;   // [vocabulary, hidden]; zeroed on CUDA, written by the first active tile on the CPU
-  float* dbias = nullptr;     // [vocabulary], zeroed
+  // [vocabulary, hidden]; f32 on the CPU, where the first active tile writes it; zeroed on CUDA.
+  void* dweight = nullptr;
+  Dtype dweight_dtype = Dtype::f32;
+  float* dbias = nullptr;               // [vocabulary], zeroed
+  RowNormalizer* normalizer = nullptr;  // [tokens], for a pass for the weight's gradient alone
 
   bool scores() const { return logp || entropy || kl; }
   bool gradient() const { return direction || dweight || dbias; }

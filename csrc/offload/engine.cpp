@@ -9,7 +9,7 @@
 namespace longgrpo::offload {
 namespace {
 
-constexpr size_t kBounce = size_t(4) << 20;
+constexpr size_t kMostBounce = size_t(4) << 20, kLeastBounce = size_t(64) << 10;
 
 std::string count(size_t bytes) { return std::to_string(bytes) + " bytes"; }
 
@@ -23,7 +23,13 @@ Engine::Engine(std::unique_ptr<Backend> backend, Options options, DeviceAlloc de
   if (options.prefetch < 0 || options.inflight < 1 || options.keep_last < 0)
     throw std::invalid_argument("offload: prefetch and keep_last must be >= 0 and inflight >= 1");
   if (!device_alloc_) device_alloc_ = [this](size_t bytes) { return backend_->device_alloc(bytes); };
-  for (auto& buffer : bounce_) buffer = pinned_buffer(kBounce);
+  // Taken before the arena pins all that the driver allows.
+  for (bounce_bytes_ = kMostBounce; bounce_bytes_ >= kLeastBounce; bounce_bytes_ /= 2) {
+    for (auto& buffer : bounce_) buffer = pinned_buffer(bounce_bytes_);
+    if (bounce_[0] && bounce_[1]) return;
+    for (auto& buffer : bounce_) buffer = nullptr;
+  }
+  bounce_bytes_ = 0;
 }
 
 Engine::~Engine() {
@@ -311,13 +317,15 @@ char* Engine::host_alloc(size_t bytes) {
 
 // Pinned pieces go to the copy engine as they are; pageable ones pass through a small pinned buffer, a part at a time,
 // in the lane's order: asynchronous, where a direct copy would block the calling thread until the device has caught up.
+// A direct copy is all that is left if the driver pins nothing at all: it has read or written the host's side when it
+// returns, and then every copy is one.
 template <class Copy>
 void Engine::copy_pieces(Lane lane, char* host, size_t bytes, Copy&& copy) {
   auto piece = [&](size_t offset, size_t n, bool pinned) {
-    if (pinned) return copy(host + offset, offset, n);
+    if (pinned || bounce_bytes_ == 0) return copy(host + offset, offset, n);
     char* middle = bounce_[int(lane)].get();
-    for (size_t end = offset + n; offset < end; offset += kBounce) {
-      size_t part = std::min(kBounce, end - offset);
+    for (size_t end = offset + n; offset < end; offset += bounce_bytes_) {
+      size_t part = std::min(bounce_bytes_, end - offset);
       if (lane == Lane::in) backend_->host_copy(backend_->lane(lane), middle, host + offset, part);
       copy(middle, offset, part);
       if (lane == Lane::out) backend_->host_copy(backend_->lane(lane), host + offset, middle, part);
@@ -329,14 +337,12 @@ void Engine::copy_pieces(Lane lane, char* host, size_t bytes, Copy&& copy) {
     piece(0, bytes, false);
 }
 
-// Taken before the arena pins all that the driver allows: a copy from pageable memory may read it at once, and not
-// when the stream's own host function has filled it.
+// Null if the driver refuses. Pinned, for a copy from pageable memory may read it at once, and not when the stream's
+// own host function has filled it.
 std::shared_ptr<char> Engine::pinned_buffer(size_t bytes) {
   std::unique_ptr<char, decltype(&std::free)> memory(static_cast<char*>(std::aligned_alloc(4096, bytes)), &std::free);
   if (!memory) throw std::bad_alloc();
-  if (!backend_->pin(memory.get(), bytes))
-    throw std::runtime_error("offload: the driver does not pin even " + count(bytes) +
-                             " of host memory; raise its limit, or do without offload");
+  if (!backend_->pin(memory.get(), bytes)) return nullptr;
   return {memory.release(), [this](char* p) {
             backend_->unpin(p);
             std::free(p);

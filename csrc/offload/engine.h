@@ -146,6 +146,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::deque<Retired> retired_;
   std::vector<std::unique_ptr<Slot>> ring_;
   std::shared_ptr<char> bounce_[2];
+  size_t bounce_bytes_;  // 0: the driver pins nothing
 };
 
 }  // namespace longgrpo::offload

@@ -29,8 +29,8 @@ int64_t head_workspace(int64_t tokens, int64_t hidden, int64_t vocabulary, Scala
   const Dtype h = dtype_of(hidden_dtype), w = dtype_of(weight_dtype);
   if (tokens == 0) return 0;
   if (multiprocessors > 0)
-    return plan_cuda({shape, h, w, reference, weight_gradient, beyond_logp}, workspace, {int(multiprocessors), 0})
-        .bytes();
+    return cuda_workspace({shape, h, w, reference, hidden_gradient, weight_gradient, beyond_logp}, workspace,
+                          {int(multiprocessors), 0});
   HeadInputs in{};
   in.hidden_dtype = h, in.weight_dtype = w;
   const HeadPlan plan = plan_cpu(shape, in, tokens, tokens, hidden_gradient, weight_gradient, reference,

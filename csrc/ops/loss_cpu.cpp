@@ -29,7 +29,7 @@ class CpuRuntime {
     Tensor tensor = empty(size, dtype);
     return torch::stable::zero_(tensor);
   }
-  Tensor dweight(std::vector<int64_t> size) const { return empty(size, ScalarType::Float); }
+  Tensor dweight(std::vector<int64_t> size, ScalarType) const { return empty(size, ScalarType::Float); }
   TorchScratch scratch(int64_t bytes) const { return TorchScratch(empty({bytes}, ScalarType::Byte)); }
 
   CpuDevice<CpuRuntime> device(const HeadShape& shape, int64_t workspace, int64_t /*active: the CPU looks*/) {

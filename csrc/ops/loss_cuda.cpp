@@ -2,7 +2,9 @@
 // captured into a graph and runs on any device and stream.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
 
+#include "../cuda/cublas.h"
 #include "../cuda/cuda_head.h"
 #include "loss_ops.h"
 #include "torch_runtime.h"
@@ -12,6 +14,15 @@ namespace {
 
 ScalarType scalar_type_of(Dtype dtype) {
   return dtype == Dtype::f32 ? ScalarType::Float : dtype == Dtype::bf16 ? ScalarType::BFloat16 : ScalarType::Half;
+}
+
+// c += a b by torch's own cuBLAS handle, with the current stream and torch's workspace and setting of TF32. The stable
+// ABI can call neither addmm, which takes Scalars, nor anything else that adds to its output.
+void add_product(const Operand& a, const Operand& b, float* c, int64_t c_stride) {
+  static const CublasGemm gemm(dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY));  // linked to cuBLAS
+  void* handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+  gemm(handle, a, b, c, c_stride, true);
 }
 
 class CudaRuntime {
@@ -24,7 +35,10 @@ class CudaRuntime {
   Tensor zeros(std::vector<int64_t> size, ScalarType dtype) const {
     return torch::stable::new_zeros(like_, size, dtype);
   }
-  Tensor dweight(std::vector<int64_t> size) const { return zeros(size, ScalarType::Float); }
+  // fp16 has not the range for the sum of a loss whose normalizer counts tokens.
+  Tensor dweight(std::vector<int64_t> size, ScalarType weight) const {
+    return zeros(size, weight == ScalarType::BFloat16 ? weight : ScalarType::Float);
+  }
   TorchScratch scratch(int64_t bytes) const {
     return TorchScratch(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
   }
@@ -36,11 +50,17 @@ class CudaRuntime {
 
   const Chip& chip() const { return chip_; }
   Stream stream() const { return stream_; }
-  CudaPlan plan(const CudaWish& wish, int64_t limit_bytes) const { return plan_cuda(wish, limit_bytes, chip_); }
+  CudaPlan plan(const CudaWish& wish, Tiling tiling, int64_t limit_bytes) const {
+    return best_tiles(wish, tiling, limit_bytes, chip_);
+  }
+  bool splits(const CudaWish& wish, int64_t limit_bytes, bool c_in_row) const {
+    return longgrpo::splits(wish, limit_bytes, chip_, c_in_row);
+  }
   std::optional<ScorePlan> score_plan(const HeadShape&, const HeadInputs&, int64_t) const { return {}; }
 
   // fp32 operands follow torch's own setting of TF32 (off unless torch.backends.cuda.matmul.allow_tf32 says so).
-  void gemm(const Operand& a, const Operand& b, float* c, int64_t c_stride) const {
+  void gemm(const Operand& a, const Operand& b, float* c, int64_t c_stride, bool add) const {
+    if (add) return add_product(a, b, c, c_stride);
     const Tensor out = view(c, Dtype::f32, a.rows, b.columns, c_stride, 1);
     const Tensor x = view(const_cast<void*>(a.data), a.dtype, a.rows, a.columns, a.row_stride, a.column_stride);
     const Tensor y = view(const_cast<void*>(b.data), b.dtype, b.rows, b.columns, b.row_stride, b.column_stride);

@@ -1,7 +1,7 @@
 // The loss ops, the same on every device: arguments in, outputs made, csrc/head run. A Runtime is a device's part:
 //   Runtime runtime(like)                        for the device of a tensor; also what the device's head wants of it
 //   runtime.zeros(size, dtype)                   a tensor
-//   runtime.dweight(size)                        f32, as HeadOutputs::dweight wants it
+//   runtime.dweight(size, dtype of the weight)   as HeadOutputs::dweight wants it
 //   runtime.device(shape, workspace, active)     fused_loss.h's Device
 //   runtime.check(inputs, shape)                 what the device can see without a wait
 #pragma once
@@ -40,15 +40,16 @@ struct Gradients {
   Tensor direction, scale, dweight, dbias;
 
   template <class Runtime>
-  Gradients(const Runtime& runtime, const HeadShape& shape, ScalarType hidden_dtype, bool hidden, bool scale,
-            bool weight, bool bias)
+  Gradients(const Runtime& runtime, const HeadShape& shape, ScalarType hidden_dtype, ScalarType weight_dtype,
+            bool hidden, bool scale, bool weight, bool bias)
       : direction(runtime.zeros({hidden ? shape.tokens : 0, shape.hidden}, hidden_dtype)),
         scale(runtime.zeros({scale ? shape.tokens : 0}, ScalarType::Float)),
-        dweight(runtime.dweight({weight ? shape.vocabulary : 0, shape.hidden})),
+        dweight(runtime.dweight({weight ? shape.vocabulary : 0, shape.hidden}, weight_dtype)),
         dbias(runtime.zeros({bias ? shape.vocabulary : 0}, ScalarType::Float)),
         outputs{.direction = hidden ? direction.mutable_data_ptr() : nullptr,
                 .scale = scale ? data(this->scale) : nullptr,
-                .dweight = weight ? data(dweight) : nullptr,
+                .dweight = weight ? dweight.mutable_data_ptr() : nullptr,
+                .dweight_dtype = dtype_of(dweight),
                 .dbias = bias ? data(dbias) : nullptr} {}
 
   HeadOutputs outputs;
@@ -67,34 +68,42 @@ struct LossResult {
 
 template <class Runtime>
 struct LossOps {
-  static std::tuple<Tensor, Tensor, Tensor> linear_logprob(const Tensor& hidden, const Tensor& weight,
-                                                           const Tensor& target, const OptionalTensor& bias,
-                                                           const OptionalTensor& token_temperature, double temperature,
-                                                           double softcap, double logit_scale, bool entropy,
-                                                           bool direction, int64_t workspace) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprob(const Tensor& hidden, const Tensor& weight,
+                                                                   const Tensor& target, const OptionalTensor& bias,
+                                                                   const OptionalTensor& token_temperature,
+                                                                   double temperature, double softcap,
+                                                                   double logit_scale, bool entropy, bool direction,
+                                                                   int64_t workspace, bool normalizer) {
     Runtime runtime(hidden);
     const HeadArguments head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale);
     runtime.check(head.in, head.shape);
     const int64_t n = head.shape.tokens;
     Tensor logp = runtime.zeros({n}, ScalarType::Float), ent = runtime.zeros({entropy ? n : 0}, ScalarType::Float);
-    Gradients gradients(runtime, head.shape, hidden.scalar_type(), direction, false, false, false);
+    Tensor normalizers = runtime.zeros({normalizer ? n : 0, 2}, ScalarType::Float);
+    Gradients gradients(runtime, head.shape, hidden.scalar_type(), ScalarType::Float, direction, false, false, false);
     HeadOutputs out = gradients.outputs;
     out.logp = data(logp), out.entropy = entropy ? data(ent) : nullptr;
+    if (normalizer) out.normalizer = reinterpret_cast<RowNormalizer*>(data(normalizers));
     runtime.device(head.shape, workspace, n).pass(head.in, out, RowLoss{});
-    return {logp, ent, gradients.direction};
+    return {logp, ent, gradients.direction, normalizers};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(
       const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
       const OptionalTensor& token_temperature, double temperature, double softcap, double logit_scale,
       const Tensor& logp_grad, const OptionalTensor& entropy_grad, bool need_hidden, bool need_weight, bool need_bias,
-      int64_t workspace) {
+      int64_t workspace, const OptionalTensor& logp, const OptionalTensor& normalizer) {
     Runtime runtime(hidden);
     const HeadArguments head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale);
     runtime.check(head.in, head.shape);
-    const Gradients gradients(runtime, head.shape, hidden.scalar_type(), need_hidden, false, need_weight, need_bias);
+    const Gradients gradients(runtime, head.shape, hidden.scalar_type(), weight.scalar_type(), need_hidden, false,
+                              need_weight, need_bias);
     const RowLoss loss{.kind = RowLoss::given, .c = read(logp_grad), .e = pointer(entropy_grad)};
-    runtime.device(head.shape, workspace, head.shape.tokens).pass(head.in, gradients.outputs, loss);
+    const auto device = runtime.device(head.shape, workspace, head.shape.tokens);
+    if (logp && normalizer)
+      weight_pass(device, head, gradients.outputs, read(logp_grad), *logp, *normalizer);
+    else
+      device.pass(head.in, gradients.outputs, loss);
     return {gradients.direction, gradients.dweight, gradients.dbias};
   }
 
@@ -134,8 +143,8 @@ struct LossOps {
     head.in.reference_weight = ref_weight ? ref_weight->const_data_ptr() : head.in.weight;
     const int64_t n = head.shape.tokens;
     Tensor logp = runtime.zeros({n}, ScalarType::Float), entropy = runtime.zeros({n}, ScalarType::Float);
-    const Gradients gradients(runtime, head.shape, hidden.scalar_type(), need_hidden, need_hidden, need_weight,
-                              need_bias);
+    const Gradients gradients(runtime, head.shape, hidden.scalar_type(), weight.scalar_type(), need_hidden, need_hidden,
+                              need_weight, need_bias);
     HeadOutputs out = gradients.outputs;
     out.logp = data(logp), out.entropy = data(entropy);
     const LossResult result(runtime);
@@ -157,6 +166,19 @@ struct LossOps {
   }
 
  private:
+  // The weight's gradient from c and from what linear_logprob has said of every row.
+  template <class Device>
+  static void weight_pass(const Device& device, const HeadArguments& head, HeadOutputs out, const float* c,
+                          const Tensor& logp, const Tensor& normalizer) {
+    if constexpr (Device::kWeightByItself) {
+      out.direction = nullptr;
+      out.logp = data(logp), out.normalizer = reinterpret_cast<RowNormalizer*>(data(normalizer));
+      device.weight_pass(head.in, out, c, {head.shape.tokens});
+    } else {
+      STD_TORCH_CHECK(false, "longgrpo: no pass for the weight's gradient alone on this device");
+    }
+  }
+
   static void scale_rows_into(const Tensor& x, const Tensor& scale, const Tensor& out) {
     Runtime runtime(x);
     runtime.device({x.size(0), x.size(1), 0}, 0, 0)

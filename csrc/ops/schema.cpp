@@ -17,10 +17,11 @@
 
 STABLE_TORCH_LIBRARY(longgrpo, m) {
   m.def("linear_logprob(" HEAD_ARGUMENTS
-        "bool entropy, bool direction, int workspace) -> (Tensor logp, Tensor entropy, Tensor direction)");
+        "bool entropy, bool direction, int workspace, bool normalizer=False) -> "
+        "(Tensor logp, Tensor entropy, Tensor direction, Tensor normalizer)");
   m.def("linear_logprob_backward(" HEAD_ARGUMENTS
-        "Tensor logp_grad, Tensor? entropy_grad, bool need_hidden, bool need_weight, bool need_bias, int workspace) -> "
-        "(Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)");
+        "Tensor logp_grad, Tensor? entropy_grad, bool need_hidden, bool need_weight, bool need_bias, int workspace, "
+        "Tensor? logp=None, Tensor? normalizer=None) -> (Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)");
   m.def("token_loss(Tensor logp, " TOKEN_ARGUMENTS "Tensor? entropy, " CONFIG_ARGUMENTS
         ") -> (Tensor loss, Tensor metrics, Tensor logp_grad)");
   m.def("linear_grpo_loss(" HEAD_ARGUMENTS TOKEN_ARGUMENTS "Tensor? ref_hidden, Tensor? ref_weight, " CONFIG_ARGUMENTS

@@ -265,7 +265,7 @@ def test_no_length_limit(tokens):
 
 
 def test_errors_before_any_work():
-    with pytest.raises(ValueError, match="on one device"):
+    with pytest.raises(ValueError, match="weight is on cpu and hidden on"):
         linear_logprob(
             torch.randn(3, 4, device=DEVICE), torch.randn(9, 4), torch.zeros(3, dtype=torch.int64, device=DEVICE)
         )

@@ -26,25 +26,41 @@ def _f32(like: Tensor, *size: int | torch.SymInt) -> Tensor:
     return like.new_empty(size, dtype=torch.float32)
 
 
+def _weight_grad(weight: Tensor, *size: int | torch.SymInt) -> Tensor:
+    """As the runtimes of csrc/ops make it."""
+    half = weight_by_itself(weight) and weight.dtype == torch.bfloat16
+    return weight.new_empty(size, dtype=torch.bfloat16 if half else torch.float32)
+
+
+def weight_by_itself(operand: Tensor) -> bool:
+    """Whether the device has a pass for the weight's gradient alone (Device::kWeightByItself in csrc/head)."""
+    return operand.device.type == "cuda"
+
+
 @torch.library.register_fake("longgrpo::linear_logprob", lib=_LIBRARY)
 def _(
     hidden: Tensor, weight: Tensor, target: Any, bias: Any, token_temperature: Any, temperature: Any, softcap: Any,
-    logit_scale: Any, entropy: Any, direction: Any, workspace: Any,
+    logit_scale: Any, entropy: Any, direction: Any, workspace: Any, normalizer: Any = False,
 ) -> Any:  # fmt: skip
     n, h = hidden.shape
-    return _f32(hidden, n), _f32(hidden, n if entropy else 0), hidden.new_empty((n if direction else 0, h))
+    return (
+        _f32(hidden, n),
+        _f32(hidden, n if entropy else 0),
+        hidden.new_empty((n if direction else 0, h)),
+        _f32(hidden, n if normalizer else 0, 2),
+    )
 
 
 @torch.library.register_fake("longgrpo::linear_logprob_backward", lib=_LIBRARY)
 def _(
     hidden: Tensor, weight: Tensor, target: Any, bias: Any, token_temperature: Any, temperature: Any, softcap: Any,
     logit_scale: Any, logp_grad: Any, entropy_grad: Any, need_hidden: Any, need_weight: Any, need_bias: Any,
-    workspace: Any,
+    workspace: Any, logp: Any = None, normalizer: Any = None,
 ) -> Any:  # fmt: skip
     (n, h), v = hidden.shape, weight.shape[0]
     return (
         hidden.new_empty((n if need_hidden else 0, h)),
-        _f32(hidden, v if need_weight else 0, h),
+        _weight_grad(weight, v if need_weight else 0, h),
         _f32(hidden, v if need_bias else 0),
     )
 
@@ -72,7 +88,7 @@ def _(
         _f32(hidden, n),
         hidden.new_empty((n if need_hidden else 0, h)),
         _f32(hidden, n if need_hidden else 0),
-        _f32(hidden, v if need_weight else 0, h),
+        _weight_grad(weight, v if need_weight else 0, h),
         _f32(hidden, v if need_bias else 0),
     )
 
@@ -139,38 +155,44 @@ def _first_order(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _setup_linear_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    hidden, weight, target, bias, token_temperature, *scalars, entropy, direction, workspace = inputs
-    _, _, u = output
-    ctx.mark_non_differentiable(u)
+    hidden, weight, target, bias, token_temperature, *scalars, entropy, direction, workspace, normalizer = inputs
+    logp, _, u, normalizers = output
+    ctx.mark_non_differentiable(u, normalizers)
     ctx.set_materialize_grads(False)
-    ctx.scalars, ctx.workspace, ctx.has_direction = scalars, workspace, direction
+    ctx.scalars, ctx.workspace = scalars, workspace
+    ctx.has_direction, ctx.has_normalizer = direction, normalizer
     # The inputs are needed only where c or e must meet the logits again: a trainable head, or an entropy gradient.
-    ctx.keeps_inputs = entropy or not direction
+    ctx.keeps_inputs = entropy or normalizer or not direction
     kept = (hidden, weight, target, bias, token_temperature) if ctx.keeps_inputs else ()
-    ctx.save_for_backward(u, *kept)
+    ctx.save_for_backward(u, *((logp, normalizers) if normalizer else (None, None)), *kept)
 
 
-def _linear_logprob_backward(ctx: Any, logp_grad: Any, entropy_grad: Any, _: Any) -> tuple[Any, ...]:
-    u, *kept = ctx.saved_tensors
-    none = (None,) * 6  # token_temperature ... direction, workspace are not differentiable
+def _linear_logprob_backward(ctx: Any, logp_grad: Any, entropy_grad: Any, *_: Any) -> tuple[Any, ...]:
+    u, logp, normalizers, *kept = ctx.saved_tensors
+    none = (None,) * 8  # token_temperature ... normalizer are not differentiable
     if logp_grad is None and entropy_grad is None:
-        return (None, None, None, None, *none, None)
-    if entropy_grad is None and ctx.has_direction:
-        return (*_first_order(_scale_saved(u, logp_grad)), None, None, None, *none, None)
-    hidden, weight, target, bias, token_temperature = kept
+        return (None,) * 12
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+    scaled = entropy_grad is None and ctx.has_direction
+    if scaled and not ctx.has_normalizer:
+        return (*_first_order(_scale_saved(u, logp_grad)), None, None, None, *none)
+    hidden, weight, target, bias, token_temperature = kept
     if logp_grad is None:
         logp_grad = torch.zeros_like(entropy_grad)
+    by_itself = entropy_grad is None and ctx.has_normalizer
     d_hidden, d_weight, d_bias = ops.linear_logprob_backward(
         hidden, weight, target, bias, token_temperature, *ctx.scalars, logp_grad.contiguous(),
-        None if entropy_grad is None else entropy_grad.contiguous(), need_hidden, need_weight, need_bias, ctx.workspace,
+        None if entropy_grad is None else entropy_grad.contiguous(), need_hidden and not scaled, need_weight, need_bias,
+        ctx.workspace, logp if by_itself else None, normalizers if by_itself else None,
     )  # fmt: skip
+    if scaled:
+        d_hidden = _scale_saved(u, logp_grad)
     d_hidden, d_weight, d_bias = _first_order(
         d_hidden if need_hidden else None,
         d_weight.to(weight.dtype) if need_weight else None,
         d_bias.to(bias.dtype) if need_bias else None,
     )
-    return (d_hidden, d_weight, None, d_bias, *none, None)
+    return (d_hidden, d_weight, None, d_bias, *none)
 
 
 torch.library.register_autograd(

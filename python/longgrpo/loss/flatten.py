@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longgrpo._ops.library import ops
 from longgrpo.loss.config import GRPOLossConfig, OffPolicyCorrection, loss_normalizer, packed
+from longgrpo.loss.devices import on_device
 from longgrpo.loss.tokens import LossTokens
 from longgrpo.loss.types import loss_type
 
@@ -182,19 +183,3 @@ def rows_known_on_host(
     of_token = _spread("advantages", advantages, shape, cu_seqlens)
     index, active = ops.visited_rows(visited.float(), of_token, *packed(config, OffPolicyCorrection()), metrics)
     return Rows(index, active, None) if active < tokens else None
-
-
-@overload
-def on_device(device: torch.device, tensor: Tensor) -> Tensor: ...
-@overload
-def on_device(device: torch.device, tensor: None) -> None: ...
-@overload
-def on_device(device: torch.device, tensor: Tensor | None) -> Tensor | None: ...
-
-
-def on_device(device: torch.device, tensor: Tensor | None) -> Tensor | None:
-    """`tensor` on `device`, without waiting for what the device is at."""
-    if tensor is None or tensor.device == device:
-        return tensor
-    pinned = device.type == "cuda" and tensor.device.type == "cpu"
-    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)

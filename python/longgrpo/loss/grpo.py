@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from longgrpo._ops.library import ops
 from longgrpo._ops.loss import METRICS, SAMPLING_METRICS
 from longgrpo.errors import renamed
 from longgrpo.loss.config import GRPOLossConfig, OffPolicyCorrection, packed
-from longgrpo.loss.flatten import flatten, on_device, rows_known_on_host
+from longgrpo.loss.devices import bring, bring_tokens, on_device, require
+from longgrpo.loss.flatten import flatten, rows_known_on_host
 from longgrpo.loss.linear import DEFAULT_WORKSPACE, cast_by_autocast, head_arguments, linear_logprob
 from longgrpo.loss.parallel import whole
 from longgrpo.loss.tokens import LossTokens
@@ -70,8 +72,10 @@ def grpo_loss(
         correction: what is done about the difference between old_logp (logp itself if None) and sampling_logp.
         config: which loss.
 
+    Tensors with one entry a token or a sequence may lie on the CPU whatever logp's device is: they are moved.
+
     Raises:
-        ValueError: shapes that do not fit, or options without the tensor that they need.
+        ValueError: shapes that do not fit, a tensor on another device, or options without the tensor that they need.
     """
     if config.exact_kl:
         raise ValueError(f"kl={config.kl!r} is a sum over the vocabulary: use linear_grpo_loss with ref_hidden")
@@ -79,7 +83,10 @@ def grpo_loss(
         raise ValueError(f"entropy_coef={config.entropy_coef} needs entropy")
     if entropy is not None and entropy.shape != logp.shape:
         raise ValueError(f"entropy {list(entropy.shape)} must be of logp's shape {list(logp.shape)}")
-    tokens = LossTokens(advantages, mask, cu_seqlens, old_logp, ref_logp, sampling_logp, importance)
+    given = LossTokens(advantages, mask, cu_seqlens, old_logp, ref_logp, sampling_logp, importance)
+    tokens = bring_tokens("logp", logp.device, given)
+    entropy = bring("logp", logp.device, "entropy", entropy)
+    normalizer = _brought_normalizer("logp", logp.device, normalizer)
     flat = flatten(tokens, logp.shape, normalizer, correction, config)
     flat_entropy = None if entropy is None else entropy.reshape(-1).float().contiguous()
     loss, metrics, _ = ops.token_loss(
@@ -88,9 +95,15 @@ def grpo_loss(
     return GRPOLoss(
         loss,
         _named(metrics, sampling_logp),
-        _visited(logp, mask),
-        None if entropy is None else _visited(entropy, mask),
+        _visited(logp, tokens.mask),
+        None if entropy is None else _visited(entropy, tokens.mask),
     )
+
+
+def _brought_normalizer(
+    like: str, device: torch.device, normalizer: float | Tensor | None
+) -> float | Tensor | None:  # fmt: skip
+    return bring(like, device, "normalizer", normalizer) if isinstance(normalizer, Tensor) else normalizer
 
 
 def _visited(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -129,10 +142,11 @@ def linear_grpo_loss(
     and bias.
 
     The loss needs one scalar a token. If that is known as soon as the token's row of logits is there, a frozen head
-    costs 2 GEMMs and a trained one 3. If it needs the whole sequence's logp (importance_level="sequence", vespo, gmpo,
-    a correction of sequences without old_logp, a threshold with it), 2 and 4, and a frozen head 3 with an entropy bonus
-    or an exact KL. The exact KL itself adds one. Tokens outside the mask cost nothing; tokens whose gradient is known
-    to be 0 cost the first GEMM, or nothing with `metrics=False`.
+    costs 2 GEMMs and a trained one 3 (on a GPU 4, if its workspace holds few whole rows of logits). If it needs the
+    whole sequence's logp (importance_level="sequence", vespo, gmpo, a correction of sequences without old_logp, a
+    threshold with it), 2 and 4, and a frozen head 3 with an entropy bonus or an exact KL. The exact KL itself adds one.
+    Tokens outside the mask cost nothing; tokens whose gradient is known to be 0 cost the first GEMM, or nothing with
+    `metrics=False`.
 
     On a GPU this takes a mask and advantages (and cu_seqlens) that are CPU tensors: the pass is planned on the host,
     which never waits for the device. Handed in on the GPU, such tokens cost what the others do.
@@ -158,10 +172,15 @@ def linear_grpo_loss(
     if _plans_on_host(device):
         needs_sequences = config.needs_sequences or correction.needs_sequences
         rows = rows_known_on_host(shape, advantages, mask, cu_seqlens, config, needs_sequences, metrics)
-        moved = (on_device(device, t) for t in (advantages, mask, cu_seqlens, importance))
-        advantages, mask, cu_seqlens, importance = moved  # type: ignore[assignment]
-    used = target >= 0 if mask is None else mask.bool() & (target >= 0)
-    tokens = LossTokens(advantages, used, cu_seqlens, old_logp, ref_logp, sampling_logp, importance)
+    require("hidden", device, weight=weight, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight)
+    brought = bring("hidden", device, "target", target)
+    assert brought is not None
+    target = brought
+    given = LossTokens(advantages, mask, cu_seqlens, old_logp, ref_logp, sampling_logp, importance)
+    tokens = bring_tokens("hidden", device, given)
+    normalizer = _brought_normalizer("hidden", device, normalizer)
+    used = target >= 0 if tokens.mask is None else tokens.mask.bool() & (target >= 0)
+    tokens = replace(tokens, mask=used)
     if group is not None and group.size() > 1:
         asked = target.masked_fill(~used, -100)
         logp, entropy = linear_logprob(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longgrpo.loss.devices import bring_tokens, require
 from longgrpo.loss.flatten import per_token
 from longgrpo.loss.tokens import LossTokens
 
@@ -34,7 +35,9 @@ class LossInputs:
 
     @classmethod
     def of(cls, logp: Tensor, entropy: Tensor, tokens: LossTokens, normalizer: float) -> LossInputs:
-        """logp and entropy [N]; tokens: flat ones, with their bounds."""
+        """logp and entropy [N]; tokens: flat ones, with their bounds, on logp's device or the CPU."""
+        tokens = bring_tokens("logp", logp.device, tokens)
+        require("logp", logp.device, entropy=entropy)
         assert tokens.cu_seqlens is not None
         advantages = tokens.advantages
         if advantages.shape != logp.shape:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-import longgrpo._ops.loss  # noqa: F401 - registers fake kernels and autograd
+from longgrpo._ops import loss as loss_ops  # registers fake kernels and autograd
 from longgrpo._ops.library import ops
+from longgrpo.loss.devices import bring, on_device, require
 from longgrpo.loss.parallel import VocabularyShard, whole
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def head_arguments(
 ) -> Head:
     """Checks the arguments that every head op shares and flattens the tokens."""
     weight, bias = whole(weight), None if bias is None else whole(bias)
+    device = hidden.device
+    require("hidden", device, weight=weight, bias=bias)
     hidden, weight = cast_by_autocast(hidden), cast_by_autocast(weight)
     _check_shapes(hidden, weight, target, bias)
     if softcap is not None and not softcap > 0:
@@ -84,15 +87,17 @@ def head_arguments(
         temperature = 1.0
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}; for greedy decoding score at temperature 1")
+    flat_target = bring("hidden", device, "target", target.reshape(-1).contiguous())
+    assert flat_target is not None
     flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     if os.environ.get("LONGGRPO_CHECK_FINITE") == "1":
-        check_finite("hidden", flat, target.reshape(-1) >= 0)
+        check_finite("hidden", flat, flat_target >= 0)
     return Head(
         flat,
         weight.contiguous(),
-        target.reshape(-1).contiguous(),
+        flat_target,
         None if bias is None else bias.float().contiguous(),
-        token_temperature,
+        bring("hidden", device, "temperature", token_temperature),
         float(temperature),
         float(softcap or 0.0),
         float(logit_scale),
@@ -113,9 +118,6 @@ def _check_shapes(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor |
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if tensor.dtype not in _FLOATS:
             raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
-    if not hidden.device == weight.device == target.device:
-        raise ValueError(f"hidden ({hidden.device}), weight ({weight.device}) and target ({target.device}) must be on "
-                         "one device")  # fmt: skip
 
 
 def cast_by_autocast(operand: Tensor) -> Tensor:
@@ -172,7 +174,8 @@ def linear_logprob(
             rank's rows, a plain tensor, in the group's order; hidden and target are the same on every rank, and so are
             the results and hidden's gradient.
 
-    Under autocast, hidden and weight are cast as F.linear's operands are.
+    Under autocast, hidden and weight are cast as F.linear's operands are. target and a tensor of temperatures may lie
+    on the CPU whatever hidden's device is; weight and bias may not.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or constants that do not fit, a target outside the vocabulary, a
@@ -180,6 +183,10 @@ def linear_logprob(
         RuntimeError: double backward.
     """
     if group is not None and group.size() > 1:
+        require("hidden", hidden.device, weight=weight, bias=bias)
+        target = on_device(hidden.device, target)
+        if isinstance(temperature, Tensor):
+            temperature = on_device(hidden.device, temperature)
         shard = VocabularyShard(len(weight), target, group)
         hidden = shard.replicated(hidden)
         options: dict[str, Any] = {
@@ -191,9 +198,12 @@ def linear_logprob(
         hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
     )
     need_hidden, need_weight, need_bias = head.needs
-    # A frozen head lets the forward keep dlogp/dhidden; a trainable one has to meet the logits again anyway.
-    direction = need_hidden and not (need_weight or need_bias)
-    logp, entropies, _ = ops.linear_logprob(*head, entropy, direction, workspace)
+    # The forward keeps dlogp/dhidden if the head is frozen, or if the device can have the weight's gradient by itself;
+    # otherwise a trainable head meets the logits again for both.
+    trained = need_weight or need_bias
+    normalizer = trained and loss_ops.weight_by_itself(head.hidden)
+    direction = need_hidden and (normalizer or not trained)
+    logp, entropies, *_ = ops.linear_logprob(*head, entropy, direction, workspace, normalizer)
     return LogProb(logp.view(target.shape), entropies.view(target.shape) if entropy else None)
 
 

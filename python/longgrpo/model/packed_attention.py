@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from longgrpo.loss.flatten import on_device
+from longgrpo.loss.devices import on_device
 from longgrpo.model.head import base_model
 from longgrpo.model.load import backbone
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longgrpo.loss import LossTokens
-from longgrpo.loss.flatten import on_device
+from longgrpo.loss.devices import on_device
 from longgrpo.model.packed_attention import PackedBatch, pack_sequences
 from longgrpo.tasks.sample import Rollout, Sample
 

@@ -52,11 +52,16 @@ struct SimulatedRuntime {
   Stream stream() const { return nullptr; }
   Scratch scratch(int64_t bytes) { return Scratch(bytes); }
 
-  CudaPlan plan(const CudaWish& wish, int64_t limit_bytes) {
-    if (forced_rows == 0) return plan_cuda(wish, limit_bytes, ::chip);
-    CudaPlan plan = forced_chunk && wish.can_chunk() ? row_chunks(wish, forced_chunk) : whole_rows(wish);
-    plan.tile_rows = forced_rows;
-    return plan;
+  // Forced: whole rows wherever they are possible, or chunks wherever those are.
+  CudaPlan plan(const CudaWish& wish, Tiling tiling, int64_t limit_bytes) {
+    if (forced_rows == 0) return best_tiles(wish, tiling, limit_bytes, ::chip);
+    const int64_t all = logits_columns(wish.shape);
+    const int64_t chunk = tiling == Tiling::whole_rows || forced_chunk == 0 ? all : std::min(forced_chunk, all);
+    return {tiling, forced_rows, chunk, chunk, tile_bytes(wish, tiling, forced_rows, chunk)};
+  }
+  bool splits(const CudaWish& wish, int64_t limit_bytes, bool c_in_row) {
+    if (forced_rows == 0) return longgrpo::splits(wish, limit_bytes, ::chip, c_in_row);
+    return forced_chunk && wish.weight_gradient && wish.can_chunk();
   }
 
   std::optional<ScorePlan> score_plan(const HeadShape& shape, const HeadInputs& in, int64_t limit_bytes) const {
@@ -66,12 +71,13 @@ struct SimulatedRuntime {
     return plan;
   }
 
-  void gemm(const Operand& a, const Operand& b, float* c, int64_t c_stride) {
+  void gemm(const Operand& a, const Operand& b, float* c, int64_t c_stride, bool add) {
     multiply_adds += a.rows * a.columns * b.columns;
     const std::vector<float> x = unpacked(a), y = unpacked(b);
     std::vector<double> row(size_t(b.columns));
     for (int64_t i = 0; i < a.rows; ++i) {
       std::fill(row.begin(), row.end(), 0.0);
+      if (add) std::copy_n(c + i * c_stride, b.columns, row.begin());
       for (int64_t k = 0; k < a.columns; ++k) {
         const double factor = x[size_t(i * a.columns + k)];
         const float* const from = &y[size_t(k * b.columns)];
@@ -112,8 +118,15 @@ HeadInputs inputs_of(const py::dict& d) {
 }
 
 HeadOutputs outputs_of(const py::dict& d) {
-  return {pointer(d, "logp"),  pointer(d, "entropy"), pointer(d, "kl"),   pointer<void>(d, "direction"),
-          pointer(d, "scale"), pointer(d, "dweight"), pointer(d, "dbias")};
+  return {pointer(d, "logp"),
+          pointer(d, "entropy"),
+          pointer(d, "kl"),
+          pointer<void>(d, "direction"),
+          pointer(d, "scale"),
+          pointer<void>(d, "dweight"),
+          dtype_of(d, "dweight_dtype"),
+          pointer(d, "dbias"),
+          pointer<RowNormalizer>(d, "normalizer")};
 }
 
 TokenBatch batch_of(const py::dict& d) {
@@ -174,13 +187,17 @@ PYBIND11_MODULE(longgrpo_kernels, m) {
   m.def("launches", [] { return sim::launches; });
   m.def("rows", rows);
   m.def("plan", [](int64_t n, int64_t h, int64_t v, int dtype, bool trains, int64_t workspace) {
-    const CudaPlan p = plan_cuda({{n, h, v}, Dtype(dtype), Dtype(dtype), false, trains, false}, workspace, chip);
-    return std::make_tuple(p.flash, p.tile_rows, p.chunk, p.bytes());
+    const CudaWish wish{{n, h, v}, Dtype(dtype), Dtype(dtype), false, true, trains, false};
+    const CudaPlan p = plan_cuda(wish, workspace, chip);
+    return std::make_tuple(splits(wish, workspace, chip, true), p.tile_rows, p.chunk,
+                           cuda_workspace(wish, workspace, chip));
   });
   m.def("linear_logprob", [](const py::dict& d) { device_of(d).pass(inputs_of(d), outputs_of(d), RowLoss{}); });
   m.def("linear_logprob_backward", [](const py::dict& d) {
     const RowLoss loss{.kind = RowLoss::given, .c = pointer(d, "c"), .e = pointer(d, "e")};
-    device_of(d).pass(inputs_of(d), outputs_of(d), loss);
+    const HeadOutputs out = outputs_of(d);
+    if (out.normalizer) return device_of(d).weight_pass(inputs_of(d), out, loss.c, {shape_of(d).tokens});
+    device_of(d).pass(inputs_of(d), out, loss);
   });
   m.def("token_loss", [](const py::dict& d, const std::vector<int64_t>& options, const std::vector<float>& constants) {
     const TokenBatch batch = batch_of(d);

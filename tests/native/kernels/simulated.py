@@ -40,6 +40,11 @@ def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(size, dtype=dtype)
 
 
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """Of the weight's gradient, as csrc/ops/loss_cuda.cpp says it."""
+    return torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+
+
 def _head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale, workspace) -> dict:
     return {
         "tokens": hidden.shape[0], "hidden_size": hidden.shape[1], "vocabulary": weight.shape[0],
@@ -47,6 +52,7 @@ def _head(hidden, weight, target, bias, token_temperature, temperature, softcap,
         "hidden_dtype": DTYPES.index(hidden.dtype), "weight_dtype": DTYPES.index(weight.dtype),
         "token_temperature": address(token_temperature), "temperature": temperature, "softcap": softcap,
         "logit_scale": logit_scale, "exact_kl": 0, "workspace": workspace,
+        "dweight_dtype": DTYPES.index(gradient_dtype(weight)),
     }  # fmt: skip
 
 
@@ -54,29 +60,34 @@ def _addresses(**tensors: Tensor | None) -> dict:
     return {name: address(x) if x is not None and x.numel() else None for name, x in tensors.items()}
 
 
-def linear_logprob(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    *head, entropy, direction, workspace = arguments
+def linear_logprob(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head = arguments[:8]
+    entropy, direction, workspace, normalizer = (*arguments[8:], False)[:4]  # torch leaves defaults out
     hidden = head[0]
     n, h = hidden.shape
-    out = zeros(n), zeros(n if entropy else 0), zeros(n if direction else 0, h, dtype=hidden.dtype)
-    kernels().linear_logprob(
-        _head(*head, workspace) | _addresses(logp=out[0], entropy=out[1], direction=out[2])
-    )  # fmt: skip
+    out = (
+        zeros(n),
+        zeros(n if entropy else 0),
+        zeros(n if direction else 0, h, dtype=hidden.dtype),
+        zeros(n if normalizer else 0, 2),
+    )
+    outputs = _addresses(logp=out[0], entropy=out[1], direction=out[2], normalizer=out[3])
+    kernels().linear_logprob(_head(*head, workspace) | outputs)
     return out
 
 
 def linear_logprob_backward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    *head, c, e, need_hidden, need_weight, need_bias, workspace = arguments
+    head = arguments[:8]
+    c, e, need_hidden, need_weight, need_bias, workspace, logp, normalizer = (*arguments[8:], None, None)[:8]
     hidden, weight = head[:2]
     (n, h), v = hidden.shape, weight.shape[0]
     out = (
         zeros(n if need_hidden else 0, h, dtype=hidden.dtype),
-        zeros(v if need_weight else 0, h),
+        zeros(v if need_weight else 0, h, dtype=gradient_dtype(weight)),
         zeros(v if need_bias else 0),
     )
-    kernels().linear_logprob_backward(
-        _head(*head, workspace) | _addresses(direction=out[0], dweight=out[1], dbias=out[2], c=c, e=e)
-    )
+    outputs = _addresses(direction=out[0], dweight=out[1], dbias=out[2], c=c, e=e, logp=logp, normalizer=normalizer)
+    kernels().linear_logprob_backward(_head(*head, workspace) | outputs)
     return out
 
 
@@ -105,7 +116,8 @@ def linear_grpo_loss(*arguments) -> tuple[Tensor, ...]:
     loss, values, scale = zeros(1), zeros(len(METRICS)), zeros(n if need_hidden else 0)
     logp, entropy = zeros(n), zeros(n)
     direction = zeros(n if need_hidden else 0, h, dtype=hidden.dtype)
-    dweight, dbias = zeros(v if need_weight else 0, h), zeros(v if need_bias else 0)
+    dweight = zeros(v if need_weight else 0, h, dtype=gradient_dtype(weight))
+    dbias = zeros(v if need_bias else 0)
     kernels().linear_grpo_loss(
         _head(*head, workspace)
         | {"sequences": 0 if cu_seqlens is None else cu_seqlens.numel() - 1}

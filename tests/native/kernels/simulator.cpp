@@ -6,6 +6,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/device.h"
@@ -72,6 +73,7 @@ struct Block {
   int current;
   void* scheduler;
   std::vector<int> order;
+  bool vote, voted;  // of the barrier that fills, and of the last one
 };
 
 Block block;
@@ -198,6 +200,7 @@ bool release_barrier() {
     throw std::runtime_error(where(stuck) + ": waits at line " + std::to_string(block.fibers[size_t(stuck)].line) +
                              " for threads that never come");
   for (Fiber& fiber : block.fibers) fiber.state = State::ready;
+  block.voted = std::exchange(block.vote, false);
   return true;
 }
 
@@ -220,6 +223,7 @@ void run_to_barrier() {
 
 void run_block(int threads, int64_t shared) {
   block.shared.clear();
+  block.vote = false;
   block.dynamic.reset(shared ? new char[size_t(shared)] : nullptr);
   if (shared) std::memset(block.dynamic.get(), 0xff, size_t(shared));  // NaN
   block.fibers.resize(size_t(threads));
@@ -250,6 +254,12 @@ void* dynamic_shared_memory() { return block.dynamic.get(); }
 void barrier(int line) {
   block.fibers[size_t(block.current)].line = line;
   yield(State::at_barrier);
+}
+
+bool barrier_or(bool mine, int line) {
+  block.vote |= mine;
+  barrier(line);
+  return block.voted;
 }
 
 void together(unsigned mask, Act act, void* argument, int line) {

@@ -38,6 +38,7 @@ int new_site();
 void* shared_memory(int site, size_t bytes);  // the block's own, the same for all its threads
 void* dynamic_shared_memory();
 void barrier(int line);
+bool barrier_or(bool mine, int line);  // whether any thread came with true
 // act(lanes, count) once all lanes of the mask are here, at this very line: lanes[i] is what lane i handed in, null
 // outside the mask, and `count` lanes are there. It may throw.
 using Act = void (*)(void* const* lanes, int count);
@@ -65,6 +66,8 @@ void multiply_add(const float (&a)[8], const float (&b)[4], float (&c)[4], int l
 extern longgrpo::sim::Index threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads(int line = __builtin_LINE()) { longgrpo::sim::barrier(line); }
+
+inline int __syncthreads_or(int mine, int line = __builtin_LINE()) { return longgrpo::sim::barrier_or(mine, line); }
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int line = __builtin_LINE()) {

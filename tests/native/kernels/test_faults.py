@@ -22,27 +22,43 @@ def compile_object(source: Path, root: Path, into: Path) -> Path:
     return out
 
 
+KERNELS = ("rows", "flash", "matrix", "token_loss")
+
+
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     into = tmp_path_factory.mktemp("harness")
-    return [compile_object(HERE / name, ROOT, into) for name in ("simulator.cpp", "probe.cpp")]
+    sources = [HERE / "simulator.cpp", HERE / "probe.cpp", *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in KERNELS)]
+    return {source.stem: compile_object(source, ROOT, into) for source in sources}
 
 
-def probe(root: Path, harness: list[Path], into: Path) -> subprocess.CompletedProcess:
-    rows = compile_object(root / "csrc" / "cuda" / "rows.cu", root, into)
-    subprocess.run(["g++", *FLAGS, *harness, rows, "-o", into / "probe"], check=True)
-    return subprocess.run([into / "probe"], capture_output=True, text=True, timeout=300, check=False)
+def probe(kernel: str, harness: dict[str, Path], into: Path) -> subprocess.CompletedProcess:
+    subprocess.run(["g++", *FLAGS, *harness.values(), "-o", into / "probe"], check=True)
+    return subprocess.run([into / "probe", kernel], capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_the_kernels_themselves_pass(harness, tmp_path):
-    done = probe(ROOT, harness, tmp_path)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_kernels_themselves_pass(kernel, harness, tmp_path):
+    done = probe(kernel, harness, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_five_faults_are_planted():
-    assert len(FAULTS) == 5
+def kernel_of(fault: Path) -> str:
+    """Which source is compiled with the fault, and probed; it is in rows.cuh or below if the name does not say."""
+    named = [kernel for kernel in KERNELS if fault.stem.startswith(f"kernel-{kernel.replace('_', '-')}-")]
+    return named[0] if named else "rows"
+
+
+def test_each_source_has_faults():
+    planted = [kernel_of(fault) for fault in FAULTS]
+    assert {kernel: planted.count(kernel) for kernel in KERNELS} == {
+        "rows": 5,
+        "flash": 4,
+        "matrix": 2,
+        "token_loss": 2,
+    }
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.stem)
@@ -51,6 +67,8 @@ def test_fault_is_caught(fault, harness, tmp_path):
     command = ["patch", "-p1", "--fuzz=0", "-i", fault]
     applied = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert applied.returncode == 0, f"the patch no longer applies: {applied.stdout}"
-    done = probe(tmp_path, harness, tmp_path)
+    kernel = kernel_of(fault)
+    faulty = compile_object(tmp_path / "csrc" / "cuda" / f"{kernel}.cu", tmp_path, tmp_path)
+    done = probe(kernel, harness | {kernel: faulty}, tmp_path)
     assert done.returncode != 0, "nobody noticed"
     assert done.stdout or "ERROR: AddressSanitizer" in done.stderr, f"failed for another reason: {done.stderr}"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import simulated
 import torch
 
-# 256 threads up to 8192 columns, then 1024; steps of 4096, 8192 and 16384 columns; blocks of 32768.
+# 256 threads up to 8192 columns, then 512; steps of 4096 and 8192 columns; segments of 512.
 RAGGED = (1, 3, 4, 5, 31, 257, 4095, 4097, 8192, 8193, 16385, 20001, 32769, 70001)
 CHIPS = {"nothing kept": (4, 48 << 10), "a part kept": (4, 100 << 10), "H100": (132, 227 << 10)}
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -35,7 +33,8 @@ def run_rows(logits: torch.Tensor, target: torch.Tensor, c, e, out_dtype, *, chi
             "tokens": n, "hidden_size": 1, "vocabulary": v, "stride": stride, "target": target.data_ptr(),
             "logits": tile.data_ptr(), "hidden_dtype": 0, "weight_dtype": 0, "temperature": temperature,
             "softcap": softcap, "logit_scale": 1.0, "exact_kl": 0, "bias": simulated.address(bias),
-            "out_dtype": simulated.DTYPES.index(out_dtype), "c": simulated.address(c), "e": simulated.address(e),
+            "out_dtype": simulated.DTYPES.index(out_dtype), "dweight_dtype": 0, "c": simulated.address(c),
+            "e": simulated.address(e),
             "logp": logp.data_ptr(), "entropy": entropy.data_ptr(), "scale": scale.data_ptr(),
             "row_scale": row_scale.data_ptr(),
         }
@@ -69,17 +68,22 @@ def check(logits, target, c, e, out_dtype, **options):
         assert float((mine - true).norm()) <= (1e-6 + EPS[out_dtype]) * float(true.norm()) + 3e-7 * one
 
 
-@pytest.mark.parametrize("vocabulary", RAGGED)
-def test_rows(vocabulary, schedule):
-    for i, (out_dtype, beyond) in enumerate(itertools.product(simulated.DTYPES, (False, True))):
-        g = torch.Generator().manual_seed(vocabulary + i)
-        n = 3
-        logits = 4 * torch.randn(n, vocabulary, generator=g)
-        target = torch.randint(0, vocabulary, (n,), generator=g)
-        c = torch.randn(n, generator=g) / 3e4
-        e = torch.randn(n, generator=g) / 3e4 if beyond else None
-        check(logits, target, c, e, out_dtype, chip=list(CHIPS.values())[i % 3], temperature=0.7)
-        check(logits, target, c, e, out_dtype, softcap=5.0, bias=torch.randn(vocabulary, generator=g))
+# What a chip keeps in shared memory matters for rows of several steps.
+ROWS = [(v, chip) for chip in CHIPS for v in RAGGED if chip == "H100" or v in (4097, 8193, 20001, 70001)]
+
+
+@pytest.mark.parametrize("beyond", [False, True], ids=["logp", "beyond logp"])
+@pytest.mark.parametrize("out_dtype", simulated.DTYPES, ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize(("vocabulary", "chip"), ROWS)
+def test_rows(vocabulary, chip, out_dtype, beyond, schedule):
+    g = torch.Generator().manual_seed(vocabulary + 2 * simulated.DTYPES.index(out_dtype) + beyond)
+    n = 3
+    logits = 4 * torch.randn(n, vocabulary, generator=g)
+    target = torch.randint(0, vocabulary, (n,), generator=g)
+    c = torch.randn(n, generator=g) / 3e4
+    e = torch.randn(n, generator=g) / 3e4 if beyond else None
+    check(logits, target, c, e, out_dtype, chip=CHIPS[chip], temperature=0.7)
+    check(logits, target, c, e, out_dtype, chip=CHIPS[chip], softcap=5.0, bias=torch.randn(vocabulary, generator=g))
 
 
 @pytest.mark.parametrize("vocabulary", [300, 20001])
@@ -145,20 +149,21 @@ def score(h, chunk: int, rows: int = 16, **needs):
     kernels.force_tiles(rows, chunk)
     try:
         return simulated.linear_logprob(h.hidden, h.weight, h.target, None, None, 0.9, 0.0, 1.0, True,
-                                        needs.get("direction", False), 1 << 40)  # fmt: skip
+                                        needs.get("direction", False), 1 << 40, False)  # fmt: skip
     finally:
         kernels.force_tiles(0, 0)
 
 
 def test_both_tilings_give_the_same_bits():
-    """Whole rows and chunks of 32768 columns, with and without a gradient: on policy the ratio is exactly 1."""
+    """Whole rows and chunks of whole segments, with and without a gradient: on policy the ratio is exactly 1."""
     from testing.cases import make_head
 
     h = make_head(1, 20, 8, 70_001, torch.bfloat16, spread=4.0)
     whole = score(h, 0)
-    for other in (score(h, 32768), score(h, 32768, direction=True), score(h, 0, 20, direction=True)):
+    others = [score(h, 32768), score(h, 32768, direction=True), score(h, 0, 20, direction=True)]
+    for other in (*others, score(h, 11_776, direction=True), score(h, 512)):
         assert torch.equal(other[0], whole[0])
-    assert simulated.kernels().plan(20, 8, 70_001, 1, False, 1 << 30)[0] is False
+        assert torch.equal(other[1], whole[1])
 
 
 def test_backward_of_a_frozen_head_in_chunks():
@@ -170,7 +175,7 @@ def test_backward_of_a_frozen_head_in_chunks():
     simulated.kernels().force_tiles(16, 64)
     try:
         actual, _, _ = simulated.linear_logprob_backward(
-            h.hidden, h.weight, h.target, None, None, 1.0, 0.0, 1.0, c, None, True, False, False, 1 << 40
+            h.hidden, h.weight, h.target, None, None, 1.0, 0.0, 1.0, c, None, True, False, False, 1 << 40, None, None
         )
     finally:
         simulated.kernels().force_tiles(0, 0)
@@ -179,17 +184,53 @@ def test_backward_of_a_frozen_head_in_chunks():
     assert relative_error(actual, wanted) < 1e-6
 
 
+EXACT = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}  # what the dtype rounds, and the sums
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("dtype", simulated.DTYPES, ids=["f32", "bf16", "f16"])
+def test_both_passes_in_chunks(dtype, trains, schedule):
+    """Ragged chunks and tiles. One token likes the end of the vocabulary, which is met last: its p_y is below e^-87."""
+    from testing.cases import relative_error
+
+    n, h, v = 37, 8, 2100
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(n, h, generator=g).to(dtype), torch.randn(v, h, generator=g).to(dtype)
+    hidden[5], weight[1900:, 0] = 0, 12
+    hidden[5, 0] = 10  # 120 from the vocabulary's end, which is met last
+    target = torch.randint(0, 1000, (n,), generator=g)
+    weight[target[5], 0] = 0
+    c = torch.randn(n, generator=g) / 2e5
+    kernels = simulated.kernels()
+    kernels.force_tiles(16, 512)
+    try:
+        head = (hidden, weight, target, None, None, 1.0, 0.0, 1.0)
+        logp, _, direction, normalizer = simulated.linear_logprob(*head, False, True, 1 << 40, True)
+        d_weight = simulated.linear_logprob_backward(*head, c, None, False, trains, False, 1 << 40, logp, normalizer)[1]
+    finally:
+        kernels.force_tiles(0, 0)
+    truth = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    true_logp = torch.log_softmax(truth[0] @ truth[1].T, -1).gather(-1, target[:, None])[:, 0]
+    wanted = torch.autograd.grad((c.double() * true_logp).sum(), truth)
+    assert float(true_logp[5]) < -87
+    torch.testing.assert_close(logp.double(), true_logp.detach(), rtol=1e-6, atol=1e-6)
+    assert relative_error(c[:, None].double() * direction.double(), wanted[0]) < EXACT[dtype]
+    if trains:
+        assert relative_error(d_weight, wanted[1]) < EXACT[dtype]
+
+
 def test_the_rule_of_the_tiling():
-    """H100, 8192 tokens, H = 4096, V = 151936: chunks at 256 MiB, whole rows at 1 GiB or for a trained head."""
+    """H100, H = 4096, V = 151936: whole output tiles of the GEMMs, within the workspace, two passes for a trained head
+    in a small one, and no chunks if all of it fits. tests/native/counting has the launches, bytes and waves."""
     kernels = simulated.kernels()
     kernels.set_chip(*CHIPS["H100"])
     try:
-        for workspace, trains, flash in ((256, False, True), (1024, False, False), (256, True, False)):
-            plan = kernels.plan(8192, 4096, 151_936, 1, trains, workspace << 20)
-            assert plan[0] is flash
-            assert plan[1] % 128 == 0
-            assert plan[3] <= workspace << 20
-        assert kernels.plan(64, 4096, 151_936, 1, False, 256 << 20)[:2] == (False, 64)
+        for workspace, trains in ((256, False), (1024, False), (256, True)):
+            splits, rows, _, held = kernels.plan(8192, 4096, 151_936, 1, trains, workspace << 20)
+            assert splits is trains
+            assert trains or rows % 128 == 0
+            assert held <= workspace << 20
+        assert kernels.plan(64, 4096, 151_936, 1, False, 256 << 20)[:3] == (False, 64, 151_936)
     finally:
         kernels.set_chip(*CHIPS["a part kept"])
 

@@ -79,7 +79,10 @@ def test_no_local_memory(code, source):
         assert not [i for i in instructions if re.search(r"\b(LDL|STL)\b", i)], name
 
 
-@pytest.mark.parametrize(("source", "kernel"), [("rows", "row_kernel"), ("flash", "chunk_kernel")])
+ROWS = [("rows", "row_kernel"), ("flash", "chunk_kernel"), ("flash", "weight_rows_kernel")]
+
+
+@pytest.mark.parametrize(("source", "kernel"), ROWS)
 def test_rows_are_read_in_16_bytes(code, source, kernel):
     kernels = {k: v for k, v in functions(code[source][1]).items() if kernel in k}
     assert kernels
@@ -103,3 +106,16 @@ def test_scoring_runs_on_the_tensor_cores(code):
     registers = 65_536
     assert len(report) == 8, code["score"][0]
     assert all(2 * 128 * -(-int(used) // 8) * 8 <= registers for used in report)
+
+
+@pytest.mark.parametrize(("source", "kernel"), ROWS)
+def test_a_multiprocessor_holds_several_blocks(code, source, kernel):
+    """1024 threads of the row kernels, whose blocks have 256 or 512: one block's barrier is hidden by another."""
+    used = re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", code[source][0], flags=re.S)
+    used = [(name, int(registers)) for name, registers in used if kernel in name]
+    assert used
+    for name, registers in used:
+        threads = int(re.findall(r"Li(\d+)E", name)[-1])
+        assert threads in (256, 512), name
+        per_warp = -(-registers // 8) * 8 * 32  # a warp takes registers in units of 256
+        assert 65536 // (per_warp * threads // 32) >= 1024 // threads, (name, registers)

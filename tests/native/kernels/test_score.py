@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import simulated
 import torch
-from cases import Head, make_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from testing.cases import Head, make_head
 
 HALVES = (torch.bfloat16, torch.float16)
 # (rows, hidden, vocabulary): tiles of 128 x 128, steps of 32, segments of 512 columns, chunks of 8 numbers.

@@ -24,10 +24,14 @@ class FaultyBackend : public HostBackend {
     if (copies_until_failure > 0 && --copies_until_failure == 0) throw std::runtime_error("injected: copy failed");
     HostBackend::copy(stream, to, from, bytes);
   }
-  bool pin(void*, size_t bytes) override {
+  bool pin(void* p, size_t bytes) override {
     if (pinned + bytes > pin_limit) return false;
-    pinned += bytes;
+    pinned += pins[p] = bytes;
     return true;
+  }
+  void unpin(void* p) override {
+    pinned -= pins[p];
+    pins.erase(p);
   }
   std::shared_ptr<void> device_alloc(size_t bytes) override {
     if (device + bytes > device_limit) return nullptr;
@@ -37,6 +41,7 @@ class FaultyBackend : public HostBackend {
   }
 
   std::atomic<int> copies_until_failure{0};
+  std::map<void*, size_t> pins;
   size_t pin_limit = SIZE_MAX, pinned = 0, device_limit = SIZE_MAX;
   std::atomic<size_t> device{0};
 };

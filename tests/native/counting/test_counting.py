@@ -1,0 +1,78 @@
+"""Launches, bytes and waves of the head on CUDA, counted over the real tile loops: a large pass without a GPU."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from longgrpo._ops.library import ops
+from testing.compiled import ROOT, build, load
+
+H, V = 4096, 151_936
+MIB = 1 << 20
+TOKENS = (8192, 163_840)
+CHIPS = (132, 114, 108, 128)  # multiprocessors
+SHAPES = ((1536, 151_936), (2048, 128_256), (4096, 128_256), (5120, 100_352), (3584, 262_144), (576, 49_152))
+PASSES = {
+    "scoring": {"hidden": False}, "frozen": {}, "trained": {"weight": True},
+    "trained, sequences": {"weight": True, "sequence_level": True},
+}  # fmt: skip
+
+
+@functools.cache
+def module():
+    return load(build(ROOT / "tests/native/counting", ROOT / "build/native/counting"))
+
+
+@pytest.fixture(autouse=True)
+def chip():
+    module().set_chip(132)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(
+    ("name", "bytes_a_logit", "gemms"),
+    [("scoring", 12, 1), ("frozen", 20, 2), ("trained", 45, 4), ("trained, sequences", 45, 4)],
+)
+def test_memory_traffic(tokens, name, bytes_a_logit, gemms):
+    counted = module().loss(tokens, H, V, **PASSES[name])
+    assert counted["bytes"] / (tokens * V) <= bytes_a_logit
+    assert counted["multiply_adds"] == gemms * tokens * H * V
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_launches_of_a_trained_head(tokens):
+    assert module().loss(tokens, H, V, weight=True)["launches"] <= 400 * tokens / 8192
+
+
+@pytest.mark.parametrize("multiprocessors", CHIPS)
+@pytest.mark.parametrize(("hidden", "vocabulary"), SHAPES)
+def test_part_filled_waves(hidden, vocabulary, multiprocessors):
+    module().set_chip(multiprocessors)
+    bound = 0.2 if hidden < 1024 else 0.1
+    assert module().loss(8192, hidden, vocabulary)["part_filled"] <= bound
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("workspace", [32, 256, 1024])
+def test_the_workspace_is_a_bound_and_what_the_planner_is_told(name, workspace):
+    """Beside it: five numbers a token of the loss itself."""
+    tokens, options = 8192, PASSES[name]
+    hidden, weight = options.get("hidden", True), options.get("weight", False)
+    counted = module().loss(tokens, H, V, workspace=workspace * MIB, **options)["workspace"]
+    told = ops.head_workspace(
+        tokens, H, V, torch.bfloat16, torch.bfloat16, hidden, weight, False, False, workspace * MIB, 132
+    )  # fmt: skip
+    assert told <= workspace * MIB
+    assert counted <= told + 6 * 4 * tokens
+    assert counted >= 0.4 * workspace * MIB
+
+
+def test_a_large_workspace_takes_a_trained_head_in_one_pass():
+    """3 GEMMs over whole rows, where they are faster than 4 in chunks; and whatever the loss, never more than 4."""
+    counted = module().loss(1024, 1024, 8192, weight=True, workspace=1 << 30)
+    assert counted["multiply_adds"] == 3 * 1024 * 1024 * 8192
+    with_entropy = module().loss(8192, H, V, weight=True, entropy_coef=0.01)
+    assert with_entropy["multiply_adds"] == 3 * 8192 * H * V
