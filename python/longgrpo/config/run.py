@@ -67,6 +67,12 @@ class TrainConfig:
             f"model.quantization = {self.model.quantization} without lora: packed weights cannot be trained; "
             "add a lora group, or set model.quantization: null",
         )
+        best = (self.best_metric or "").removeprefix("-")
+        require(
+            not self.task.eval_patience or best.startswith("eval/"),
+            f"task.eval_patience counts evaluations, and train.best_metric = {best!r} is of none: leave it out, or "
+            "take eval/accuracy",
+        )
         names = [reward.label for reward in self.rewards]
         require(
             len(set(names)) == len(names), f"rewards: a name stands twice in {names}; add up the weights or set `name`"
@@ -94,6 +100,11 @@ class TrainConfig:
             "loss.detach = false is about a rollout without old logprobs: set train.num_iterations and "
             "train.minibatches to 1",
         )
+
+    @property
+    def best_metric(self) -> str | None:
+        """The metric of the best checkpoint: train.best_metric, or the held-out accuracy if it is measured."""
+        return self.train.best_metric or ("eval/accuracy" if self.task.eval_steps else None)
 
     @property
     def scores_reference(self) -> bool:

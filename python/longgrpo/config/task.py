@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from longgrpo.config.check import require
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """A further held-out set, evaluated whenever the first one is."""
+
+    name: str | None = None
+    """Its source, in the form of task.name; default: task.name."""
+    parameters: dict[str, Any] | None = None
+    """Arguments of the source; default: task.parameters, or none if `name` is set."""
+    split: str | None = None
+    """Its split of a data set; default: task.split."""
+    n: int = 200
+    """Number of problems, all different and never trained on."""
+    seed: int = 1_000_000_007
+    """Seed of the problems."""
+    reward: str | None = None
+    """The reward function that says whether a problem is solved; default: task.eval_reward."""
+
+    def __post_init__(self) -> None:
+        require(self.n >= 1, f"n = {self.n}: must be at least 1; leave the set out instead")
 
 
 @dataclass(frozen=True)
@@ -52,8 +73,53 @@ class TaskConfig:
     """A control: the untrained model is also evaluated with this template as the beginning of its reply. It is filled
     from the columns and metadata of a problem, for example "{expression} ="."""
 
+    eval_steps: int = 0
+    """Number of steps between evaluations during training; 0: only before and after it. An evaluation changes nothing
+    of the training."""
+    eval_samples: int = 0
+    """Replies that are sampled for each held-out problem beside the greedy one, as training samples them: their mean
+    accuracy (mean@k) and pass@k. 0: only the greedy one."""
+    eval_patience: int = 0
+    """The run ends after this many evaluations in a row without a higher train.best_metric; 0: never."""
+    eval_sets: dict[str, HeldOutConfig] = field(default_factory=dict)
+    """Further held-out sets by name: their metrics are eval/NAME/accuracy and so on."""
+
     def __post_init__(self) -> None:
         require(self.eval_n >= 0, f"eval_n = {self.eval_n}: must be 0 (no evaluation) or more")
+        for name in ("eval_steps", "eval_samples", "eval_patience"):
+            require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}: must not be negative")
+            require(
+                self.eval_n > 0 or not getattr(self, name),
+                f"{name} = {getattr(self, name)} and eval_n = 0: there is nothing to evaluate on; set eval_n",
+            )
+        require(self.eval_n > 0 or not self.eval_sets, "eval_sets come after the first set: set eval_n above 0")
+        require(
+            self.eval_steps > 0 or not self.eval_patience,
+            f"eval_patience = {self.eval_patience} counts evaluations during training: set eval_steps",
+        )
+        for name in self.eval_sets:
+            require(name.isidentifier(), f"eval_sets: {name!r} is part of a metric's name: take letters and digits")
+
+    @property
+    def held_out(self) -> dict[str, TaskConfig]:
+        """The held-out sets by name, each as a task that has only it: "" is the first."""
+        if not self.eval_n:
+            return {}
+        further = {
+            name: replace(
+                self,
+                name=given.name or self.name,
+                parameters=(given.parameters or {}) if given.name else given.parameters or self.parameters,
+                eval_name=None,
+                eval_split=given.split,
+                eval_n=given.n,
+                eval_seed=given.seed,
+                eval_reward=given.reward or self.eval_reward,
+                eval_sets={},
+            )
+            for name, given in self.eval_sets.items()
+        }
+        return {"": replace(self, name=self.eval_name or self.name, eval_name=None, eval_sets={}), **further}
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ class LoopConfig:
     """Number of the newest checkpoints that are kept."""
     best_metric: str | None = None
     """The checkpoint of the step with the highest value of this metric, for example reward/mean, is kept as well; with
-    a minus before the name, the lowest value."""
+    a minus before the name, the lowest value. Default: eval/accuracy if task.eval_steps is set. An evaluation that is
+    the best so far is saved at once."""
 
     def __post_init__(self) -> None:
         for name in (
