@@ -110,12 +110,13 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         print(dump_config(config), end="")
         return 0
 
+    from longgrpo.run.given import free_directory
     from longgrpo.run.trainer import Trainer
 
     if options.resume:
         trainer = Trainer.resume(options.resume, overrides, force=options.force)
     else:
-        directory = Path(config.output_dir) if config.output_dir else _free_directory(Path("runs"), options.config.stem)
+        directory = Path(config.output_dir) if config.output_dir else free_directory(Path("runs"), options.config.stem)
         trainer = Trainer(config, directory, force=options.force)
     summary = trainer.run()
     if summary is None:
@@ -197,12 +198,6 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
         else:
             overrides += [argument] if "=" in argument else [argument, *itertools.islice(remaining, 1)]
     return rest, overrides
-
-
-def _free_directory(parent: Path, name: str) -> Path:
-    """parent/name, or parent/name-2 and so on: a second run never touches the first."""
-    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-    return next(parent / candidate for candidate in names if not (parent / candidate).exists())
 
 
 if __name__ == "__main__":

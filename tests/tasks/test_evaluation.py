@@ -10,9 +10,11 @@ import random
 import pytest
 
 from longgrpo.config.rollout import RolloutConfig
+from longgrpo.config.task import TaskConfig
 from longgrpo.rollout.protocol import Completion
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.evaluation import Evaluation, HeldOut, evaluate, interval, paired_interval, pass_at
+from longgrpo.tasks.prompts import Prompts
 from longgrpo.tasks.rewards import Reward
 from testing.tokenizer import character_tokenizer
 
@@ -40,7 +42,8 @@ def evaluated(sampling, samples=0, score=lambda completions, **_: [1.0] * len(co
     engine = Recorder()
     rollout = RolloutConfig(sampling=sampling, temperature=0.7, max_completion_length=9)
     held_out = HeldOut(PROBLEMS, Reward("own", score), samples, seed=5)
-    return rollout, engine, evaluate(engine, character_tokenizer(), held_out, rollout)
+    prompts = Prompts(character_tokenizer(), TaskConfig("own"), engine.max_length(), 9)
+    return rollout, engine, evaluate(engine, prompts, held_out, rollout)
 
 
 @pytest.mark.parametrize(

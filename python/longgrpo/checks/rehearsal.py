@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from longgrpo._ops.offload import host_budget
+from longgrpo.config.optimizer import OPTIMIZERS
 from longgrpo.config.run import TrainConfig
 from longgrpo.errors import ConfigError
 from longgrpo.memory.cards import GIB, card
@@ -221,9 +222,13 @@ def dry_run(config: TrainConfig, rollout: Rollout, target: Target) -> dict[str, 
     dtype = getattr(torch, config.model.dtype)
     offload = OffloadEngine(backend="count", host_bytes=1 << 44) if config.memory.offload else None
     engine: Any = MetaEngine(config_file(config.model.path).parent, dtype, config.model.quantization)
+    name = config.train.optimizer
+    if name in OPTIMIZERS and OPTIMIZERS[name].module != "torch.optim":
+        raise ConfigError(f"train.optimizer = {name!r} does not step without storage: drop --dry-run, or take adamw")
     state = make_state(config, engine, offload)
     for group in state.optimizer.param_groups:
-        group["foreach"] = target.is_cuda  # as torch chooses there
+        if "foreach" in group and not group.get("fused"):
+            group["foreach"] = target.is_cuda  # as torch chooses there
     return count_step(config, state, rollout, target)
 
 

@@ -29,6 +29,11 @@ class LoraConfig:
     """A low-rank adapter, as in PEFT. It has no dropout, because the rollout samples without dropout and the importance
     ratio compares the two."""
 
+    path: str | None = None
+    """An adapter as PEFT saves it, with which training begins; its rank, alpha and targets take the place of those
+    below. A KL term compares with it."""
+    merged: str | None = None
+    """An adapter that is merged into the base before training: the new one is stacked on it."""
     rank: int = 16
     """The rank of its two factors."""
     alpha: int = 16

@@ -59,6 +59,10 @@ class TaskConfig:
     """Arguments of the chat template, for example {enable_thinking: false}."""
     system_prompt: str | None = None
     """The system prompt of every conversation that does not have its own."""
+    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"
+    """What happens to prompts that leave no room for a completion in the context. They are counted before training.
+    refuse: the run does not begin; drop: they are left out; cut: they lose their beginning, so that a whole completion
+    fits."""
     eval_n: int = 200
     """Number of held-out problems, all different and never trained on; 0: no evaluation."""
     eval_name: str | None = None
@@ -126,9 +130,12 @@ class TaskConfig:
 class RewardConfig:
     """One reward function and its weight in the sum; see docs/rewards.md."""
 
-    function: str
+    function: str | None = None
     """A built-in (exact_answer, numeric_answer, math_answer, score_answer, graded_error, matches_format, target_length,
     soft_overlong), package.module:function or path/to/file.py:function."""
+    model: str | None = None
+    """Instead of a function: a reward model, a sequence classifier of transformers with one label (a directory or a hub
+    id). parameters: dtype, batch_size, max_length."""
     weight: float = 1.0
     """0: the function is only logged."""
     name: str | None = None
@@ -144,8 +151,15 @@ class RewardConfig:
     """Run the function in a process of its own."""
 
     def __post_init__(self) -> None:
+        require(bool(self.function) != bool(self.model), "a reward has either `function` or `model`")
+        require(
+            not self.model or (self.timeout is None and not self.isolate),
+            "a model runs in the trainer's process: leave out timeout and isolate",
+        )
         require(self.timeout is None or self.timeout > 0, f"timeout = {self.timeout}: must be above 0 seconds")
 
     @property
     def label(self) -> str:
-        return self.name or self.function.rpartition(":")[2]
+        return (
+            self.name or (self.function or "").rpartition(":")[2] or (self.model or "").rstrip("/").rpartition("/")[2]
+        )

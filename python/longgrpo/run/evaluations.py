@@ -51,11 +51,10 @@ class Evaluations:
         try:
             return evaluate(
                 collector.engine,
-                collector.tokenizer,
+                collector.prompts,
                 self.sets[name],
                 self._config.rollout,
                 prefill,
-                self._config.task.chat_template_kwargs,
             )
         finally:
             set_random_states(states)

@@ -47,7 +47,8 @@ def export(run: Path, directory: Path, form: Form, which: str = "last", dtype: D
     if config.lora:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, saved / "adapter").merge_and_unload()
+        for adapter in filter(None, (config.lora.merged, saved / "adapter")):
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     else:
         tensors = checkpoint.read_tensors(saved)
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith("weight.reference.")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,33 +15,29 @@ import torch
 from longgrpo.checks.rehearsal import Forecast, forecast_run
 from longgrpo.checks.selftest import selftest
 from longgrpo.config.run import TrainConfig, dump_config, load_config
-from longgrpo.config.task import TaskConfig
 from longgrpo.errors import ConfigError, TrainingError, UserError, WeightSyncError
 from longgrpo.memory.cards import GIB
 from longgrpo.model.load import load_tokenizer, resolve_model
-from longgrpo.model.lora import save_adapter
+from longgrpo.model.lora import save_adapter, with_adapter
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.factory import make_engine
 from longgrpo.rollout.probe import Probe
+from longgrpo.rollout.protocol import max_length
 from longgrpo.run import checkpoint
+from longgrpo.run.callbacks import Callbacks
 from longgrpo.run.evaluations import Evaluations
 from longgrpo.run.export import write_model
+from longgrpo.run.given import config_with, free_directory, objects_of
+from longgrpo.run.problems import problems_of
 from longgrpo.run.progress import Progress
 from longgrpo.run.signals import StopRequest
 from longgrpo.run.tracking import Tracker, check_installed
-from longgrpo.tasks.data import (
-    Problem,
-    Problems,
-    PromptStream,
-    check_length,
-    encode,
-    held_out_problems,
-    load_rows,
-    make_sampler,
-)
+from longgrpo.tasks.data import Problem
 from longgrpo.tasks.evaluation import Evaluation
+from longgrpo.tasks.prompts import Prompts
 from longgrpo.tasks.rewards import Rewarding, load_reward
 from longgrpo.train.collect import Collector
+from longgrpo.train.entropy import EntropyControl
 from longgrpo.train.generators import random_states, seed_everything, set_random_states
 from longgrpo.train.loop import Loop, step
 from longgrpo.train.losses import PolicyLoss
@@ -63,27 +59,49 @@ class Trainer:
     loop: Loop
     progress: Progress
     evaluations: Evaluations
+    callbacks: Callbacks
     stop: StopRequest
 
-    def __init__(self, config: TrainConfig, directory: Path, *, force: bool = False) -> None:
+    def __init__(
+        self,
+        config: TrainConfig | Mapping[str, Any],
+        directory: Path | str | None = None,
+        *,
+        force: bool = False,
+        reward_functions: Sequence[Callable[..., Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        """config: as build_config makes it, or its tree of plain values. directory: default output_dir, else a new one
+        in runs. What follows `force` is given as objects by a notebook or a script: see longgrpo.run.given."""
+        given = dict(
+            reward_functions=reward_functions,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+        )
+        config = config_with(config, given)
+        directory = Path(directory or config.output_dir or free_directory(Path("runs"), "run"))
         if (directory / "config.yaml").exists():
             raise ConfigError(
                 f"{directory} holds a run already: resume it with `longgrpo train --resume {directory}`, "
                 "or set another output_dir"
             )
-        self._build(config, directory, force)
+        self._build(config, directory, force, given)
         directory.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_file(directory / "config.yaml", dump_config(config))
+        checkpoint.write_file(directory / "config.yaml", dump_config(self.config))
 
     @classmethod
-    def resume(cls, directory: Path, overrides: list[str] | None = None, *, force: bool = False) -> Trainer:
+    def resume(
+        cls, directory: Path, overrides: list[str] | None = None, *, force: bool = False, **given: Any
+    ) -> Trainer:
         """The run in `directory` at its newest checkpoint, or at its start if it has none yet; overrides such as
-        `--train.steps 100` change its config."""
+        `--train.steps 100` change its config. given: functions, data sets and callbacks as the run was begun with."""
         if not (directory / "config.yaml").is_file():
             raise ConfigError(f"{directory}: holds no run (no config.yaml is in it)")
-        config = load_config(directory / "config.yaml", overrides)
         trainer = cls.__new__(cls)
-        trainer._build(config, directory, force)
+        config = trainer._build(load_config(directory / "config.yaml", overrides), directory, force, given)
         if saved := checkpoint.checkpoints(directory):
             trainer._restore(saved[-1])
         checkpoint.write_file(directory / "config.yaml", dump_config(config))
@@ -132,12 +150,20 @@ class Trainer:
         memory: dict[str, int] = {}
         if self._forecast and progress.step < steps and not self.stop:
             memory = self._rehearse(self._forecast, tracker)
-        patience = self.config.task.eval_patience
-        while progress.step < steps and not self.stop and not progress.out_of_patience(patience):
-            better = self._step(tracker, memory if progress.step == 0 else {})
-            if better or (every and progress.step % every == 0 and progress.step < steps):
+        state, patience = self.loop.state, self.config.task.eval_patience
+        self.callbacks.begin(
+            progress.step, model=state.model, optimizer=state.optimizer, processing_class=self.loop.collector.tokenizer
+        )
+        while progress.step < steps and not (
+            self.stop or progress.out_of_patience(patience) or self.callbacks.control.should_training_stop
+        ):
+            wanted = self._step(tracker, memory if progress.step == 0 else {})
+            if wanted or (every and progress.step % every == 0 and progress.step < steps):
                 self.save()
         self.save()
+        self.callbacks.event("on_train_end")
+        if self.callbacks.control.should_training_stop:
+            tracker.say(f"the run ends at step {progress.step}: a callback asked for it")
         if progress.out_of_patience(patience):
             tracker.say(
                 f"the run ends at step {progress.step}: {progress.evaluations_since_best} evaluations in a row were no "
@@ -149,10 +175,12 @@ class Trainer:
         return self._finish(tracker)
 
     def _step(self, tracker: Tracker, also: Mapping[str, Any]) -> bool:
-        """One step, whose metrics include `also`, measured before it; returns whether its evaluation is the best so
-        far. If it fails, the state before it is saved, so that the error can be corrected and the run resumed."""
+        """One step, whose metrics include `also`, measured before it; returns whether it is to be saved, as its
+        evaluation is the best so far or a callback wants it. If it fails, the state before it is saved, so that the
+        error can be corrected and the run resumed."""
         stream, number = self.loop.collector.stream, self.progress.step + 1
         state, generators = stream.state, random_states()
+        self.callbacks.step_begin()
         self.loop.collector.engine.drop_caches()  # as after a resume, nothing is cached of what was sampled before
         try:
             result = step(self.loop, number)
@@ -166,19 +194,24 @@ class Trainer:
         difference = result.metrics["engine_trainer_logprob_diff_max"] or 0.0  # None: not finite
         self.progress.logprob_diff_max = max(self.progress.logprob_diff_max, difference)
         self.progress.skipped_updates = self.loop.state.skipped_updates
-        metrics, every, failed = {**result.metrics, **also}, self.config.task.eval_steps, None
-        evaluates = every > 0 and number % every == 0
+        self.callbacks.step_end(number, stream.epoch)
+        metrics, every, failed, better = {**result.metrics, **also}, self.config.task.eval_steps, None, False
         try:
-            if evaluates:
-                metrics |= self.evaluations.during(self.loop.collector, number, tracker.say)
+            if (every and number % every == 0) or self.callbacks.control.should_evaluate:
+                evaluated = self.evaluations.during(self.loop.collector, number, tracker.say)
+                metrics |= evaluated
+                self.progress.metric = best_metric(self.config.best_metric, metrics)
+                better = self.progress.count_evaluation()
+                self.callbacks.evaluated(evaluated, self.progress.best_evaluation)
         except UserError as error:  # of a reward function: the step itself is whole
             failed = error
         self.progress.metric = best_metric(self.config.best_metric, metrics)
         self._look_at_clock()
         tracker.step(metrics, result.rollout)
+        self.callbacks.log(metrics)
         if failed:
             self._save_and_raise(failed)
-        return evaluates and self.progress.count_evaluation()
+        return better or self.callbacks.control.should_save
 
     def _save_and_raise(self, error: UserError) -> NoReturn:
         self.save()
@@ -187,33 +220,35 @@ class Trainer:
         ) from error
 
     # ---- built and restored
-    def _build(self, config: TrainConfig, directory: Path, force: bool) -> None:
-        """Everything that can be refused is looked at first: the engine is slow to start."""
+    def _build(self, config: TrainConfig, directory: Path, force: bool, given: Mapping[str, Any]) -> TrainConfig:
+        """Everything that can be refused is looked at first: the engine is slow to start. Returns the config, with
+        what the adapter of lora.path says."""
+        config, objects = with_adapter(config_with(config, given)), objects_of(given)
         self.config, self.directory, self.progress = config, directory, Progress()
+        self.callbacks = Callbacks(config, directory, given.get("callbacks") or ())
         self._start = time.monotonic()
         check_installed(config.log.to)
-        rewards = [load_reward(reward) for reward in config.rewards]
+        rewards = [load_reward(reward, objects) for reward in config.rewards]
         loss = PolicyLoss(config)
         try:
             model_directory = resolve_model(config.model.path, config.model.quantization)
+            context = max_length(config.rollout, model_directory)
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from error
         tokenizer = load_tokenizer(model_directory)
-        held_out, stream = _problems(config.task, tokenizer)
+        held_out, stream = problems_of(config, tokenizer, context, objects)
         self.evaluations = Evaluations(config, directory, held_out, rewards[0])
         start = stream.state
         first = stream.take(config.train.prompts_per_step)
         stream.state = start
-        template = config.task.chat_template_kwargs
         problems = [*first, *(problem for problems in held_out.values() for problem in problems)]
-        prompts = [encode(tokenizer, problem.prompt, template) for problem in problems]
+        as_tokens = Prompts(tokenizer, config.task, context, config.rollout.max_completion_length)
+        prompts = [as_tokens.encode(problem) for problem in problems]
         self._forecast = forecast_run(config, max(map(len, prompts)), force)
         try:
             engine = make_engine(config.rollout, config.model, config.lora)
         except (ValueError, NotImplementedError, ImportError) as error:
             raise ConfigError(str(error)) from error
-        for ids, problem in zip(prompts, problems, strict=True):
-            check_length(ids, problem, engine.max_length())
         offload = OffloadEngine() if config.memory.offload else None
         probe = Probe(prompts[0], engine, config.rollout, config.model.dtype)
         try:
@@ -222,6 +257,7 @@ class Trainer:
             engine.close()
             raise ConfigError(str(error)) from error
         self.loop = Loop(config, Collector(config, engine, tokenizer, Rewarding(rewards), stream), state, loss, probe)
+        return config
 
     def _restore(self, saved: Path) -> None:
         state = checkpoint.load(saved, self._weights(), self.loop.state.optimizer)
@@ -229,6 +265,9 @@ class Trainer:
         self.loop.state.masters.publish()
         self.loop.collector.stream.state = state["stream"]
         self.loop.state.skipped_updates = self.progress.skipped_updates
+        if self.loop.state.entropy_control and (kept := state.get("entropy_control")):
+            self.loop.state.entropy_control = EntropyControl(**kept)
+        self.callbacks.restore(state.get("callbacks", []), self.progress.best_evaluation)
         set_random_states(state["generators"])
         self.loop.collector.engine.weights_changed()
         self.evaluations.forget_after(self.progress.step)
@@ -246,8 +285,10 @@ class Trainer:
             "progress": asdict(self.progress),
             "stream": self.loop.collector.stream.state,
             "generators": random_states(),
+            "callbacks": self.callbacks.kept(),
+            "entropy_control": (control := self.loop.state.entropy_control) and asdict(control),
         }
-        return checkpoint.save(
+        saved = checkpoint.save(
             self.directory,
             self.progress.step,
             self._weights(),
@@ -257,6 +298,8 @@ class Trainer:
             self.config.train.keep_checkpoints,
             self.progress.metric,
         )
+        self.callbacks.event("on_save")
+        return saved
 
     # ---- before and after training
     def _look_at_untrained(self, tracker: Tracker) -> None:
@@ -335,27 +378,6 @@ class Trainer:
     def _look_at_clock(self) -> None:
         self.progress.seconds = time.monotonic() - self._start
         self.progress.peak_rss_bytes = max(self.progress.peak_rss_bytes, peak_memory()["peak_rss_bytes"])
-
-
-def _problems(task: TaskConfig, tokenizer: Any) -> tuple[dict[str, list[Problem]], PromptStream]:
-    """The held-out problems of each set, and the training ones without them."""
-    if task.chat_template:
-        try:
-            tokenizer.chat_template = Path(task.chat_template).read_text()
-        except OSError as error:
-            raise ConfigError(f"task.chat_template = {task.chat_template!r}: {error.strerror}") from error
-    chat = tokenizer.chat_template is not None
-    held_out = {
-        name: held_out_problems(Problems(load_rows(own, held_out=True), own, chat), own)
-        for name, own in task.held_out.items()
-    }
-    source = Problems(load_rows(task), task, chat)
-    if not chat and not isinstance(source[0].prompt, str):
-        raise ConfigError(
-            "the task's prompts are conversations and the model has no chat template: set task.chat_template"
-        )
-    never_trained = {problem.question for problems in held_out.values() for problem in problems}
-    return held_out, PromptStream(source, never_trained, make_sampler(task, source))
 
 
 def _versions() -> dict[str, str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import comb
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,11 +13,9 @@ from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import Sampling
 from longgrpo.errors import DataError
 from longgrpo.rollout.protocol import RolloutEngine, seed_for
-from longgrpo.tasks.data import Problem, as_reply, check_length, columns_of, decode, encode
+from longgrpo.tasks.data import Problem, as_reply, columns_of, decode
+from longgrpo.tasks.prompts import Prompts
 from longgrpo.tasks.rewards import Reward
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -77,35 +74,29 @@ def pass_at(k: int, count: int, right: int) -> float:
 
 def evaluate(
     engine: RolloutEngine,
-    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
     held_out: HeldOut,
     rollout: RolloutConfig,
     prefill: str | None = None,
-    template: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Greedy replies, and sampled ones if the set asks for them; but for the temperature of the greedy ones, the
     requests are training's. With `prefill`, each reply begins with that template, and the reward sees what follows.
-    `template`: arguments of the chat template.
 
     Raises DataError for a prefill that names what a problem does not have.
     """
     problems, count = held_out.problems, held_out.samples
     prefixes = [_filled(prefill, problem) if prefill else "" for problem in problems]
-    prompts = [
-        encode(tokenizer, problem.prompt, template, prefix) for problem, prefix in zip(problems, prefixes, strict=True)
-    ]
-    for ids, problem in zip(prompts, problems, strict=True):
-        check_length(ids, problem, engine.max_length())
+    encoded = [prompts.encode(problem, prefix) for problem, prefix in zip(problems, prefixes, strict=True)]
 
     def scored(times: int, sampling: Sampling, seeds: Sequence[int]) -> tuple[list[str], list[float]]:
         asked = [problem for problem in problems for _ in range(times)]
         engine.drop_caches()  # whatever was sampled before, the replies are the same
-        completions = engine.generate([ids for ids in prompts for _ in range(times)], sampling, seeds)
-        replies = decode(tokenizer, completions)
+        completions = engine.generate([ids for ids in encoded for _ in range(times)], sampling, seeds)
+        replies = decode(prompts.tokenizer, completions)
         return replies, _scores(held_out.reward, asked, replies, [c.token_ids for c in completions])
 
     questions = [problem.question for problem in problems]
-    replies, scores = scored(1, rollout.request(temperature=0.0), [0] * len(prompts))
+    replies, scores = scored(1, rollout.request(temperature=0.0), [0] * len(problems))
     if prefill or not count:
         return Evaluation(questions, replies, scores)
     seeds = [seed_for(held_out.seed, 0, i, j) for i in range(len(problems)) for j in range(count)]
