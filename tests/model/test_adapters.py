@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from longgrpo.config.model import LoraConfig
 from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError
+from longgrpo.rollout.adapters import choose_mode
 from longgrpo.run.export import export
 from longgrpo.run.trainer import Trainer
 
@@ -88,6 +92,15 @@ def test_a_run_stacks_an_adapter_on_a_merged_one(short, tmp_path, tiny_model):
         both = peft.PeftModel.from_pretrained(both, adapter).merge_and_unload()
     assert torch.allclose(logits(whole), logits(both), atol=1e-5)
     assert not torch.allclose(logits(whole), expected, atol=1e-3)
+
+
+def test_a_base_that_has_changed_is_not_merged_into_by_the_engine():
+    lora = LoraConfig(rank=8, alpha=8)
+    assert choose_mode(lora, mergeable=True, ranks=(8, 16)) == "merge"
+    stacked = replace(lora, merged="adapter")
+    assert choose_mode(stacked, mergeable=True, ranks=(8, 16)) == "views"
+    with pytest.raises(ValueError, match=r"lora\.mode = merge: .*lora\.merged has changed it"):
+        choose_mode(replace(stacked, mode="merge"), mergeable=True, ranks=(8, 16))
 
 
 def test_adapters_that_do_not_fit(short, tmp_path, tiny_model):

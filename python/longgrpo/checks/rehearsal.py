@@ -20,6 +20,7 @@ from longgrpo.memory.ladder import Change, cheapest_changes
 from longgrpo.memory.live import LiveStorages
 from longgrpo.memory.plan import Phase, Plan, Rows, plan_memory
 from longgrpo.memory.shape import UnknownArchitecture, config_file, model_shape
+from longgrpo.model.lora import with_adapter
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.protocol import Completion, RolloutEngine
 from longgrpo.tasks.sample import Rollout, Sample
@@ -71,10 +72,10 @@ class Forecast:
     def __init__(self, config: TrainConfig, card_name: str | None = None, prompt_length: int | None = None) -> None:
         try:
             self.capacity, self.target = _capacity(card_name)
-            self.config, self.prompt_length = config, prompt_length
+            self.config, self.prompt_length = with_adapter(config), prompt_length
             self.shape = model_shape(config.model.path)
             self.rollout = longest_rollout(config, self.shape.context, prompt_length)
-            self.plan = self._planned(config)
+            self.plan = self._planned(self.config)
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
 

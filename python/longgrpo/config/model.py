@@ -29,11 +29,6 @@ class LoraConfig:
     """A low-rank adapter, as in PEFT. It has no dropout, because the rollout samples without dropout and the importance
     ratio compares the two."""
 
-    path: str | None = None
-    """An adapter as PEFT saves it, with which training begins; its rank, alpha and targets take the place of those
-    below. A KL term compares with it."""
-    merged: str | None = None
-    """An adapter that is merged into the base before training: the new one is stacked on it."""
     rank: int = 16
     """The rank of its two factors."""
     alpha: int = 16
@@ -42,5 +37,10 @@ class LoraConfig:
     """all-linear (every linear layer except the head), or module names."""
     mode: Literal["auto", "merge", "views", "copy"] = "auto"
     """How the adapter reaches vLLM (longgrpo.rollout.adapters); auto takes the fastest safe mode."""
+    path: str | None = None
+    """An adapter as PEFT saves it, with which training begins; its rank, alpha and targets take the place of those
+    above. A KL term compares with it."""
+    merged: str | None = None
+    """An adapter that is merged into the base before training: the new one is stacked on it."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

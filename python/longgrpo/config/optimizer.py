@@ -49,5 +49,5 @@ def decay(
         scheduler = get_scheduler(schedule, optimizer, warmup, steps, scheduler_specific_kwargs=dict(arguments))
     except (TypeError, ValueError) as error:
         raise ValueError(f"train.schedule = {schedule!r}, train.schedule_args = {dict(arguments)}: {error}") from error
-    factor: Callable[[int], float] = scheduler.lr_lambdas[0]  # type: ignore[attr-defined]
+    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
     return factor

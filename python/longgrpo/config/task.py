@@ -133,9 +133,6 @@ class RewardConfig:
     function: str | None = None
     """A built-in (exact_answer, numeric_answer, math_answer, score_answer, graded_error, matches_format, target_length,
     soft_overlong), package.module:function or path/to/file.py:function."""
-    model: str | None = None
-    """Instead of a function: a reward model, a sequence classifier of transformers with one label (a directory or a hub
-    id). parameters: dtype, batch_size, max_length."""
     weight: float = 1.0
     """0: the function is only logged."""
     name: str | None = None
@@ -149,6 +146,9 @@ class RewardConfig:
     the reward does not apply to the completions of the call."""
     isolate: bool = False
     """Run the function in a process of its own."""
+    model: str | None = None
+    """Instead of a function: a reward model, a sequence classifier of transformers with one label (a directory or a hub
+    id). parameters: dtype, batch_size, max_length."""
 
     def __post_init__(self) -> None:
         require(bool(self.function) != bool(self.model), "a reward has either `function` or `model`")

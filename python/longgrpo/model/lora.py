@@ -43,7 +43,7 @@ def _load(model: PeftModel, path: str) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     try:
-        found = set_peft_model_state_dict(model, load_peft_weights(path, device="cpu"))
+        found: Any = set_peft_model_state_dict(model, load_peft_weights(path, device="cpu"))
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"lora.path = {path!r}: its weights do not fit this model: {error}") from error
     missing = [name for name in found.missing_keys if "lora_" in name]
@@ -88,8 +88,10 @@ def _plain_config(path: str, key: str) -> Any:
         saved: Any = peft.PeftConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{key} = {path!r}: holds no adapter of PEFT: {error}") from error
-    plain = {"peft_type": "LORA", "bias": "none", "modules_to_save": None, "use_dora": False, "use_rslora": False,
-             "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
+    plain: dict[str, Any] = {
+        "peft_type": "LORA", "bias": "none", "modules_to_save": None, "use_dora": False, "use_rslora": False,
+        "rank_pattern": {}, "alpha_pattern": {},
+    }  # fmt: skip
     for name, value in plain.items():
         if (found := getattr(saved, name, value)) not in (value, None, []):
             raise ConfigError(f"{key} = {path!r}: has {name} = {found!r}, which the trainer does not train: {value!r}")

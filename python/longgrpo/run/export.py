@@ -47,7 +47,8 @@ def export(run: Path, directory: Path, form: Form, which: str = "last", dtype: D
     if config.lora:
         from peft import PeftModel
 
-        for adapter in filter(None, (config.lora.merged, saved / "adapter")):
+        adapters = [config.lora.merged] if config.lora.merged else []
+        for adapter in [*adapters, str(saved / "adapter")]:
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     else:
         tensors = checkpoint.read_tensors(saved)

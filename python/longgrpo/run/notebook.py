@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -22,11 +23,10 @@ class LivePlots:
     """One output of a notebook's cell, redrawn after each step of a run of `steps`."""
 
     def __init__(self, steps: int) -> None:
-        from IPython.display import HTML, display
-
-        self._steps, self._html = steps, HTML
+        ipython: Any = importlib.import_module("IPython.display")
+        self._steps, self._html = steps, ipython.HTML
         self._points: dict[str, list[tuple[int, float]]] = {name: [] for name in SHOWN}
-        self._output: Any = display(HTML(""), display_id=True)
+        self._output: Any = ipython.display(ipython.HTML(""), display_id=True)
 
     def update(self, metrics: Mapping[str, Any], status: str = "") -> None:
         """The metrics of a step join the plots."""

@@ -15,7 +15,7 @@ import torch
 from longgrpo.checks.rehearsal import Forecast, forecast_run
 from longgrpo.checks.selftest import selftest
 from longgrpo.config.run import TrainConfig, dump_config, load_config
-from longgrpo.errors import ConfigError, TrainingError, UserError, WeightSyncError
+from longgrpo.errors import ConfigError, RewardError, TrainingError, UserError, WeightSyncError
 from longgrpo.memory.cards import GIB
 from longgrpo.model.load import load_tokenizer, resolve_model
 from longgrpo.model.lora import save_adapter, with_adapter
@@ -101,10 +101,10 @@ class Trainer:
         if not (directory / "config.yaml").is_file():
             raise ConfigError(f"{directory}: holds no run (no config.yaml is in it)")
         trainer = cls.__new__(cls)
-        config = trainer._build(load_config(directory / "config.yaml", overrides), directory, force, given)
+        trainer._build(load_config(directory / "config.yaml", overrides), directory, force, given)
         if saved := checkpoint.checkpoints(directory):
             trainer._restore(saved[-1])
-        checkpoint.write_file(directory / "config.yaml", dump_config(config))
+        checkpoint.write_file(directory / "config.yaml", dump_config(trainer.config))
         return trainer
 
     def run(self) -> dict[str, Any] | None:
@@ -201,9 +201,9 @@ class Trainer:
                 evaluated = self.evaluations.during(self.loop.collector, number, tracker.say)
                 metrics |= evaluated
                 self.progress.metric = best_metric(self.config.best_metric, metrics)
-                better = self.progress.count_evaluation()
+                better = self.config.best_is_evaluated and self.progress.count_evaluation()
                 self.callbacks.evaluated(evaluated, self.progress.best_evaluation)
-        except UserError as error:  # of a reward function: the step itself is whole
+        except RewardError as error:  # the step itself is whole
             failed = error
         self.progress.metric = best_metric(self.config.best_metric, metrics)
         self._look_at_clock()
@@ -220,9 +220,8 @@ class Trainer:
         ) from error
 
     # ---- built and restored
-    def _build(self, config: TrainConfig, directory: Path, force: bool, given: Mapping[str, Any]) -> TrainConfig:
-        """Everything that can be refused is looked at first: the engine is slow to start. Returns the config, with
-        what the adapter of lora.path says."""
+    def _build(self, config: TrainConfig, directory: Path, force: bool, given: Mapping[str, Any]) -> None:
+        """Everything that can be refused is looked at first: the engine is slow to start."""
         config, objects = with_adapter(config_with(config, given)), objects_of(given)
         self.config, self.directory, self.progress = config, directory, Progress()
         self.callbacks = Callbacks(config, directory, given.get("callbacks") or ())
@@ -257,7 +256,6 @@ class Trainer:
             engine.close()
             raise ConfigError(str(error)) from error
         self.loop = Loop(config, Collector(config, engine, tokenizer, Rewarding(rewards), stream), state, loss, probe)
-        return config
 
     def _restore(self, saved: Path) -> None:
         state = checkpoint.load(saved, self._weights(), self.loop.state.optimizer)
@@ -307,7 +305,7 @@ class Trainer:
         probe, found = self.config.train.probe_prompts, {}
         if not self.stop:
             found = self.evaluations.before(self.loop.collector, tracker.say)
-            if found and (self.config.best_metric or "").removeprefix("-").startswith("eval/"):
+            if found and self.config.best_is_evaluated:
                 best_metric(self.config.best_metric, found)  # raises for one that no evaluation has
         if self.stop or self.progress.untrained_seen:
             return

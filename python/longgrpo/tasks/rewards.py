@@ -260,8 +260,8 @@ def load_reward(config: RewardConfig, given: Mapping[str, Function] | None = Non
         return Reward(config.label, RewardModel(config.model, **config.parameters), config.weight)
     assert config.function
     if given and config.function in given:
-        function = given[config.function]
-        return Reward(config.label, function, config.weight, config.parameters, on_error=config.on_error)
+        own = given[config.function]
+        return Reward(config.label, own, config.weight, config.parameters, on_error=config.on_error)
     function = None if config.isolate else find_reward(config.function)
     # Nothing but the end of its process stops a function that does not wait.
     apart = function is None or (config.timeout is not None and not _is_async(function))
