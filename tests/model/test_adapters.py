@@ -36,10 +36,14 @@ def saved_adapter(tiny_model, directory, seed=0, rank=3, **options):
 
 
 def logits(model):
+    """By transformers' own attention, whatever the model trains with."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = base.config._attn_implementation
     base.set_attn_implementation("eager")
     with torch.no_grad():
-        return model(TOKENS).logits
+        found = model(TOKENS).logits
+    base.set_attn_implementation(own)
+    return found
 
 
 @pytest.fixture
