@@ -89,7 +89,8 @@ def run_trl(options: argparse.Namespace, directory: Path) -> Iterable[dict[str, 
 
     from longgrpo.model.load import load_tokenizer, resolve_model
     from longgrpo.tasks.builtin_rewards import exact_answer, score_answer
-    from longgrpo.tasks.data import Problems, PromptStream, load_rows
+    from longgrpo.tasks.data import Problems, PromptStream
+    from longgrpo.tasks.sources import load_rows
 
     task = config_of(options, directory).task
     problems = PromptStream(Problems(load_rows(task), task, chat=True), set()).take(options.steps * options.prompts)

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON")
     test = command("selftest", _selftest, "can this run learn? checks one update from outside")
     test.add_argument("config", type=Path)
-    evaluation = command("eval", _eval, "accuracy on the held-out problems")
+    evaluation = command("eval", _eval, "accuracy on the held-out problems, with 95 %% intervals")
     evaluation.add_argument("source", type=Path, help="a config, for its untrained model, or a run's directory")
     export = command("export", _export, "write a run's weights for transformers, PEFT or vLLM")
     export.add_argument("source", type=Path, metavar="RUN")
@@ -110,12 +110,13 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         print(dump_config(config), end="")
         return 0
 
+    from longgrpo.run.given import free_directory
     from longgrpo.run.trainer import Trainer
 
     if options.resume:
         trainer = Trainer.resume(options.resume, overrides, force=options.force)
     else:
-        directory = Path(config.output_dir) if config.output_dir else _free_directory(Path("runs"), options.config.stem)
+        directory = Path(config.output_dir) if config.output_dir else free_directory(Path("runs"), options.config.stem)
         trainer = Trainer(config, directory, force=options.force)
     summary = trainer.run()
     if summary is None:
@@ -163,11 +164,16 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
         try:
             if saved:
                 trainer.load_weights(saved)
-            evaluation = trainer.evaluate()
+            found = {name: trainer.evaluate(name=name) for name in trainer.evaluations.sets}
         finally:
             trainer.close()
     of = saved if saved else f"{config.model.path}, untrained"
-    print(f"accuracy {evaluation.accuracy:.3f} on {len(evaluation.scores)} held-out problems ({of})")
+    for name, evaluation in found.items():
+        print(f"accuracy {evaluation.accuracy:.3f} on {len(evaluation.scores)} held-out problems ({name or of})")
+        metrics = evaluation.metrics()
+        for metric in [name for name in metrics if f"{name}_low" in metrics]:
+            low, high = (metrics[f"{metric}_{end}"] for end in ("low", "high"))
+            print(f"  {metric:10} {metrics[metric]:.3f}  [{low:.3f}, {high:.3f}]")
     return 0
 
 
@@ -192,12 +198,6 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
         else:
             overrides += [argument] if "=" in argument else [argument, *itertools.islice(remaining, 1)]
     return rest, overrides
-
-
-def _free_directory(parent: Path, name: str) -> Path:
-    """parent/name, or parent/name-2 and so on: a second run never touches the first."""
-    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-    return next(parent / candidate for candidate in names if not (parent / candidate).exists())
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def eventful(tree):
     """A config with all that a checkpoint has to bring back."""
     tree["rewards"] = [{"function": f"{OWN_REWARDS}:noisy_digits"}]
     tree["loss"] = {"beta": 0.05}
-    tree["task"] = {"name": f"{OWN_DATA}:thirty", "eval_n": 4}
+    tree["task"] = {"name": f"{OWN_DATA}:thirty", "eval_n": 4, "eval_steps": 2, "eval_samples": 2}
     tree["train"] |= {"steps": 7, "warmup_steps": 5, "num_iterations": 2, "reference_sync_steps": 2, "max_refills": 1}
     tree["train"]["best_metric"] = "reward/mean"
     return tree

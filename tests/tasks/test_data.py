@@ -13,9 +13,9 @@ from longgrpo.tasks.data import (
     columns_of,
     encode,
     held_out_problems,
-    load_rows,
     make_sampler,
 )
+from longgrpo.tasks.sources import load_rows
 from testing import OWN_DATA
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}

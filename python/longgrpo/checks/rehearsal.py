@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from longgrpo._ops.offload import host_budget
+from longgrpo.config.optimizer import OPTIMIZERS
 from longgrpo.config.run import TrainConfig
 from longgrpo.errors import ConfigError
 from longgrpo.memory.cards import GIB, card
@@ -19,6 +20,7 @@ from longgrpo.memory.ladder import Change, cheapest_changes
 from longgrpo.memory.live import LiveStorages
 from longgrpo.memory.plan import Phase, Plan, Rows, plan_memory
 from longgrpo.memory.shape import UnknownArchitecture, config_file, model_shape
+from longgrpo.model.lora import with_adapter
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.protocol import Completion, RolloutEngine
 from longgrpo.tasks.sample import Rollout, Sample
@@ -70,10 +72,10 @@ class Forecast:
     def __init__(self, config: TrainConfig, card_name: str | None = None, prompt_length: int | None = None) -> None:
         try:
             self.capacity, self.target = _capacity(card_name)
-            self.config, self.prompt_length = config, prompt_length
+            self.config, self.prompt_length = with_adapter(config), prompt_length
             self.shape = model_shape(config.model.path)
             self.rollout = longest_rollout(config, self.shape.context, prompt_length)
-            self.plan = self._planned(config)
+            self.plan = self._planned(self.config)
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
 
@@ -221,9 +223,13 @@ def dry_run(config: TrainConfig, rollout: Rollout, target: Target) -> dict[str, 
     dtype = getattr(torch, config.model.dtype)
     offload = OffloadEngine(backend="count", host_bytes=1 << 44) if config.memory.offload else None
     engine: Any = MetaEngine(config_file(config.model.path).parent, dtype, config.model.quantization)
+    name = config.train.optimizer
+    if name in OPTIMIZERS and OPTIMIZERS[name].module != "torch.optim":
+        raise ConfigError(f"train.optimizer = {name!r} does not step without storage: drop --dry-run, or take adamw")
     state = make_state(config, engine, offload)
     for group in state.optimizer.param_groups:
-        group["foreach"] = target.is_cuda  # as torch chooses there
+        if "foreach" in group and not group.get("fused"):
+            group["foreach"] = target.is_cuda  # as torch chooses there
     return count_step(config, state, rollout, target)
 
 

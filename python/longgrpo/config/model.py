@@ -37,5 +37,10 @@ class LoraConfig:
     """all-linear (every linear layer except the head), or module names."""
     mode: Literal["auto", "merge", "views", "copy"] = "auto"
     """How the adapter reaches vLLM (longgrpo.rollout.adapters); auto takes the fastest safe mode."""
+    path: str | None = None
+    """An adapter as PEFT saves it, with which training begins; its rank, alpha and targets take the place of those
+    above. A KL term compares with it."""
+    merged: str | None = None
+    """An adapter that is merged into the base before training: the new one is stacked on it."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

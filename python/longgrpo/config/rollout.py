@@ -63,9 +63,12 @@ class RolloutConfig:
                 "release_kv_cache: true gives back the rest"
             )
 
-    def request(self) -> Sampling:
-        """How a training completion is sampled."""
-        return sampling_of(self.sampling, self.max_completion_length, self.temperature)
+    def request(self, temperature: float | None = None) -> Sampling:
+        """How a completion is sampled, in training and in evaluation; `temperature`: instead of training's (0: greedy
+        decoding), and no other difference."""
+        return sampling_of(
+            self.sampling, self.max_completion_length, self.temperature if temperature is None else temperature
+        )
 
     def seed(self, default: int) -> int:
         """The seed from which those of the requests are derived."""

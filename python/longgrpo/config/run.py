@@ -68,6 +68,11 @@ class TrainConfig:
             f"model.quantization = {self.model.quantization} without lora: packed weights cannot be trained; "
             "add a lora group, or set model.quantization: null",
         )
+        require(
+            not self.task.eval_patience or self.best_is_evaluated,
+            f"task.eval_patience counts evaluations, and train.best_metric = {self.best_metric!r} is of none: leave it "
+            "out, or take eval/accuracy",
+        )
         names = [reward.label for reward in self.rewards]
         require(
             len(set(names)) == len(names), f"rewards: a name stands twice in {names}; add up the weights or set `name`"
@@ -95,6 +100,16 @@ class TrainConfig:
             "loss.detach = false is about a rollout without old logprobs: set train.num_iterations and "
             "train.minibatches to 1",
         )
+
+    @property
+    def best_metric(self) -> str | None:
+        """The metric of the best checkpoint: train.best_metric, or the held-out accuracy if it is measured."""
+        return self.train.best_metric or ("eval/accuracy" if self.task.eval_steps else None)
+
+    @property
+    def best_is_evaluated(self) -> bool:
+        """Whether that metric is of an evaluation."""
+        return (self.best_metric or "").removeprefix("-").startswith("eval/")
 
     @property
     def scores_reference(self) -> bool:

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from longgrpo.config.check import require
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """A further held-out set, evaluated whenever the first one is."""
+
+    name: str | None = None
+    """Its source, in the form of task.name; default: task.name."""
+    parameters: dict[str, Any] | None = None
+    """Arguments of the source; default: task.parameters, or none if `name` is set."""
+    split: str | None = None
+    """Its split of a data set; default: task.split."""
+    n: int = 200
+    """Number of problems, all different and never trained on."""
+    seed: int = 1_000_000_007
+    """Seed of the problems."""
+    reward: str | None = None
+    """The reward function that says whether a problem is solved; default: task.eval_reward."""
+
+    def __post_init__(self) -> None:
+        require(self.n >= 1, f"n = {self.n}: must be at least 1; leave the set out instead")
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,10 @@ class TaskConfig:
     """Arguments of the chat template, for example {enable_thinking: false}."""
     system_prompt: str | None = None
     """The system prompt of every conversation that does not have its own."""
+    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"
+    """What happens to prompts that leave no room for a completion in the context. They are counted before training.
+    refuse: the run does not begin; drop: they are left out; cut: they lose their beginning, so that a whole completion
+    fits."""
     eval_n: int = 200
     """Number of held-out problems, all different and never trained on; 0: no evaluation."""
     eval_name: str | None = None
@@ -52,15 +77,60 @@ class TaskConfig:
     """A control: the untrained model is also evaluated with this template as the beginning of its reply. It is filled
     from the columns and metadata of a problem, for example "{expression} ="."""
 
+    eval_steps: int = 0
+    """Number of steps between evaluations during training; 0: only before and after it. An evaluation changes nothing
+    of the training."""
+    eval_samples: int = 0
+    """Replies that are sampled for each held-out problem beside the greedy one, as training samples them: their mean
+    accuracy (mean@k) and pass@k. 0: only the greedy one."""
+    eval_patience: int = 0
+    """The run ends after this many evaluations in a row without a higher train.best_metric; 0: never."""
+    eval_sets: dict[str, HeldOutConfig] = field(default_factory=dict)
+    """Further held-out sets by name: their metrics are eval/NAME/accuracy and so on."""
+
     def __post_init__(self) -> None:
         require(self.eval_n >= 0, f"eval_n = {self.eval_n}: must be 0 (no evaluation) or more")
+        for name in ("eval_steps", "eval_samples", "eval_patience"):
+            require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}: must not be negative")
+            require(
+                self.eval_n > 0 or not getattr(self, name),
+                f"{name} = {getattr(self, name)} and eval_n = 0: there is nothing to evaluate on; set eval_n",
+            )
+        require(self.eval_n > 0 or not self.eval_sets, "eval_sets come after the first set: set eval_n above 0")
+        require(
+            self.eval_steps > 0 or not self.eval_patience,
+            f"eval_patience = {self.eval_patience} counts evaluations during training: set eval_steps",
+        )
+        for name in self.eval_sets:
+            require(name.isidentifier(), f"eval_sets: {name!r} is part of a metric's name: take letters and digits")
+
+    @property
+    def held_out(self) -> dict[str, TaskConfig]:
+        """The held-out sets by name, each as a task that has only it: "" is the first."""
+        if not self.eval_n:
+            return {}
+        further = {
+            name: replace(
+                self,
+                name=given.name or self.name,
+                parameters=(given.parameters or {}) if given.name else given.parameters or self.parameters,
+                eval_name=None,
+                eval_split=given.split,
+                eval_n=given.n,
+                eval_seed=given.seed,
+                eval_reward=given.reward or self.eval_reward,
+                eval_sets={},
+            )
+            for name, given in self.eval_sets.items()
+        }
+        return {"": replace(self, name=self.eval_name or self.name, eval_name=None, eval_sets={}), **further}
 
 
 @dataclass(frozen=True)
 class RewardConfig:
     """One reward function and its weight in the sum; see docs/rewards.md."""
 
-    function: str
+    function: str | None = None
     """A built-in (exact_answer, numeric_answer, math_answer, score_answer, graded_error, matches_format, target_length,
     soft_overlong), package.module:function or path/to/file.py:function."""
     weight: float = 1.0
@@ -76,10 +146,20 @@ class RewardConfig:
     the reward does not apply to the completions of the call."""
     isolate: bool = False
     """Run the function in a process of its own."""
+    model: str | None = None
+    """Instead of a function: a reward model, a sequence classifier of transformers with one label (a directory or a hub
+    id). parameters: dtype, batch_size, max_length."""
 
     def __post_init__(self) -> None:
+        require(bool(self.function) != bool(self.model), "a reward has either `function` or `model`")
+        require(
+            not self.model or (self.timeout is None and not self.isolate),
+            "a model runs in the trainer's process: leave out timeout and isolate",
+        )
         require(self.timeout is None or self.timeout > 0, f"timeout = {self.timeout}: must be above 0 seconds")
 
     @property
     def label(self) -> str:
-        return self.name or self.function.rpartition(":")[2]
+        return (
+            self.name or (self.function or "").rpartition(":")[2] or (self.model or "").rstrip("/").rpartition("/")[2]
+        )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from longgrpo.config.check import require
+from longgrpo.config.optimizer import OPTIMIZERS, SCHEDULES, decay
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,25 @@ class LoopConfig:
     prompts_per_step: int = 8
     """Prompts per step, each with rollout.num_generations completions."""
     learning_rate: float = 1e-5
-    """AdamW's learning rate. TRL: 1e-6, for full fine-tuning. An adapter needs about ten times as much."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls after the warm-up, to 0 at the last step (TRL: linear). With a constant rate, the
-    usual one in reinforcement learning, a run can be extended."""
+    """The learning rate. TRL: 1e-6, for full fine-tuning. An adapter needs about ten times as much."""
+    optimizer: str = "adamw"
+    """adamw, adamw_fused, sgd, adafactor, muon (torch's; muon steps matrices only, such as an adapter's), adamw_8bit,
+    paged_adamw, paged_adamw_8bit (bitsandbytes'), or a class of your own (path/to/file.py:Class)."""
+    optim_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimizer, for example {eps: 1.0e-6} or {momentum: 0.9}."""
+    schedule: str = "constant"
+    """How the learning rate falls after the warm-up, by transformers' names: constant, linear and cosine (to 0 at the
+    last step), cosine_with_restarts, polynomial, inverse_sqrt, cosine_with_min_lr, cosine_warmup_with_min_lr,
+    warmup_stable_decay. TRL: linear. With a constant rate, the usual one in reinforcement learning, a run can be
+    extended."""
+    schedule_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the schedule, for example {min_lr_rate: 0.1} or {num_decay_steps: 20}."""
     warmup_steps: int = 0
     """Number of steps over which the learning rate rises to its value."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's betas. TRL: 0.999 for the second, which averages over a thousand steps, longer than most runs."""
+    """The betas of Adam. TRL: 0.999 for the second, which averages over a thousand steps, longer than most runs."""
     weight_decay: float = 0.0
-    """AdamW's weight decay."""
+    """The optimizer's weight decay."""
     max_grad_norm: float = 1.0
     """A gradient with a larger norm is scaled down to this norm; .inf: no clipping."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -67,9 +77,13 @@ class LoopConfig:
     """Number of steps between checkpoints; the last step is always saved. 0: only the last."""
     keep_checkpoints: int = 2
     """Number of the newest checkpoints that are kept."""
+    callbacks: list[str] = field(default_factory=list)
+    """transformers' TrainerCallbacks: path/to/file.py:Class or package.module:Class, for example
+    transformers:EarlyStoppingCallback (docs/callbacks.md)."""
     best_metric: str | None = None
     """The checkpoint of the step with the highest value of this metric, for example reward/mean, is kept as well; with
-    a minus before the name, the lowest value."""
+    a minus before the name, the lowest value. Default: eval/accuracy if task.eval_steps is set. An evaluation that is
+    the best so far is saved at once."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -93,6 +107,11 @@ class LoopConfig:
             self.off_policy_threshold is None or self.off_policy_threshold >= 0,
             f"off_policy_threshold = {self.off_policy_threshold}: must be 0 nats or more; or leave it out",
         )
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            given: str = getattr(self, name)
+            near = difflib.get_close_matches(given, known, n=1) or [", ".join(known)]
+            own = name == "optimizer" and ":" in given
+            require(given in known or own, f"{name} = {given!r}: there is no such one; is it {near[0]}?")
         require(self.max_grad_norm > 0, f"max_grad_norm = {self.max_grad_norm}: must be above 0 (.inf: no clipping)")
         require(
             self.minibatches <= self.prompts_per_step,
@@ -101,9 +120,18 @@ class LoopConfig:
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 1."""
-        left = 1 - (step - 1 - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)  # of the decay
-        decay = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[self.schedule]
-        return self.learning_rate * (step / self.warmup_steps if step <= self.warmup_steps else decay)
+        if step <= self.warmup_steps:  # transformers' own warm-up begins at 0, a step that teaches nothing
+            return self.learning_rate * (step / self.warmup_steps)
+        arguments = tuple(self.schedule_args.items())
+        factor = decay(self.schedule, self.learning_rate, self.warmup_steps, self.steps, arguments)
+        return self.learning_rate * factor(step - 1)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's state for each element that it steps; for a class of one's own those of AdamW."""
+        if self.optimizer == "sgd" and not self.optim_args.get("momentum"):
+            return 0
+        return OPTIMIZERS.get(self.optimizer, OPTIMIZERS["adamw"]).state_bytes
 
     @property
     def updates(self) -> int:

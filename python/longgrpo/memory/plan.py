@@ -141,7 +141,7 @@ class _Memory:
             terms["float32 masters"] = FP32 * shape.parameters
         if self.config.loss.beta and self.full:
             terms["reference"] = shape.parameters * element
-        terms["optimizer"] = 2 * FP32 * self.trained
+        terms["optimizer"] = self.config.train.state_bytes * self.trained
         if self.target.is_cuda:
             terms["context"] = CONTEXT
         return terms
@@ -351,7 +351,7 @@ class _Memory:
         return head_workspace(
             self.target, self.rows.loss, self.shape.hidden, self.shape.vocabulary, _dtype(self.config),
             hidden_gradient=hidden_gradient, weight_gradient=weight_gradient, workspace=DEFAULT_WORKSPACE,
-            reference=exact, beyond_logp=exact or (hidden_gradient and self.config.loss.entropy_coef != 0),
+            reference=exact, beyond_logp=exact or (hidden_gradient and self.config.loss.has_entropy_bonus),
         )  # fmt: skip
 
     @property

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from longgrpo.config.model import LoraConfig
+from longgrpo.config.run import TrainConfig
+from longgrpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,7 +32,70 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return peft.get_peft_model(model, lora)
+        adapted: PeftModel = peft.get_peft_model(model, lora)
+    if config.path:
+        _load(adapted, config.path)
+    return adapted
+
+
+def _load(model: PeftModel, path: str) -> None:
+    """The weights of a saved adapter. Raises ValueError if they are not those of this model."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    try:
+        found: Any = set_peft_model_state_dict(model, load_peft_weights(path, device="cpu"))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"lora.path = {path!r}: its weights do not fit this model: {error}") from error
+    missing = [name for name in found.missing_keys if "lora_" in name]
+    if missing or found.unexpected_keys:
+        odd = [*missing, *found.unexpected_keys][0]
+        raise ValueError(f"lora.path = {path!r}: its weights do not fit this model, the first that does not: {odd}")
+
+
+def merge(model: PreTrainedModel, path: str) -> None:
+    """Adds a saved adapter to the weights, in place: whoever shares them sees the sum. In bfloat16 it is rounded."""
+    import peft
+
+    _plain_config(path, "lora.merged")
+    pointers = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    peft.PeftModel.from_pretrained(model, path).merge_and_unload()
+    moved = [name for name, parameter in model.named_parameters() if pointers.get(name) != parameter.data_ptr()]
+    if moved:
+        raise NotImplementedError(f"lora.merged: PEFT does not merge into {moved[0]} in place; export a merged model")
+
+
+def with_adapter(config: TrainConfig) -> TrainConfig:
+    """The config with the rank, alpha and targets of the adapter that lora.path names. Raises ConfigError if there is
+    none, or it is of a kind that the trainer does not have."""
+    if config.lora is None or not (config.lora.path or config.lora.merged):
+        return config
+    if config.lora.merged:
+        if config.model.quantization:
+            raise ConfigError("lora.merged needs weights that are not quantized: set model.quantization: null")
+        _plain_config(config.lora.merged, "lora.merged")
+    if not config.lora.path:
+        return config
+    saved = _plain_config(config.lora.path, "lora.path")
+    targets = sorted(saved.target_modules) if isinstance(saved.target_modules, set) else saved.target_modules
+    return replace(config, lora=replace(config.lora, rank=saved.r, alpha=saved.lora_alpha, targets=targets))
+
+
+def _plain_config(path: str, key: str) -> Any:
+    """The config of a saved adapter, which is LoRA and nothing more."""
+    import peft
+
+    try:
+        saved: Any = peft.PeftConfig.from_pretrained(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{key} = {path!r}: holds no adapter of PEFT: {error}") from error
+    plain: dict[str, Any] = {
+        "peft_type": "LORA", "bias": "none", "modules_to_save": None, "use_dora": False, "use_rslora": False,
+        "rank_pattern": {}, "alpha_pattern": {},
+    }  # fmt: skip
+    for name, value in plain.items():
+        if (found := getattr(saved, name, value)) not in (value, None, []):
+            raise ConfigError(f"{key} = {path!r}: has {name} = {found!r}, which the trainer does not train: {value!r}")
+    return saved
 
 
 def linear_names(directory: Path) -> list[str]:

@@ -61,6 +61,8 @@ def choose_mode(lora: LoraConfig, *, mergeable: bool, ranks: Sequence[int], slot
 def _obstacles(lora: LoraConfig, mergeable: bool, ranks: Sequence[int], slots: str) -> dict[Mode, str]:
     """Why each mode is not possible ("": it is), the fastest mode first."""
     merge = "" if mergeable else "B A would be rounded away in a base below float32"
+    if lora.merged:
+        merge = "the base is read back from the checkpoint after each rollout, and lora.merged has changed it"
     views = ""
     if lora.rank not in ranks:
         views = f"the engine's own tensors have rank {', '.join(map(str, ranks))}, lora.rank is {lora.rank}"

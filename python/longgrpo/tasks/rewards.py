@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from longgrpo.errors import ConfigError, RewardError
 from longgrpo.tasks.builtin_rewards import BUILT_IN
 from longgrpo.tasks.data import Problem, Prompt, Reply, as_reply, columns_of
 from longgrpo.tasks.isolated import Notes, Worker
+from longgrpo.tasks.reward_model import RewardModel
 from longgrpo.tasks.sample import Sample
 from longgrpo.tasks.user_code import load_function
 
@@ -253,8 +254,14 @@ def _note(parts: Sequence[Scores], samples: Sequence[Sample]) -> None:
             sample.extra |= {column: values[i] for column, values in part.notes.extra.items()}
 
 
-def load_reward(config: RewardConfig) -> Reward:
-    """Finds a built-in, package.module:function or path/to/file.py:function."""
+def load_reward(config: RewardConfig, given: Mapping[str, Function] | None = None) -> Reward:
+    """Finds a built-in, package.module:function or path/to/file.py:function, loads a model, or takes what was given."""
+    if config.model:
+        return Reward(config.label, RewardModel(config.model, **config.parameters), config.weight)
+    assert config.function
+    if given and config.function in given:
+        own = given[config.function]
+        return Reward(config.label, own, config.weight, config.parameters, on_error=config.on_error)
     function = None if config.isolate else find_reward(config.function)
     # Nothing but the end of its process stops a function that does not wait.
     apart = function is None or (config.timeout is not None and not _is_async(function))

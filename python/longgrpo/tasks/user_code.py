@@ -11,10 +11,18 @@ from typing import Any
 
 from longgrpo.errors import ConfigError
 
+GIVEN = "given:"
+"""Begins the name of an object that was given to the trainer and is in no file."""
+
 
 def load_function(spec: str, what: str) -> Callable[..., Any]:
     """The function or class that `spec` names. Raises ConfigError, which begins with `what`."""
     where, _, name = spec.rpartition(":")
+    if spec.startswith(GIVEN):
+        raise ConfigError(
+            f"{what} {spec!r} was given to Trainer as an object: give it again, with "
+            "Trainer.resume(directory, reward_functions=..., train_dataset=..., eval_dataset=...)"
+        )
     function: Callable[..., Any] | None = getattr(_module(where, f"{what} {spec!r}"), name, None)
     if not callable(function):
         raise ConfigError(f"{what} {spec!r}: {where} has no function {name!r}")

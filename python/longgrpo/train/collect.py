@@ -11,7 +11,8 @@ from torch import Tensor
 
 from longgrpo.config.run import TrainConfig
 from longgrpo.rollout.protocol import Completion, RolloutEngine, seed_for
-from longgrpo.tasks.data import Problem, PromptStream, check_length, decode, encode
+from longgrpo.tasks.data import Problem, PromptStream, decode
+from longgrpo.tasks.prompts import Prompts
 from longgrpo.tasks.rewards import Rewarding
 from longgrpo.tasks.sample import Rollout, Sample
 from longgrpo.train.advantages import groups_with_spread, weighted_sum
@@ -61,6 +62,14 @@ class Collector:
         }
         return _joined(sorted(chosen, key=lambda group: group.samples[0].group)), metrics
 
+    @property
+    def prompts(self) -> Prompts:
+        """How a problem becomes tokens."""
+        config = self.config
+        return Prompts(
+            self.tokenizer, config.task, self.engine.max_length(), config.rollout.max_completion_length
+        )  # fmt: skip
+
     # ---- 1
     def sample_prompts(self, count: int) -> list[Problem]:
         return self.stream.take(count)
@@ -69,10 +78,8 @@ class Collector:
     def roll_out(self, problems: Sequence[Problem], number: int, first_group: int = 0) -> list[Sample]:
         """num_generations completions of each problem, each with a seed of its own, group after group. A group that is
         complete goes to the async reward functions at once."""
-        config, template = self.config.rollout, self.config.task.chat_template_kwargs
-        prompts = [encode(self.tokenizer, problem.prompt, template) for problem in problems]
-        for ids, problem in zip(prompts, problems, strict=True):
-            check_length(ids, problem, self.engine.max_length())
+        config = self.config.rollout
+        prompts = [self.prompts.encode(problem) for problem in problems]
         state, size = self._trainer_state(number), config.num_generations
         members = [(group, member) for group in range(len(problems)) for member in range(size)]
         samples: list[Sample | None] = [None] * len(members)

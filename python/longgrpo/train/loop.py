@@ -59,7 +59,7 @@ def step(loop: Loop, number: int) -> StepResult:
         losses = []
         for update in updates * config.train.num_iterations:
             with clock("loss_and_backward"):
-                norm, values = loss_and_backward(loop.loss, state, update)
+                norm, values = controlled_loss_and_backward(loop.loss, state, update)
             with clock("optimizer_step"):
                 losses.append(values | optimizer_step(config, state, number, update, norm))
         with clock("sync_weights"):
@@ -133,6 +133,18 @@ def loss_and_backward(loss: PolicyLoss, state: TrainState, update: Update) -> tu
     return norm / scale, metrics
 
 
+def controlled_loss_and_backward(loss: PolicyLoss, state: TrainState, update: Update) -> tuple[float, dict[str, float]]:
+    """The same with the weight of the entropy bonus that the control has, if there is one; it sees the entropy."""
+    control, config = state.entropy_control, loss.config.loss
+    if control is None:
+        return loss_and_backward(loss, state, update)
+    weight = control.applied(config)
+    norm, metrics = loss_and_backward(loss.with_entropy_coef(weight), state, update)
+    if isfinite(metrics["entropy"]):
+        control.observe(metrics["entropy"], config)
+    return norm, metrics | {"entropy_coef": weight}
+
+
 def _accumulate(loss: PolicyLoss, state: TrainState, update: Update, scale: float) -> Meter:
     """Adds up the gradient, times `scale`, micro-batch by micro-batch."""
     meter = Meter()
@@ -156,7 +168,7 @@ def _reverse_kl(batch: MicroBatch) -> dict[str, Tensor]:
 def optimizer_step(
     config: TrainConfig, state: TrainState, number: int, update: Update, norm: float
 ) -> dict[str, float]:
-    """Clips the gradient, whose norm is `norm`, and steps AdamW, unless it is not finite (see skip_update)."""
+    """Clips the gradient, whose norm is `norm`, and steps the optimizer, unless it is not finite (see skip_update)."""
     if not update.trains:
         return {"grad_norm": 0.0}
     if not isfinite(norm):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,6 +64,12 @@ class PolicyLoss:
         self.correction = OffPolicyCorrection(
             importance=rollout.importance, cap=rollout.importance_cap, threshold=config.train.off_policy_threshold
         )
+
+    def with_entropy_coef(self, value: float) -> PolicyLoss:
+        """This loss with another weight of the entropy bonus."""
+        other = copy.copy(self)
+        other.config = replace(self.config, loss=replace(self.config.loss, entropy_coef=value, entropy_target=None))
+        return other
 
     def __call__(self, model: Any, reference: Reference | None, batch: MicroBatch, normalizer: float) -> GRPOLoss:
         """The loss of `batch` as its part of an update, which divides by `normalizer` in all."""

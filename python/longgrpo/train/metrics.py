@@ -178,7 +178,8 @@ def best_metric(name: str | None, metrics: Mapping[str, Any]) -> float | None:
     if name is None:
         return None
     key, sign = (name[1:], -1.0) if name.startswith("-") else (name, 1.0)
-    if key not in metrics and not key.startswith("eval"):  # an evaluation is not of every step
+    evaluated = any(metric.startswith("eval/") for metric in metrics)
+    if key not in metrics and (evaluated or not key.startswith("eval/")):  # an evaluation is not of every step
         near = difflib.get_close_matches(key, metrics, n=3)
         remedy = f"did you mean {' or '.join(near)}?" if near else f"they have {', '.join(metrics)}"
         raise ConfigError(f"train.best_metric = {name!r}: not a metric of a step; {remedy}")

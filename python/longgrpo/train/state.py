@@ -11,12 +11,14 @@ from torch import Tensor
 from longgrpo.config.run import TrainConfig
 from longgrpo.model.head import head_of
 from longgrpo.model.lean_lora import use_lean_lora
-from longgrpo.model.lora import add_lora
+from longgrpo.model.lora import add_lora, merge
 from longgrpo.model.masters import MasterWeights
 from longgrpo.model.packed_attention import use_packed_attention
 from longgrpo.model.tiled_mlp import tile_mlp, tile_norms
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.protocol import RolloutEngine
+from longgrpo.train.entropy import EntropyControl
+from longgrpo.train.optimizer import make_optimizer
 from longgrpo.train.reference import Reference
 
 
@@ -29,6 +31,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     reference: Reference | None  # if the loss has a KL term
     offload: OffloadEngine | None  # holds the layers' inputs between forward and backward
+    entropy_control: EntropyControl | None = None  # if loss.entropy_target is set
     skipped_updates: int = 0  # in a row, up to now, because their gradient was not finite
 
     @property
@@ -47,14 +50,17 @@ def make_state(config: TrainConfig, engine: RolloutEngine, offload: OffloadEngin
     model = _trained_model(engine, config, offload)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masters, train = MasterWeights(trained), config.train
-    optimizer = torch.optim.AdamW(
-        masters.parameters.values(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
-    )
-    return TrainState(model, masters, optimizer, _reference(model, trained, config), offload)
+    train.learning_rate_at(1)  # refuses a schedule's arguments now
+    optimizer = make_optimizer(masters.parameters.values(), train)
+    control = None if config.loss.entropy_target is None else EntropyControl(config.loss.entropy_coef)
+    return TrainState(model, masters, optimizer, _reference(model, trained, config), offload, control)
 
 
 def _trained_model(engine: RolloutEngine, config: TrainConfig, offload: OffloadEngine | None) -> Any:
     if config.lora:
+        if config.lora.merged:
+            merge(engine.model, config.lora.merged)
+            engine.weights_changed()
         model: Any = add_lora(engine.model, config.lora, config.train.seed)
     else:
         model = engine.model.requires_grad_(True)
@@ -81,4 +87,5 @@ def _reference(model: Any, parameters: dict[str, Tensor], config: TrainConfig) -
             f"loss.kl = {config.loss.kl!r} with a trained bias of the head, which the reference would share: "
             "add a lora group, or take kl: k3"
         )
-    return Reference(model, parameters, copy=config.lora is None or config.train.reference_sync_steps > 0)
+    own = config.lora is None or config.lora.path is not None  # else it is the base, without its adapter
+    return Reference(model, parameters, copy=own or config.train.reference_sync_steps > 0)

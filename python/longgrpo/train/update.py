@@ -78,7 +78,7 @@ def _in_loss(config: TrainConfig, rollout: Rollout) -> list[int]:
 
 def _with_gradient(config: TrainConfig, rollout: Rollout, counted: Sequence[int]) -> list[int]:
     loss = config.loss
-    if loss.beta != 0 or loss.entropy_coef != 0 or loss.function:  # these reach samples of advantage 0 as well
+    if loss.beta != 0 or loss.has_entropy_bonus or loss.function:  # these reach samples of advantage 0 as well
         return list(counted)
     advantages = rollout.advantages.flatten().tolist()
     return [i for i in counted if advantages[i] != 0]

@@ -1,0 +1,137 @@
+"""The evaluations of a run: before, during and after training, on each held-out set.
+
+RUN/eval_before.json, eval_after.json, eval_prefill.json    every reply to the first set
+    eval_before_NAME.json, ...                              and to the set NAME
+    evaluations/step-000010.json, step-000010_NAME.json     the same, of an evaluation after step 10
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from longgrpo.config.run import TrainConfig
+from longgrpo.config.task import RewardConfig
+from longgrpo.run import checkpoint
+from longgrpo.tasks.data import Problem
+from longgrpo.tasks.evaluation import Evaluation, HeldOut, evaluate, paired_interval
+from longgrpo.tasks.rewards import Reward, load_reward
+from longgrpo.train.collect import Collector
+from longgrpo.train.generators import random_states, seed_everything, set_random_states
+
+Say = Callable[[str], None]
+
+
+class Evaluations:
+    """What is evaluated, and what has been. problems: of each held-out set, "" the first."""
+
+    def __init__(
+        self, config: TrainConfig, directory: Path, problems: Mapping[str, list[Problem]], first_reward: Reward
+    ) -> None:
+        self._config, self._directory = config, directory
+        self._rewards: dict[str, Reward] = {}  # loaded for the evaluation
+        self.sets: dict[str, HeldOut] = {}
+        for name, task in config.task.held_out.items():
+            reward = self._reward(task.eval_reward) if task.eval_reward else first_reward
+            self.sets[name] = HeldOut(problems[name], reward, config.task.eval_samples, task.eval_seed)
+
+    def _reward(self, function: str) -> Reward:
+        if function not in self._rewards:
+            self._rewards[function] = load_reward(RewardConfig(function))
+        return self._rewards[function]
+
+    def of(self, collector: Collector, name: str = "", prefill: str | None = None) -> Evaluation:
+        """Evaluates a set now. The global random generators are seeded for it, and put back: training goes on as if
+        there had been no evaluation."""
+        states = random_states()
+        seed_everything(self._config.train.seed)
+        try:
+            return evaluate(
+                collector.engine,
+                collector.prompts,
+                self.sets[name],
+                self._config.rollout,
+                prefill,
+            )
+        finally:
+            set_random_states(states)
+
+    def before(self, collector: Collector, say: Say) -> dict[str, float]:
+        """The metrics of the untrained model; what an earlier process evaluated is read from its file."""
+        prefill = self._config.task.eval_prefill
+        metrics = self._all(collector, "eval_before", "before", say)
+        if prefill and self.sets:
+            self._kept(collector, "eval_prefill", "prefill", say, prefill=prefill)
+        return metrics
+
+    def during(self, collector: Collector, step: int, say: Say) -> dict[str, float]:
+        """The metrics after a step."""
+        self.forget_after(step - 1)
+        return self._all(collector, f"evaluations/step-{step:06d}", f"after step {step}", say)
+
+    def after(self, collector: Collector, step: int, say: Say) -> dict[str, Any]:
+        """The trained model, after `step` steps, beside the untrained one; what the summary says of it."""
+        results: dict[str, Any] = {}
+        for name in self.sets:
+            self._path("eval_after", name).unlink(missing_ok=True)  # of a run that had fewer steps
+            if (during := self._path(f"evaluations/step-{step:06d}", name)).exists():
+                checkpoint.write_file(self._path("eval_after", name), during.read_text())
+            after = self._kept(collector, "eval_after", "after", say, name)
+            results |= self._compared(name, after, say)
+        return results
+
+    def forget_after(self, step: int) -> None:
+        """Removes the evaluations of later steps, which will be done again."""
+        for path in (self._directory / "evaluations").glob("step-*.json"):
+            if int(path.stem.removeprefix("step-").partition("_")[0]) > step:
+                path.unlink()
+
+    def close(self) -> None:
+        for reward in self._rewards.values():
+            reward.close()
+
+    def _all(self, collector: Collector, file: str, when: str, say: Say) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for name in self.sets:
+            prefix = f"eval/{name}/" if name else "eval/"
+            found = self._kept(collector, file, when, say, name).metrics()
+            metrics |= {f"{prefix}{key}": value for key, value in found.items()}
+        return metrics
+
+    def _kept(
+        self, collector: Collector, file: str, when: str, say: Say, name: str = "", prefill: str | None = None
+    ) -> Evaluation:
+        """An evaluation with its file."""
+        path = self._path(file, name)
+        if path.exists():
+            return Evaluation(**json.loads(path.read_text()))
+        result = self.of(collector, name, prefill)
+        path.parent.mkdir(exist_ok=True)
+        checkpoint.write_file(path, json.dumps(asdict(result), indent=1))
+        of = f" of {name}" if name else ""
+        say(f"accuracy {when}: {result.accuracy:.3f} on {len(result.scores)} held-out problems{of}")
+        return result
+
+    def _compared(self, name: str, after: Evaluation, say: Say) -> dict[str, Any]:
+        """The summary's entries of a set: eval_before, eval_after, ..., with its name behind them."""
+        of = f"_{name}" if name else ""
+        files = {when: self._path(f"eval_{when}", name) for when in ("before", "prefill")}
+        earlier = {when: Evaluation(**json.loads(path.read_text())) for when, path in files.items() if path.exists()}
+        results: dict[str, Any] = {f"eval_{when}{of}": evaluation.accuracy for when, evaluation in earlier.items()}
+        results |= {f"eval_after{of}": after.accuracy, f"eval_n{of}": len(after.scores)}
+        if after.sample_scores:
+            results |= {f"eval_after{of}_samples": after.metrics()}
+        if before := earlier.get("before"):
+            low, high = paired_interval(before.solved, after.solved)
+            results |= {f"eval_diff{of}": after.accuracy - before.accuracy, f"eval_diff_interval{of}": (low, high)}
+            say(
+                f"accuracy{f' of {name}' if name else ''} {before.accuracy:.3f} -> {after.accuracy:.3f}, "
+                f"95 % interval of the paired difference [{low:+.3f}, {high:+.3f}]"
+            )
+        return results
+
+    def _path(self, file: str, name: str) -> Path:
+        return self._directory / f"{file}{f'_{name}' if name else ''}.json"
