@@ -16,6 +16,7 @@ from longgrpo.config.overrides import explain, field_names, parse_overrides, set
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.task import RewardConfig, TaskConfig
 from longgrpo.config.train import LoopConfig, MemoryConfig
+from longgrpo.config.watch import WatchConfig
 from longgrpo.errors import ConfigError
 
 
@@ -44,6 +45,7 @@ class TrainConfig:
     train: LoopConfig = field(default_factory=LoopConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     output_dir: str | None = None
     """The run's directory; default: runs/NAME after the name of the config file, numbered if that exists."""
 

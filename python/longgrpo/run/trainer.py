@@ -27,6 +27,7 @@ from longgrpo.run import checkpoint
 from longgrpo.run.export import write_model
 from longgrpo.run.signals import StopRequest
 from longgrpo.run.tracking import Tracker, check_installed
+from longgrpo.run.watching import Watched
 from longgrpo.tasks.data import (
     Problem,
     Problems,
@@ -79,6 +80,7 @@ class Trainer:
     progress: Progress
     held_out: list[Problem]
     stop: StopRequest
+    watched: Watched
 
     def __init__(self, config: TrainConfig, directory: Path, *, force: bool = False) -> None:
         if (directory / "config.yaml").exists():
@@ -109,6 +111,7 @@ class Trainer:
         it is saved, and `stop.signal` says which signal."""
         done = self.progress.step if checkpoint.checkpoints(self.directory) else -1  # step 0: the evaluation before
         tracker = Tracker(self.directory, self.config, done)
+        self.watched = Watched(self.config, tracker)
         self._start = time.monotonic() - self.progress.seconds
         with StopRequest(tracker.say) as self.stop, tracker:
             try:
@@ -148,7 +151,13 @@ class Trainer:
         if self._forecast and progress.step < steps and not self.stop:
             memory = self._rehearse(self._forecast, tracker)
         while progress.step < steps and not self.stop:
-            self._step(tracker, memory if progress.step == 0 else {})
+            self._step(memory if progress.step == 0 else {})
+            if self.watched.ending:
+                self.save()
+                raise TrainingError(
+                    f"{self.watched.ending}\nsaved at step {progress.step}; correct it and go on with: "
+                    f"longgrpo train --resume {self.directory}"
+                )
             if every and progress.step % every == 0 and progress.step < steps:
                 self.save()
         self.save()
@@ -157,7 +166,7 @@ class Trainer:
             return None
         return self._finish(tracker)
 
-    def _step(self, tracker: Tracker, also: Mapping[str, Any]) -> None:
+    def _step(self, also: Mapping[str, Any]) -> None:
         """One step, whose metrics include `also`, measured before it. If it fails, the state before it is saved, so
         that the error can be corrected and the run resumed."""
         stream, number = self.loop.collector.stream, self.progress.step + 1
@@ -180,7 +189,7 @@ class Trainer:
         self.progress.skipped_updates = self.loop.state.skipped_updates
         self.progress.metric = best_metric(self.config.train.best_metric, result.metrics)
         self._look_at_clock()
-        tracker.step({**result.metrics, **also}, result.rollout)
+        self.watched.step({**result.metrics, **also}, result.rollout)
 
     # ---- built and restored
     def _build(self, config: TrainConfig, directory: Path, force: bool) -> None:
@@ -325,6 +334,7 @@ class Trainer:
             "peak_rss_bytes": self.progress.peak_rss_bytes,
             "engine_trainer_logprob_diff_max": self.progress.logprob_diff_max,
             "groups_with_spread_before": self.progress.groups_with_spread_before,
+            "findings": self.watched.standing,
             "engine": self.loop.collector.engine.name,
             "seed": self.config.train.seed,
             "versions": _versions(),
