@@ -108,8 +108,8 @@ class ClippedRatio(Finding):
     )
 
     share: float = 0.3
-    """Share of the tokens, on either side. PPO's implementations have up to 0.2 on healthy runs; cispo's and gmpo's
-    bounds count in the same way."""
+    """Share of the tokens, on either side. With three tokens in ten the clip is no longer a guard against outliers, as
+    PPO means it (arXiv:1707.06347), and decides what is learned."""
     steps: int = 5
     """Steps over which the share is averaged."""
 
