@@ -4,7 +4,6 @@ or, where no config can, by a change of the trainer. The reward functions stand 
 from __future__ import annotations
 
 import copy
-import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -62,8 +61,8 @@ def of_the_prompt(answer, **columns):
     return [float(int(right) % 2) for right in answer]
 
 
-def noise(completion_ids, **columns):
-    return [float(random.Random(str(ids)).random() < 0.5) for ids in completion_ids]
+def noise(completions, **columns):
+    return [float(random.random() < 0.5) for _ in completions]
 
 
 def even_and_exploited(completions, log_metric, trainer_state, **columns):
@@ -127,56 +126,57 @@ class Disease:
     give: Callable[[Trainer], None] = lambda trainer: None
 
 
-def drifting_engine(trainer: Trainer) -> None:
+class DriftingEngine:
     """An engine whose logprobs are less and less those of the trainer's model."""
-    engine, calls = trainer.loop.collector.engine, iter(range(1, 10_000))
-    generate = engine.generate
 
-    @functools.wraps(generate)
-    def drifted(prompts: Any, sampling: Any, seeds: Any, finished: Any = None) -> Any:
-        error = 0.002 * next(calls)
+    def __init__(self, engine: Any) -> None:
+        self._engine, self._error = engine, 0.0
 
-        def moved(completion: Any) -> Any:
-            return replace(completion, logprobs=[logp - error for logp in completion.logprobs])
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
-        return [moved(c) for c in generate(prompts, sampling, seeds, finished and (lambda i, c: finished(i, moved(c))))]
+    def generate(self, prompts: Any, sampling: Any, seeds: Any, finished: Callable[[int, Any], None]) -> None:
+        self._error += 0.002
 
-    engine.generate = drifted  # type: ignore[method-assign]
+        def drifted(i: int, completion: Any) -> None:
+            finished(i, replace(completion, logprobs=[logp - self._error for logp in completion.logprobs]))
+
+        self._engine.generate(prompts, sampling, seeds, drifted)
+
+
+def drifting_engine(trainer: Trainer) -> None:
+    """Only for what is trained on: the probe after an update would stop the run."""
+    object.__setattr__(trainer.loop.collector, "engine", DriftingEngine(trainer.loop.collector.engine))
+
+
+def fast(steps: int, learning_rate: float = 0.01, **train: Any) -> dict[str, Any]:
+    """All weights are trained, with a learning rate that no one would take for the purpose."""
+    return {"lora": None, "train": {"steps": steps, "learning_rate": learning_rate, **train}}
 
 
 DISEASES: dict[str, Disease] = {
     "truncated": Disease({"rollout": {"max_completion_length": 8}}),
     "length_drift": Disease(
-        {"rewards": [own("long")], "train": {"learning_rate": 1e-2, "steps": 40}},
-        lambda metrics: metrics["completion_length/mean"] >= 0.9 * LONGEST,
+        fast(30) | {"rewards": [own("short")]}, lambda metrics: metrics["completion_length/mean"] <= 1.5
     ),
     "identical_replies": Disease({"rollout": {"sampling": {"top_k": 1}}}),
     "repetition": Disease(
-        {"rewards": [own("sevens")], "train": {"learning_rate": 1e-2, "steps": 40}},
-        lambda metrics: metrics["completions/repetition"] >= 0.6,
+        fast(30) | {"rewards": [own("sevens")]}, lambda metrics: metrics["completions/repetition"] >= 0.6
     ),
     "no_spread": Disease({"rewards": [own("of_the_prompt")]}),
     "constant_reward": Disease({"rewards": [own("even"), own("never", 0.5)]}),
     "unrelated_reward": Disease({"rewards": [own("even"), own("noise", 0.01)]}),
     "held_out_falls": Disease(
-        {"rewards": [own("even_and_exploited")], "train": {"learning_rate": 1e-2, "steps": 40}},
-        lambda metrics: metrics["reward/mean"] >= 0.6,
+        fast(20) | {"rewards": [own("even_and_exploited")]}, lambda metrics: metrics["reward/mean"] >= 0.7
     ),
     "one_sided_advantages": Disease(
         {"rewards": [own("ended")], "rollout": {"max_completion_length": 8}, "train": {"mask_truncated": True}}
     ),
-    "entropy_collapse": Disease(
-        {"rewards": [own("noise")], "train": {"learning_rate": 0.1, "steps": 30}},
-        lambda metrics: metrics["entropy"] <= 0.1,
-    ),
-    "kl_runaway": Disease(
-        {"loss": {"beta": 1e-3}, "train": {"learning_rate": 0.1, "steps": 30}},
-        lambda metrics: metrics["reverse_kl"] >= 1,
-    ),
+    "entropy_collapse": Disease(fast(30, 0.1) | {"rewards": [own("noise")]}, lambda metrics: metrics["entropy"] <= 0.1),
+    "kl_runaway": Disease(fast(30, 0.03) | {"loss": {"beta": 1e-3}}, lambda metrics: metrics["reverse_kl"] >= 1),
     "clipped_gradient": Disease({"train": {"max_grad_norm": 1e-4}}),
     "clipped_ratio": Disease(
-        {"train": {"num_iterations": 4, "learning_rate": 0.1, "steps": 30}},
-        lambda metrics: metrics["clip_low"] + metrics["clip_high"] >= 0.3,
+        fast(12, 0.03, num_iterations=4), lambda metrics: metrics["clip_low"] + metrics["clip_high"] >= 0.3
     ),
     "importance_cut": Disease({"rollout": {"importance_cap": 1.0000001}}),
     "engine_drift": Disease(
