@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from longgrpo.config.watch import WatchConfig
+from testing import ROOT
 from testing.diseases import DISEASES, HEALTHY, Disease, give
 
 
@@ -36,3 +39,20 @@ def test_a_healthy_run_of_a_hundred_steps_has_no_finding(name, tiny_model, tmp_p
     steps = steps_of(tmp_path / "run")
     assert len(steps) == 100
     assert [key for step in steps for key in step if key.startswith("watch/")] == []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_the_diseased_example_is_caught_before_step_10(tmp_path):
+    """SmolLM2 in vLLM, as a user runs it."""
+    pytest.importorskip("vllm")
+    command = [sys.executable, "-m", "longgrpo.cli", "train", ROOT / "examples/diseased.yaml", "--train.steps", "9"]
+    command += ["--task.eval_prefill", "null", "--train.probe_prompts", "0", "--rollout.engine", "vllm"]
+    done = subprocess.run(
+        [*map(str, command), "--output_dir", str(tmp_path / "run")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    named = {key for step in steps_of(tmp_path / "run") for key in step if key.startswith("watch/") and step[key] == 1}
+    assert {"watch/truncated", "watch/constant_reward/exact_answer"} <= named
+    for name in ("truncated", "constant_reward"):
+        assert f": {name}: " in done.stderr

@@ -114,6 +114,13 @@ def test_a_reward_that_is_always_earned_is_no_finding_once_it_was_not_or_if_its_
     assert watched(*[{"reward/right/min": 1.0}] * 20) == []
 
 
+def test_a_penalty_that_nobody_pays_is_no_finding():
+    facts = Facts(max_completion_length=100, max_grad_norm=1.0, weights={"form": -0.5})
+    assert watched(*[{"reward/form/max": 0.0}] * 20, facts=facts) == []
+    paid = [None, *[{"reward/form/min": 1.0}] * 20]
+    assert [name for _, name, _ in watched(*paid, facts=facts)] == ["constant_reward"]
+
+
 def test_each_reward_function_begins_and_ends_by_itself():
     right, form = {"reward/right/max": 0.0}, {"reward/form/max": 0.0}
     watch = Watch({"constant_reward": FINDINGS["constant_reward"]}, FACTS)

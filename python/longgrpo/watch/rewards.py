@@ -61,16 +61,19 @@ class ConstantReward(Finding):
         seen = {}
         for name, weight in history.facts.weights.items():
             lowest, highest = (history.last(f"reward/{name}/{end}", self.steps) for end in ("min", "max"))
-            if weight != 0 and lowest and min(lowest) == max(highest) and not _is_top(name, lowest[0], history):
+            if weight != 0 and lowest and min(lowest) == max(highest) and not _is_best(name, lowest[0], history):
                 seen[name] = f"{name} has given {lowest[0]:g} to every completion of the last {self.steps} steps"
         return seen
 
 
-def _is_top(name: str, value: float, history: History) -> bool:
-    """Whether a function's constant value is its highest: it is known to be, or the function has given less before."""
+def _is_best(name: str, value: float, history: History) -> bool:
+    """Whether a function cannot do better than this constant value. It is its highest: that is known, or the function
+    has given less before. Or the function is a penalty, and has never been lower."""
+    low, high = history.range(f"reward/{name}")
+    if history.facts.weights[name] < 0:
+        return value <= low
     if name in history.facts.tops:
         return value >= history.facts.tops[name]
-    low, high = history.range(f"reward/{name}")
     return low < value == high
 
 

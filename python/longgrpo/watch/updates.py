@@ -155,8 +155,8 @@ class EngineDrift(Finding):
         "different models, and training is off-policy without saying so."
     )
     CURE: ClassVar[str] = (
-        "A wider model.dtype, rollout.kv_cache_dtype: auto; rollout.importance: sequence_mask. Run longgrpo doctor and "
-        "longgrpo selftest: a fault of the engine shows there."
+        "A wider model.dtype, rollout.kv_cache_dtype: auto; rollout.importance: sequence_mask. Run python -m "
+        "longgrpo.doctor and longgrpo selftest: a fault of the engine shows there."
     )
 
     nats: float = 0.1
