@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import textwrap
+from pathlib import Path
 
 from longgrpo.config.watch import WatchConfig
 from longgrpo.watch.finding import EARNED, Finding
 from longgrpo.watch.history import START
 from longgrpo.watch.watch import ENDS_AFTER
 
+PICTURES = Path(__file__).parents[1] / "docs" / "healthy-run"
 HEAD = f"""# Is my run healthy?
 
 A run can go on for hours after it has stopped learning, with a reward that still rises. The watch looks at the
@@ -44,11 +46,10 @@ def render() -> str:
 
 def _section(name: str, finding: Finding) -> str:
     bounds = ", ".join(f"`{field.name}` {getattr(finding, field.name):g}" for field in dataclasses.fields(finding))
+    picture = f"![{name}: {finding.METRIC}, by step](healthy-run/{name}.svg)\n\n"
     return f"""## {name}
 
-![{name}: {finding.METRIC}, by step](healthy-run/{name}.svg)
-
-{_filled(f"{inspect.getdoc(type(finding))} It shows in `{finding.METRIC}`. {finding.WHY}")}
+{picture if (PICTURES / f"{name}.svg").exists() else ""}{_filled(f"{inspect.getdoc(type(finding))} It shows in `{finding.METRIC}`. {finding.WHY}")}
 
 {_filled(f"**What to do.** {finding.CURE}")}
 

@@ -15,8 +15,8 @@ from longgrpo.run.trainer import Trainer
 
 HERE = Path(__file__)
 END = 1  # testing.tokenizer's end token
-DIGITS = list(range(18, 28))  # "0" to "9" of testing.tokenizer
-LONGEST = 32
+DIGITS = [18, 19, 20, 21]  # "0" to "3"
+LONGEST = 16
 
 
 # ---- reward functions
@@ -28,12 +28,12 @@ def text_of(completion):
 
 def even(completions, **columns):
     """1 if the last character is an even digit."""
-    return [float(text_of(reply)[-1:] in ("0", "2", "4", "6", "8")) for reply in completions]
+    return [float(text_of(reply)[-1:] in ("0", "2")) for reply in completions]
 
 
 def low(completions, **columns):
-    """The share of digits below 5; an empty reply has none."""
-    return [sum(c in "01234" for c in text_of(reply)) / max(len(text_of(reply)), 1) for reply in completions]
+    """The share of digits below 2; an empty reply has none."""
+    return [sum(c in "01" for c in text_of(reply)) / max(len(text_of(reply)), 1) for reply in completions]
 
 
 def ended(completion_ids, **columns):
@@ -48,8 +48,8 @@ def short(completion_ids, **columns):
     return [1 / len(ids) for ids in completion_ids]
 
 
-def sevens(completions, **columns):
-    return [text_of(reply).count("7") / LONGEST for reply in completions]
+def threes(completions, **columns):
+    return [text_of(reply).count("3") / LONGEST for reply in completions]
 
 
 def never(completions, **columns):
@@ -81,8 +81,8 @@ def own(name: str, weight: float = 1.0) -> dict[str, Any]:
 
 
 def healthy(model: Path) -> dict[str, Any]:
-    """A config as YAML gives it. The replies are digits; an untrained one has 11 tokens on average and seldom more than
-    LONGEST, and in each group some earn the reward."""
+    """A config as YAML gives it. The replies are digits; an untrained one has 5 tokens on average and seldom as many
+    as LONGEST, and in each group some earn the reward."""
     return {
         "model": {"path": str(model)},
         "lora": {"rank": 4, "alpha": 4},
@@ -110,7 +110,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
     },
     "all weights, a bound on the length": {
         "lora": None,
-        "rewards": [own("low"), {"function": "soft_overlong", "parameters": {"max_length": LONGEST, "buffer": 16}}],
+        "rewards": [own("low"), {"function": "soft_overlong", "parameters": {"max_length": LONGEST, "buffer": 8}}],
         "train": {"seed": 2, "learning_rate": 1e-3},
     },
 }
@@ -155,13 +155,13 @@ def fast(steps: int, learning_rate: float = 0.01, **train: Any) -> dict[str, Any
 
 
 DISEASES: dict[str, Disease] = {
-    "truncated": Disease({"rollout": {"max_completion_length": 8}}),
+    "truncated": Disease({"rollout": {"max_completion_length": 4}}),
     "length_drift": Disease(
         fast(30) | {"rewards": [own("short")]}, lambda metrics: metrics["completion_length/mean"] <= 1.5
     ),
     "identical_replies": Disease({"rollout": {"sampling": {"top_k": 1}}}),
     "repetition": Disease(
-        fast(30) | {"rewards": [own("sevens")]}, lambda metrics: metrics["completions/repetition"] >= 0.6
+        fast(30) | {"rewards": [own("threes")]}, lambda metrics: metrics["completions/repetition"] >= 0.6
     ),
     "no_spread": Disease({"rewards": [own("of_the_prompt")]}),
     "constant_reward": Disease({"rewards": [own("even"), own("never", 0.5)]}),
@@ -170,7 +170,7 @@ DISEASES: dict[str, Disease] = {
         fast(20) | {"rewards": [own("even_and_exploited")]}, lambda metrics: metrics["reward/mean"] >= 0.7
     ),
     "one_sided_advantages": Disease(
-        {"rewards": [own("ended")], "rollout": {"max_completion_length": 8}, "train": {"mask_truncated": True}}
+        {"rewards": [own("ended")], "rollout": {"max_completion_length": 4}, "train": {"mask_truncated": True}}
     ),
     "entropy_collapse": Disease(fast(30, 0.1) | {"rewards": [own("noise")]}, lambda metrics: metrics["entropy"] <= 0.1),
     "kl_runaway": Disease(fast(30, 0.03) | {"loss": {"beta": 1e-3}}, lambda metrics: metrics["reverse_kl"] >= 1),
