@@ -46,15 +46,15 @@ def render() -> str:
 
 def _section(name: str, finding: Finding) -> str:
     bounds = ", ".join(f"`{field.name}` {getattr(finding, field.name):g}" for field in dataclasses.fields(finding))
-    picture = f"![{name}: {finding.METRIC}, by step](healthy-run/{name}.svg)\n\n"
-    return f"""## {name}
-
-{picture if (PICTURES / f"{name}.svg").exists() else ""}{_filled(f"{inspect.getdoc(type(finding))} It shows in `{finding.METRIC}`. {finding.WHY}")}
-
-{_filled(f"**What to do.** {finding.CURE}")}
-
-Bounds: {bounds}.
-"""
+    parts = [
+        f"## {name}",
+        _filled(f"{inspect.getdoc(type(finding))} It shows in `{finding.METRIC}`. {finding.WHY}"),
+        _filled(f"**What to do.** {finding.CURE}"),
+        f"Bounds: {bounds}.",
+    ]
+    if (PICTURES / f"{name}.svg").exists():
+        parts.insert(1, f"![{name}: {finding.METRIC}, by step](healthy-run/{name}.svg)")
+    return "\n\n".join(parts) + "\n"
 
 
 def _filled(text: str) -> str:
