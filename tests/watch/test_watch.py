@@ -43,7 +43,7 @@ CASES = [
     ("no_spread", {"groups_with_spread": 0.12}, {"groups_with_spread": 0.13}),
     ("constant_reward", {"reward/form/min": 0.0, "reward/form/max": 0.0}, {"reward/form/min": 1.0}),
     ("constant_reward", {"reward/right/max": 0.0}, {"reward/right/min": 1.0}),
-    ("unrelated_reward", {"reward/form/correlation": -0.05}, {"reward/form/correlation": -0.9}),
+    ("unrelated_reward", {"reward/form/correlation": 0.05}, {"reward/form/correlation": 0.11}),
     ("one_sided_advantages", {"advantages/positive": 1.0}, {"advantages/positive": 0.99}),
     ("one_sided_advantages", {"advantages/positive": 0.0}, {"advantages/positive": 0.01}),
     ("entropy_collapse", {"entropy": 0.049}, {"entropy": 0.051}),
