@@ -182,6 +182,7 @@ def _chart_sections(runs: Sequence[Run]) -> list[tuple[str, list[tuple[Panel, Dr
         rewards.append(Panel("Correlation with the reward", related, about="of each function's values with the sum"))
     shown = {name for panel in (*rewards, *PANELS, *MEMORY) for name in (*panel.metrics, *(panel.band or ()))}
     shown |= {name for name in names if name.startswith((SECONDS, "reward/", PREDICTED, MEASURED, WATCHED))}
+    shown -= {name for name in names if name.startswith("reward") and name.endswith(("/min", "/max"))}
     others = [Panel(name, {name: name}) for name in names if name not in shown]
     sections = {"Rewards": rewards, "Training": PANELS, "Everything else that was logged": others}
     return [(title, found) for title, panels in sections.items() if (found := _drawn(panels, runs))]
@@ -202,11 +203,9 @@ def _marks(panel: Panel, runs: Sequence[Run]) -> Iterator[Mark]:
 
 def _reward_panel(name: str) -> Panel:
     parts = name.split("/")  # reward/mean, or reward/FUNCTION/mean
-    band = (f"{name.removesuffix('mean')}min", f"{name.removesuffix('mean')}max")
-    about = "mean over the completions of a step; band: lowest to highest"
     if len(parts) == 2:
-        return Panel("Reward", {name: "mean"}, band, about=f"the weighted sum, {about}")
-    return Panel("/".join(parts[1:-1]), {name: "mean"}, band, about=about)
+        return Panel("Reward", {name: "mean"}, about="the weighted sum, mean over the completions of a step")
+    return Panel("/".join(parts[1:-1]), {name: "mean"})
 
 
 def _curves(panel: Panel, runs: Sequence[Run]) -> Iterator[Curve]:
