@@ -178,7 +178,7 @@ DISEASES: dict[str, Disease] = {
     "clipped_ratio": Disease(
         fast(12, 0.03, num_iterations=4), lambda metrics: metrics["clip_low"] + metrics["clip_high"] >= 0.3
     ),
-    "importance_cut": Disease({"rollout": {"importance_cap": 1.0000001}}),
+    "importance_cut": Disease({"rollout": {"importance_cap": 1.001}}, give=drifting_engine),
     "engine_drift": Disease(
         {"train": {"steps": 25}},
         lambda metrics: metrics["engine_trainer_logprob_diff_mean"] >= 0.02,
