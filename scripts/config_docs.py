@@ -9,6 +9,7 @@ import itertools
 import re
 import textwrap
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,20 @@ def _table(group: type) -> list[str]:
 
 
 def _rows(group: type, fields: Any) -> list[str]:
-    docs = field_docs(group)
-    hints = {name: hint for cls in _bases(group) for name, hint in inspect.get_annotations(cls).items()}
-    lines = ["| key | type | default | |", "|---|---|---|---|"]
+    return ["| key | type | default | |", "|---|---|---|---|", *_keys(group, fields)]
+
+
+def _keys(group: type, fields: Any, prefix: str = "") -> Iterator[str]:
+    """A row for each field; one that is a group itself has a row for each of its own."""
+    docs, typed = field_docs(group), typing.get_type_hints(group)
+    annotations = {name: hint for cls in _bases(group) for name, hint in inspect.get_annotations(cls).items()}
     for field in fields:
-        kind = str(hints[field.name]).replace("|", "\\|")
-        lines.append(f"| `{field.name}` | `{kind}` | {_code(_default(field))} | {_cell(docs.get(field.name, ''))} |")
-    return lines
+        if prefix == "" and group is not TrainConfig and (nested := dataclasses_in(typed[field.name])):
+            yield from _keys(nested[0], dataclasses.fields(nested[0]), f"{field.name}.")
+            continue
+        kind = str(annotations[field.name]).replace("|", "\\|")
+        about = _cell(docs.get(field.name, ""))
+        yield f"| `{prefix}{field.name}` | `{kind}` | {_code(_default(field))} | {about} |"
 
 
 def _bases(cls: type) -> list[type]:

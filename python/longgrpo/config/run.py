@@ -17,6 +17,7 @@ from longgrpo.config.paths import make_absolute
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.task import RewardConfig, TaskConfig
 from longgrpo.config.train import LoopConfig, MemoryConfig
+from longgrpo.config.watch import WatchConfig
 from longgrpo.errors import ConfigError
 
 
@@ -45,6 +46,7 @@ class TrainConfig:
     train: LoopConfig = field(default_factory=LoopConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     output_dir: str | None = None
     """The run's directory; default: runs/NAME after the name of the config file, numbered if that exists."""
 

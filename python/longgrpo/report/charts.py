@@ -45,6 +45,17 @@ class Drawing:
     data: dict[str, Any]
     """What the page's script shows below the pointer: the frame, and each curve's points."""
     dots: list[tuple[float, float, str]] = field(default_factory=list)
+    marks: list[tuple[float, str, str]] = field(default_factory=list)
+    """Upright lines: x, classes, and what it says."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened to a run at a step."""
+
+    run: int
+    step: int
+    text: str
 
 
 class Frame:
@@ -87,7 +98,7 @@ class Frame:
         return f"{there}L{back[1:]}Z" if known else ""
 
 
-def curves(drawn: Sequence[Curve]) -> Drawing | None:
+def curves(drawn: Sequence[Curve], marks: Sequence[Mark] = ()) -> Drawing | None:
     """None if no curve has a finite value. A long curve is drawn twice: as it is, and its running mean."""
     drawn = [thinned(curve) for curve in drawn if any(value is not None for value in curve.values)]
     if not drawn:
@@ -95,6 +106,7 @@ def curves(drawn: Sequence[Curve]) -> Drawing | None:
     everything = [v for c in drawn for values in (c.values, c.low, c.high) for v in values if v is not None]
     frame = Frame([step for curve in drawn for step in curve.steps], everything)
     drawing = Drawing([], frame.x_ticks, frame.y_ticks, _data(drawn))
+    drawing.marks = [(frame.x(mark.step), f"run-{mark.run}", mark.text) for mark in marks]
     for curve in drawn:
         color = f"run-{curve.run}" + (" dashed" if curve.dashed else "")
         if len(curve.low):

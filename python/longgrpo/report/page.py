@@ -23,9 +23,10 @@ from markupsafe import Markup
 from longgrpo import __version__
 from longgrpo.errors import DataError
 from longgrpo.report import charts
-from longgrpo.report.charts import Curve, Drawing
+from longgrpo.report.charts import Curve, Drawing, Mark
 from longgrpo.report.run import Run
 from longgrpo.run.checkpoint import write_file
+from longgrpo.watch.watch import PREFIX as WATCHED
 
 MOST_RUNS = 8  # as many as colors can distinguish
 LONGEST_TEXT = 4000  # characters of a completion; a longer one loses its middle
@@ -62,6 +63,11 @@ PANELS = (
     ),
     Panel("Truncated completions", {"completion_length/truncated": "truncated"}, unit="share of completions"),
     Panel(
+        "Sameness",
+        {"completions/alike": "of a group, its most frequent", "completions/repetition": "4-grams said before"},
+        unit="share",
+    ),
+    Panel(
         "Clip share",
         {"clip_low": "below 1 - ε", "clip_high": "above 1 + ε"},
         unit="share of tokens",
@@ -69,6 +75,7 @@ PANELS = (
     ),
     Panel("Ratio", {"ratio_mean": "mean"}, ("ratio_min", "ratio_max"), about="of the policy to the one that sampled"),
     Panel("Groups with spread", {"groups_with_spread": "share"}, unit="share", about="other groups teach nothing"),
+    Panel("Positive advantages", {"advantages/positive": "share"}, unit="share of those that are not 0"),
     Panel("Loss", {"loss": "loss"}, about="its value is near 0 by construction; the gradient trains"),
     Panel("Gradient norm", {"grad_norm": "norm"}, about="before clipping"),
     Panel("Learning rate", {"learning_rate": "rate"}),
@@ -115,6 +122,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
         written=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC by longgrpo {__version__}",
         names=names,
         facts=[list(_facts(run)) for run in runs],
+        findings=[run.findings for run in runs],
         sections=_chart_sections(runs),
         phases=_phases(runs),
         memory=_memory(runs),
@@ -170,15 +178,27 @@ def _chart_sections(runs: Sequence[Run]) -> list[tuple[str, list[tuple[Panel, Dr
     """Each section's title, and its panels that have something to show. Every metric is in some panel."""
     names = list(dict.fromkeys(name for run in runs for name in run.names))
     rewards = [_reward_panel(name) for name in names if name.startswith("reward") and name.endswith("/mean")]
+    if related := {name: name.split("/")[1] for name in names if name.endswith("/correlation")}:
+        rewards.append(Panel("Correlation with the reward", related, about="of each function's values with the sum"))
     shown = {name for panel in (*rewards, *PANELS, *MEMORY) for name in (*panel.metrics, *(panel.band or ()))}
-    shown |= {name for name in names if name.startswith((SECONDS, "reward/", PREDICTED, MEASURED))}
+    shown |= {name for name in names if name.startswith((SECONDS, "reward/", PREDICTED, MEASURED, WATCHED))}
+    shown -= {name for name in names if name.startswith("reward") and name.endswith(("/min", "/max"))}
     others = [Panel(name, {name: name}) for name in names if name not in shown]
     sections = {"Rewards": rewards, "Training": PANELS, "Everything else that was logged": others}
     return [(title, found) for title, panels in sections.items() if (found := _drawn(panels, runs))]
 
 
 def _drawn(panels: Sequence[Panel], runs: Sequence[Run]) -> list[tuple[Panel, Drawing]]:
-    return [(panel, drawing) for panel in panels if (drawing := charts.curves(list(_curves(panel, runs))))]
+    drawn = ((panel, charts.curves(list(_curves(panel, runs)), list(_marks(panel, runs)))) for panel in panels)
+    return [(panel, drawing) for panel, drawing in drawn if drawing]
+
+
+def _marks(panel: Panel, runs: Sequence[Run]) -> Iterator[Mark]:
+    """Where the watch has found something that this panel shows best."""
+    for i, run in enumerate(runs):
+        for found in run.findings:
+            if found.metric in panel.metrics or found.metric.removesuffix("/std") + "/mean" in panel.metrics:
+                yield Mark(i, found.begin, f"step {found.begin}: {found.name} begins")
 
 
 def _reward_panel(name: str) -> Panel:

@@ -14,9 +14,13 @@ import torch
 import yaml
 
 from longgrpo.config.task import RewardConfig
+from longgrpo.config.watch import WatchConfig
 from longgrpo.errors import DataError
 from longgrpo.train.advantages import weighted_sum
+from longgrpo.watch.finding import Finding
+from longgrpo.watch.watch import PREFIX, Event
 
+KNOWN = WatchConfig().findings
 SHOWN_STEPS = 12  # of a run's completions
 SHOWN_EACH = 3  # best ones of a step, and worst ones
 
@@ -46,6 +50,24 @@ class SampledStep:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What the watch has found in a run, from one step to another."""
+
+    name: str
+    subject: str
+    """The reward function that it is about, or ""."""
+    begin: int
+    end: int | None
+    """None: it stands at the last step."""
+    finding: Finding | None
+    """Its metric, explanation and cure; None for one that this version does not know."""
+
+    @property
+    def metric(self) -> str:
+        return self.finding.METRIC.replace("NAME", self.subject) if self.finding else ""
+
+
+@dataclass(frozen=True)
 class Run:
     name: str
     directory: Path
@@ -65,6 +87,19 @@ class Run:
         """The steps that have the metric, and its values there; None for one that is not finite."""
         having = {step: record[name] for step, record in self.metrics.items() if name in record}
         return list(having), [value if _is_finite(value) else None for value in having.values()]
+
+    @property
+    def findings(self) -> list[Found]:
+        """In the order in which they began."""
+        found: list[Found] = []
+        for metric in filter(lambda name: name.startswith(PREFIX), self.names):
+            steps, begins = self.series(metric)
+            for i, begin in enumerate(steps):
+                if begins[i]:
+                    event = Event.named(metric, begin, begins=True)
+                    end = steps[i + 1] if i + 1 < len(steps) else None
+                    found.append(Found(event.name, event.subject, begin, end, KNOWN.get(event.name)))
+        return sorted(found, key=lambda one: one.begin)
 
     @property
     def weights(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -75,6 +75,16 @@ class Tracker:
         if self._plots:
             self._plots.update(metrics, self._status(metrics) if "seconds/step" in metrics else "")
 
+    def done(self) -> Iterator[dict[str, Any]]:
+        """The metrics of the steps that are done."""
+        return (metrics for metrics in self._metrics if metrics["step"] > 0)
+
+    def event(self, step: int, name: str, text: str) -> None:
+        """Says something that happened at a step, here and in the trackers that show text."""
+        self.say(text)
+        for sink in self._sinks:
+            sink.note(step, name, text)
+
     def step(self, metrics: Mapping[str, Any], rollout: Rollout) -> None:
         self._step_seconds.append(metrics["seconds/step"])
         self.measured(metrics)
@@ -113,6 +123,10 @@ class _JsonLines:
         kept = [line for line in whole if json.loads(line)["step"] <= keep_until]
         self._path, self._file = path, path.open("a")
         self._file.truncate(sum(map(len, kept)))  # kept lines are never rewritten: a full disk cannot lose them
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with self._path.open() as file:
+            yield from map(json.loads, file)
 
     def write(self, record: Mapping[str, Any]) -> None:
         with writing(self._path):
@@ -185,6 +199,8 @@ def _array(values: list[Any]) -> Any:
 class _Sink(Protocol):
     def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
 
+    def note(self, step: int, name: str, text: str) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -197,6 +213,9 @@ class _TensorBoard:
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
+
+    def note(self, step: int, name: str, text: str) -> None:
+        self._writer.add_text(name, text, step)
 
     def close(self) -> None:
         self._writer.close()
@@ -213,6 +232,9 @@ class _Service:
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
+
+    def note(self, step: int, name: str, text: str) -> None:
+        """Their charts have the number of the same name."""
 
     def close(self) -> None:
         self._run.finish()

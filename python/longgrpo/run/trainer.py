@@ -32,6 +32,7 @@ from longgrpo.run.problems import problems_of
 from longgrpo.run.progress import Progress
 from longgrpo.run.signals import StopRequest
 from longgrpo.run.tracking import Tracker, check_installed
+from longgrpo.run.watching import Watched
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.evaluation import Evaluation
 from longgrpo.tasks.prompts import Prompts
@@ -61,6 +62,7 @@ class Trainer:
     evaluations: Evaluations
     callbacks: Callbacks
     stop: StopRequest
+    watched: Watched
 
     def __init__(
         self,
@@ -112,6 +114,7 @@ class Trainer:
         it is saved, and `stop.signal` says which signal."""
         done = self.progress.step if checkpoint.checkpoints(self.directory) else -1  # step 0: the evaluation before
         tracker = Tracker(self.directory, self.config, done)
+        self.watched = Watched(self.config, tracker)
         self._start = time.monotonic() - self.progress.seconds
         with StopRequest(tracker.say) as self.stop, tracker:
             try:
@@ -158,6 +161,8 @@ class Trainer:
             self.stop or progress.out_of_patience(patience) or self.callbacks.control.should_training_stop
         ):
             wanted = self._step(tracker, memory if progress.step == 0 else {})
+            if self.watched.ending:
+                self._save_and_raise(TrainingError(self.watched.ending))
             if wanted or (every and progress.step % every == 0 and progress.step < steps):
                 self.save()
         self.save()
@@ -207,7 +212,7 @@ class Trainer:
             failed = error
         self.progress.metric = best_metric(self.config.best_metric, metrics)
         self._look_at_clock()
-        tracker.step(metrics, result.rollout)
+        self.watched.step(metrics, result.rollout)
         self.callbacks.log(metrics)
         if failed:
             self._save_and_raise(failed)
@@ -366,6 +371,7 @@ class Trainer:
             "peak_rss_bytes": self.progress.peak_rss_bytes,
             "engine_trainer_logprob_diff_max": self.progress.logprob_diff_max,
             "groups_with_spread_before": self.progress.groups_with_spread_before,
+            "findings": self.watched.standing,
             "engine": self.loop.collector.engine.name,
             "seed": self.config.train.seed,
             "versions": _versions(),

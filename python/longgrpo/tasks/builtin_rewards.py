@@ -152,3 +152,5 @@ BUILT_IN: dict[str, Callable[..., Sequence[float | None]]] = {
         soft_overlong,
     )
 }
+HIGHEST = {name: 1.0 for name in BUILT_IN} | {"graded_error": 0.5, "target_length": 0.0, "soft_overlong": 0.0}
+"""What a completion can earn at most."""

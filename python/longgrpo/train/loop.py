@@ -20,11 +20,19 @@ from longgrpo.train.advantages import advantages
 from longgrpo.train.collect import Collector
 from longgrpo.train.loss_scale import loss_scales
 from longgrpo.train.losses import PolicyLoss, logprob
-from longgrpo.train.metrics import Clock, Meter, known, offload_counts, over_updates, step_metrics
+from longgrpo.train.metrics import (
+    Clock,
+    Meter,
+    known,
+    offload_counts,
+    over_updates,
+    sign_metrics,
+    step_metrics,
+)
 from longgrpo.train.packing import MicroBatch
 from longgrpo.train.skip import skip_update
 from longgrpo.train.state import TrainState
-from longgrpo.train.update import Update, plan_updates
+from longgrpo.train.update import Update, in_loss, plan_updates
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ def step(loop: Loop, number: int) -> StepResult:
         "epoch": loop.collector.stream.epoch,
         **loop.collector.reward_metrics(rollout),
         **groups,
+        **sign_metrics(rollout.advantages.flatten()[in_loss(config, rollout)].tolist()),
         **over_updates(losses),
         **synced,
         **step_metrics(rollout, sum(update.tokens for update in updates), clock.seconds, state.offload, offloaded),

@@ -6,6 +6,7 @@ import difflib
 import math
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
@@ -100,15 +101,29 @@ def known(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reward_metrics(functions: Sequence[Reward], values: Tensor, totals: Tensor) -> dict[str, float | None]:
-    """Mean and deviation of the weighted sum and of each function over the completions to which it applies (None: to
-    none). values [F, P, G] f64, totals [P, G] f64."""
+    """Mean, deviation and range of the weighted sum and of each function over the completions to which it applies
+    (None: to none), and of several functions each one's correlation with the sum. values [F, P, G] f64, totals [P, G]
+    f64."""
     named = {"reward": totals} | {f"reward/{f.name}": value for f, value in zip(functions, values, strict=True)}
     metrics: dict[str, float | None] = {}
     for name, tensor in named.items():
         known = tensor[~tensor.isnan()]
         metrics[f"{name}/mean"] = known.mean().item() if len(known) else None
         metrics[f"{name}/std"] = known.std(correction=0).item() if len(known) else None
+        metrics[f"{name}/min"] = known.min().item() if len(known) else None
+        metrics[f"{name}/max"] = known.max().item() if len(known) else None
+        if name != "reward" and len(functions) > 1:
+            metrics[f"{name}/correlation"] = _correlation(tensor, totals)
     return metrics
+
+
+def _correlation(values: Tensor, totals: Tensor) -> float | None:
+    """Pearson's, over the completions that have both; None if either is constant."""
+    both = ~(values.isnan() | totals.isnan())
+    pair = torch.stack([values[both], totals[both]])  # [2, N]
+    if pair.shape[1] == 0 or (pair.amax(1) == pair.amin(1)).any():
+        return None
+    return torch.corrcoef(pair)[0, 1].item()
 
 
 def length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -124,6 +139,41 @@ def length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
+def variety_metrics(rollout: Rollout) -> dict[str, float]:
+    """How alike the completions are, by their tokens. alike: of a group, the share that is its most frequent
+    completion. repetition: the share of 4-grams that stood earlier in the same completion (seq-rep-4,
+    arXiv:1908.04319)."""
+    groups: dict[int, Counter[tuple[int, ...]]] = {}
+    for sample in rollout.samples:
+        groups.setdefault(sample.group, Counter())[tuple(sample.completion.token_ids)] += 1
+    return {
+        "completions/alike": fmean(max(seen.values()) / seen.total() for seen in groups.values()),
+        "completions/repetition": _repetition(rollout.token_ids, rollout.bounds),
+    }
+
+
+_FACTOR = 6364136223846793005  # Knuth's, of a generator modulo 2^64: two n-grams get one number in 1 of 2^64 cases
+
+
+def _repetition(token_ids: Tensor, bounds: Sequence[int], n: int = 4) -> float:
+    """token_ids [T] int64; sample i has those at [bounds[i], bounds[i+1]). 0 if no sample has n tokens."""
+    lengths = torch.tensor(bounds).diff()
+    sample = torch.arange(len(lengths)).repeat_interleave(lengths)  # [T]
+    starts = (torch.arange(len(token_ids)) + n <= torch.tensor(bounds[1:])[sample]).nonzero().flatten()
+    if len(starts) == 0:
+        return 0.0
+    grams = sample[starts]
+    for i in range(n):
+        grams = grams * _FACTOR + token_ids[starts + i]
+    return 1 - len(grams.unique()) / len(grams)
+
+
+def sign_metrics(advantages: Sequence[float]) -> dict[str, float]:
+    """The share of positive ones among the advantages of an update that are not 0; nothing if all are."""
+    signed = [value > 0 for value in advantages if value != 0]
+    return {"advantages/positive": sum(signed) / len(signed)} if signed else {}
+
+
 def step_metrics(
     rollout: Rollout,
     trained: int,
@@ -135,6 +185,7 @@ def step_metrics(
     offload_counts returned before it."""
     return {
         **length_metrics(rollout.samples),
+        **variety_metrics(rollout),
         "tokens_per_second/rollout": rollout.bounds[-1] / seconds["roll_out"],
         "tokens_per_second/training": trained / (seconds["score"] + seconds["loss_and_backward"]),
         **{f"seconds/{name}": value for name, value in seconds.items()},

@@ -34,7 +34,7 @@ def plan_updates(config: TrainConfig, rollout: Rollout, device: torch.device, pa
     """The updates of one pass over the rollout, train.minibatches of them unless `parts` says otherwise; its tensors go
     to the device here, and only here."""
     parts = config.train.minibatches if parts is None else parts
-    counted = _in_loss(config, rollout)
+    counted = in_loss(config, rollout)
     active = _with_gradient(config, rollout, counted)
 
     def update(part: int) -> Update:
@@ -70,7 +70,8 @@ def _update(
     )
 
 
-def _in_loss(config: TrainConfig, rollout: Rollout) -> list[int]:
+def in_loss(config: TrainConfig, rollout: Rollout) -> list[int]:
+    """The samples that the loss counts."""
     masked = config.train.mask_truncated
     samples = rollout.samples
     return [i for i, s in enumerate(samples) if not (masked and s.completion.finish_reason == "length")]
