@@ -18,7 +18,7 @@ from longgrpo.config.run import TrainConfig, dump_config, load_config
 from longgrpo.config.task import RewardConfig, TaskConfig
 from longgrpo.errors import ConfigError, TrainingError, UserError, WeightSyncError
 from longgrpo.memory.cards import GIB
-from longgrpo.model.load import load_tokenizer, resolve_model
+from longgrpo.model.load import load_tokenizer, published_name, resolve_model
 from longgrpo.model.lora import save_adapter
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.factory import make_engine
@@ -27,6 +27,7 @@ from longgrpo.run import checkpoint
 from longgrpo.run.export import write_model
 from longgrpo.run.signals import StopRequest
 from longgrpo.run.tracking import Tracker, check_installed
+from longgrpo.tasks.chat import reply_prefix
 from longgrpo.tasks.data import (
     Problem,
     Problems,
@@ -196,7 +197,7 @@ class Trainer:
             model_directory = resolve_model(config.model.path, config.model.quantization)
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from error
-        tokenizer = load_tokenizer(model_directory)
+        tokenizer = load_tokenizer(model_directory, config.task.chat_template)
         self.held_out, stream = _problems(config.task, tokenizer)
         start = stream.state
         first = stream.take(config.train.prompts_per_step)
@@ -249,10 +250,13 @@ class Trainer:
             self._weights(),
             self.loop.state.optimizer,
             state,
-            (lambda directory: save_adapter(self.loop.state.model, directory)) if self.config.lora else None,
+            self._save_adapter if self.config.lora else None,
             self.config.train.keep_checkpoints,
             self.progress.metric,
         )
+
+    def _save_adapter(self, directory: Path) -> None:
+        save_adapter(self.loop.state.model, directory, published_name(self.config.model.path))
 
     # ---- before and after training
     def _look_at_untrained(self, tracker: Tracker) -> None:
@@ -307,8 +311,7 @@ class Trainer:
     def _finish(self, tracker: Tracker) -> dict[str, Any]:
         """The trained model beside the run's other files, the last evaluation, and the summary."""
         if self.config.lora:
-            model = self.loop.state.model
-            checkpoint.replace_directory(self.directory / "adapter", lambda path: save_adapter(model, path))
+            checkpoint.replace_directory(self.directory / "adapter", self._save_adapter)
         else:
             collector = self.loop.collector
             checkpoint.replace_directory(
@@ -353,14 +356,11 @@ class Trainer:
 
 def _problems(task: TaskConfig, tokenizer: Any) -> tuple[list[Problem], PromptStream]:
     """The held-out problems, and the training ones without them."""
-    if task.chat_template:
-        try:
-            tokenizer.chat_template = Path(task.chat_template).read_text()
-        except OSError as error:
-            raise ConfigError(f"task.chat_template = {task.chat_template!r}: {error.strerror}") from error
     chat = tokenizer.chat_template is not None
-    held_out = held_out_problems(Problems(load_rows(task, held_out=True), task, chat), task) if task.eval_n else []
-    source = Problems(load_rows(task), task, chat)
+    prefix = reply_prefix(tokenizer, task.chat_template_kwargs) if chat else ""
+    apart = Problems(load_rows(task, held_out=True), task, chat, prefix) if task.eval_n else None
+    held_out = held_out_problems(apart, task) if apart else []
+    source = Problems(load_rows(task), task, chat, prefix)
     if not chat and not isinstance(source[0].prompt, str):
         raise ConfigError(
             "the task's prompts are conversations and the model has no chat template: set task.chat_template"

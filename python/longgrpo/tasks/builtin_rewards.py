@@ -183,10 +183,14 @@ def _task_scorer(name: str) -> Callable[[str, dict[str, Any]], float]:
 # ---- form
 
 
-def matches_format(completions: list[Reply], pattern: str = THINK, **_: Any) -> list[float]:
+def matches_format(
+    completions: list[Reply], pattern: str = THINK, reply_prefix: list[str | None] | None = None, **_: Any
+) -> list[float]:
     """1 if the whole reply matches the regular expression, whose dot matches line ends too. Default: one block of
-    thought, <think>...</think>, before the rest."""
-    return [float(re.fullmatch(pattern, text_of(reply), re.DOTALL) is not None) for reply in completions]
+    thought, <think>...</think>, before the rest. What the prompt begins of the reply (reply_prefix) belongs to it."""
+    prefixes = reply_prefix or [None] * len(completions)
+    texts = ((prefix or "") + text_of(reply) for prefix, reply in zip(prefixes, completions, strict=True))
+    return [float(re.fullmatch(pattern, text, re.DOTALL) is not None) for text in texts]
 
 
 def target_length(completion_ids: list[list[int]], target: int, **_: Any) -> list[float]:
