@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-import longgrpo._ops.loss  # noqa: F401 - registers fake kernels and autograd
 from longgrpo._ops.library import ops
+from longgrpo._ops.loss import refuse_forward_mode
 from longgrpo.loss.parallel import VocabularyShard, whole
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def head_arguments(
     logit_scale: float,
 ) -> Head:
     """Checks the arguments that every head op shares and flattens the tokens."""
+    refuse_forward_mode(hidden, weight, bias)
     weight, bias = whole(weight), None if bias is None else whole(bias)
     hidden, weight = cast_by_autocast(hidden), cast_by_autocast(weight)
     _check_shapes(hidden, weight, target, bias)
@@ -177,7 +178,7 @@ def linear_logprob(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or constants that do not fit, a target outside the vocabulary, a
             workspace too small for a tile.
-        RuntimeError: double backward.
+        RuntimeError: double backward, forward mode.
     """
     if group is not None and group.size() > 1:
         shard = VocabularyShard(len(weight), target, group)
