@@ -189,10 +189,10 @@ class Problems:
             raise DataError(
                 f"row {index} of the task: a column must not be called {taken[0]!r}, an argument that rewards get"
             )
-        prompt = self._prompt(content)
+        question, prompt = _text(content, index), self._prompt(content)
         if not isinstance(prompt, str) and (prefix := self._begun(prompt)):
             columns = {"reply_prefix": prefix, **columns}
-        return Problem(_text(content, index), prompt, columns, index)
+        return Problem(question, prompt, columns, index)
 
     def _begun(self, prompt: Messages) -> str:
         return str(prompt[-1]["content"]) if prompt[-1]["role"] == "assistant" else self._prefix
