@@ -84,3 +84,13 @@ def test_example(example, model_directory):
     model = AutoModelForCausalLM.from_pretrained(model_directory)
     losses = module.train(model, module.encode(model_directory), steps=12, learning_rate=3e-3)
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+def test_prompt_tuning_is_refused_by_name(method):
+    import peft
+
+    config = getattr(peft, method)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(random_model("llama"), config)
+    with pytest.raises(ValueError, match=config.peft_type.value):
+        causal_lm_logprob(model, torch.arange(8)[None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from longgrpo import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_logprob
 from testing.cases import make_head
@@ -115,3 +116,27 @@ def test_exact_kl_needs_its_reference():
     head.weight.requires_grad_()
     with pytest.raises(ValueError, match="trainable head needs ref_weight"):
         linear_grpo_loss(*arguments, ref_hidden=head.hidden, config=config)
+
+
+FORWARD_MODE = {
+    "linear_logprob": lambda x, w: linear_logprob(x, w, torch.arange(3)).logp.sum(),
+    "grpo_loss": lambda x, w: grpo_loss(x[:, 0], torch.ones(3)).loss,
+    "entropy": lambda x, w: (
+        grpo_loss(torch.zeros(3), torch.ones(3), entropy=x[:, 0], config=GRPOLossConfig(entropy_coef=0.1)).loss
+    ),
+    "linear_grpo_loss": lambda x, w: linear_grpo_loss(x, w, torch.arange(3), torch.ones(3)).loss,
+    "weight": lambda x, w: linear_logprob(w[:3].detach(), x.new_ones(7, 4) * x[0], torch.arange(3)).logp.sum(),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD_MODE)
+@pytest.mark.parametrize("trained", [True, False])
+def test_forward_mode_is_refused(name, trained):
+    hidden, weight = torch.randn(3, 4).requires_grad_(trained), torch.randn(7, 4)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda x: FORWARD_MODE[name](x, weight), (hidden,), (torch.ones(3, 4),))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(hidden, torch.ones(3, 4))
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            FORWARD_MODE[name](dual, weight)
+        FORWARD_MODE[name](hidden, weight)  # no tangent here

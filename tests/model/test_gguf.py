@@ -173,6 +173,10 @@ def test_what_cannot_be_taken_is_named(llama, tmp_path):
         raw={"blk.1.ffn_up.weight": zeros(8, numpy.float32, "F32")},
     )
     refuse("rope scaling 'yarn' is not supported", fields=[("llama.rope.scaling.type", "yarn")])
+    for key, value in (("scale_linear", 4.0), ("scaling.factor", 8.0), ("freq_base_swa", 1e6), ("new_key", 1)):
+        refuse(rf"not supported \(llama\.rope\.{key}\)", fields=[(f"llama.rope.{key}", value)])
+    for key, value in (("add_sep_token", True), ("precompiled_charsmap", "x"), ("new_key", 1)):
+        refuse(rf"not supported \(tokenizer\.ggml\.{key}\)", fields=[(f"tokenizer.ggml.{key}", value)])
 
 
 def test_an_unsupported_architecture_is_named(tmp_path):
@@ -210,3 +214,23 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
     command = [sys.executable, "-m", "testing.gguf_memory", tmp_path]
     run = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("key", ["scale_linear", "scaling.factor", "scaling.attn_factor"])
+def test_a_scale_of_one_is_none(llama, tmp_path, key):
+    path = write_gguf(tmp_path / "one.gguf", llama, fields=[(f"llama.rope.{key}", 1.0)])
+    torch.testing.assert_close(load_model(resolve_model(str(path)))(TOKENS).logits, llama(TOKENS).logits)
+
+
+def test_what_a_file_says_of_its_tokens_is_read(llama, tmp_path):
+    def written(name, **keys):
+        fields = [(f"tokenizer.ggml.{key}", value) for key, value in keys.items()]
+        directory = resolve_model(str(write_gguf(tmp_path / f"{name}.gguf", llama, fields=fields)))
+        return load_tokenizer(directory)("a")["input_ids"], end_token_ids(directory)
+
+    (letter,), ends = written("none", add_bos_token=False)
+    assert ends == [2]
+    assert written("bos", add_bos_token=True)[0] == [1, letter]
+    assert written("both", add_bos_token=True, add_eos_token=True)[0] == [1, letter, 2]
+    assert written("turn", eot_token_id=5)[1] == [2, 5]
+    assert written("message", eot_token_id=2, eom_token_id=7)[1] == [2, 7]

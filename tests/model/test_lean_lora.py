@@ -83,3 +83,24 @@ def test_keeps_its_input_once_and_in_its_own_dtype():
     assert kept() == 2 * 2 * x.nbytes
     use_lean_lora(model)
     assert kept() == x.nbytes
+
+
+@pytest.mark.parametrize("case", ["autocast", "bias"])
+def test_what_it_does_not_do_is_pefts_own(case):
+    import peft
+
+    def made():
+        lora = peft.LoraConfig(r=4, target_modules="all-linear", lora_bias=case == "bias", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(random_model("llama"), lora)
+        for i, (name, parameter) in enumerate(model.named_parameters()):
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(i))
+        return model
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        hidden, want = step(made())
+        ours, gradients = step(use_lean_lora(made()))
+    torch.testing.assert_close(ours, hidden, rtol=0, atol=0)
+    assert gradients.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(gradients[name], want[name], rtol=0, atol=0)

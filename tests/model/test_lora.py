@@ -2,10 +2,12 @@ import peft
 import pytest
 import torch
 
-from longgrpo.config.model import LoraConfig
+from longgrpo.config.model import LoraConfig, ModelConfig
+from longgrpo.config.rollout import RolloutConfig
 from longgrpo.model.head import head_of
 from longgrpo.model.load import backbone
-from longgrpo.model.lora import add_lora, save_adapter
+from longgrpo.model.lora import add_lora, check_lora, save_adapter
+from longgrpo.rollout.factory import make_engine
 from testing.models import random_model, trainable_parameters
 
 TOKENS = torch.tensor([[1, 5, 9, 30]])
@@ -63,7 +65,31 @@ def test_a_half_precision_base_has_an_fp32_adapter():
 @pytest.mark.parametrize(("config", "message"), [
     (LoraConfig(rank=0), "rank = 0"),
     (LoraConfig(targets=["q_proj", "lm_head"]), "lm_head"),
+    (LoraConfig(targets=["no_such"]), "no_such"),
 ])  # fmt: skip
 def test_wrong_configs_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         add_lora(random_model("llama"), config, seed=0)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["model.embed_tokens"], ["lm_head"]])
+def test_a_tied_weight_takes_no_adapter_and_nothing_is_built(tmp_path, targets, monkeypatch):
+    random_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    monkeypatch.setattr("longgrpo.rollout.transformers.load_model", None)  # it must not come so far
+    config = RolloutConfig(engine="transformers")
+    with pytest.raises(ValueError, match=r"lora\.targets: .*(embed_tokens|lm_head).*leave it out"):
+        make_engine(config, ModelConfig(str(tmp_path)), LoraConfig(targets=targets))
+
+
+def test_an_embedding_that_is_not_tied_takes_an_adapter(tmp_path):
+    random_model("llama", tie_word_embeddings=False).save_pretrained(tmp_path)
+    config = LoraConfig(rank=2, targets=["embed_tokens", "q_proj"])
+    check_lora(tmp_path, config)
+    model = add_lora(random_model("llama", tie_word_embeddings=False), config, seed=0)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model):
+            parameter.normal_(std=0.1)
+    adapted = model(TOKENS).logits
+    save_adapter(model, tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(random_model("llama", tie_word_embeddings=False), tmp_path / "adapter")
+    torch.testing.assert_close(loaded.merge_and_unload()(TOKENS).logits, adapted)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from longgrpo.config.model import LoraConfig
 from longgrpo.model import nf4
+from longgrpo.model.head import head_of
 from longgrpo.model.load import load_model, resolve_model
 from longgrpo.model.lora import add_lora
 from testing.models import random_model, trainable_parameters
@@ -229,3 +230,17 @@ def test_without_bitsandbytes_the_remedy_is_named(written, monkeypatch):
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         resolve_model(str(directory), "nf4")
     assert resolve_model(str(directory)) == directory
+
+
+def test_a_head_that_the_checkpoint_packs_is_unpacked(written):
+    from bitsandbytes.functional import quantize_4bit
+    from safetensors.torch import load_file, save_file
+
+    directory, _ = written(BITSANDBYTES | {"bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["q_proj"]})
+    weights, name = load_file(directory / "model.safetensors"), "lm_head.weight"
+    expected = nf4.unpack(*nf4.pack(weights[name]), torch.float32)
+    weights[name], state = quantize_4bit(weights[name], blocksize=64, quant_type="nf4")
+    weights |= {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+    save_file(weights, directory / "model.safetensors")
+    model = load_model(resolve_model(str(directory), "nf4"), quantization="nf4")
+    torch.testing.assert_close(head_of(model).weight, expected)

@@ -143,3 +143,50 @@ def test_misuse_is_refused():
     packed_hidden(windowed, batch)
     with pytest.raises(NotImplementedError, match="sliding window of 4 under a sequence of 5"):
         packed_hidden(windowed, pack(random_rows([3, 5])))
+
+
+EXPERTS = dict(num_experts=4, num_local_experts=4, moe_intermediate_size=16, num_experts_per_tok=2)
+DELTA_NET = dict(
+    num_hidden_layers=4,
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8)
+FAMILIES = {
+    **{name: {} for name in ("llama", "qwen2", "phi3", "mistral", "granite", "smollm3", "olmo2", "gemma3_text")},
+    "qwen3_moe": EXPERTS,
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_next": DELTA_NET | EXPERTS,
+    "mamba": {},
+    "mamba2": dict(num_heads=8, head_dim=8, state_size=8, n_groups=1),
+    "bamba": MAMBA | dict(attn_layer_indices=[1]),
+    "falcon_h1": MAMBA | dict(mamba_d_ssm=64),
+    "granitemoehybrid": MAMBA
+    | dict(layer_types=["mamba", "attention"], num_local_experts=0, shared_intermediate_size=32),
+    "recurrent_gemma": dict(lru_width=32),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whatever_its_layers_are_a_packed_sequence_is_what_it_is_alone(family):
+    model = random_model(family, **{"pad_token_id": 0} | FAMILIES[family]).eval()
+    prompt, *others = rows = random_rows([9, 14, 3])
+    prefixed = [prompt, *(prompt + row for row in others)]
+    expected = one_by_one(model, rows)
+    whole = one_by_one(model, prefixed).split([len(row) for row in prefixed])
+    use_packed_attention(model)
+    torch.testing.assert_close(packed_hidden(model, pack(rows)), expected, rtol=1e-4, atol=1e-4)
+    ids = torch.tensor([token for row in rows for token in row])
+    positions = torch.cat((torch.arange(9), torch.arange(9, 23), torch.arange(9, 12)))
+    shared = packed_hidden(model, pack_sequences(ids, positions, [0, 9, 23, 26], [-1, 0, 0]))
+    torch.testing.assert_close(shared, torch.cat([whole[0], whole[1][9:], whole[2][9:]]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "message"), [("gpt_oss", "sinks"), ("bloom", "attention of its own")])
+def test_an_attention_that_cannot_be_replaced_is_refused_at_once(family, message):
+    model = random_model(family, **EXPERTS | {"pad_token_id": 0})
+    with pytest.raises(NotImplementedError, match=message):
+        use_packed_attention(model)

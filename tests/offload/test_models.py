@@ -145,3 +145,16 @@ def test_one_engine_for_two_models(engine):
     engine.install(first), engine.install(second)
     assert same(step(first, 2), want[0])
     assert same(step(second, 2), want[1])
+
+
+@pytest.mark.parametrize("form", ["function", "module", "in place", "a part"])
+def test_selective_says_that_a_compiled_layer_runs_eagerly(engine, form):
+    layer = torch.nn.Sequential(torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.ReLU())
+    if form == "in place":
+        layer.compile(backend="eager")
+    if form == "a part":
+        layer[0] = torch.compile(layer[0], backend="eager")
+    fn = torch.compile(layer if form == "module" else layer.forward, backend="eager")
+    hidden = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    with pytest.warns(UserWarning, match="runs eagerly in a selective checkpoint"):
+        engine.checkpoint(fn if form in ("function", "module") else layer, hidden, selective=True)

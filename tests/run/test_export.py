@@ -11,10 +11,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longgrpo import cli
+from longgrpo.config.model import LoraConfig
 from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError, UserError
+from longgrpo.model.load import published_name
+from longgrpo.model.lora import add_lora, save_adapter
 from longgrpo.run.export import export
 from longgrpo.run.trainer import Trainer
+from testing.models import random_model
 
 IDS = torch.tensor([[5, 9, 30, 12]])
 
@@ -115,3 +119,26 @@ def test_the_command_line(run, tmp_path, capsys):
     assert "untrained" in capsys.readouterr().out
     assert cli.main(["export", str(directory), str(tmp_path / "out")]) == 2
     assert cli.main(["eval", str(directory), "--checkpoint", "worst"]) == 2
+
+
+def test_the_model_keeps_the_template_that_it_was_trained_with(run, tmp_path, tree):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages[-1]['content'] }}!")
+    tree["task"] |= {"chat_template": str(template)}
+    directory, _ = run()
+    export(directory, tmp_path / "out", "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template.read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+     ("/models/mine", None), ("model.gguf", None), ("./a/b", None)],
+)  # fmt: skip
+def test_a_published_base_goes_by_its_name(path, name, tmp_path):
+    assert published_name(path) == name
+    model = add_lora(random_model("llama"), LoraConfig(rank=2), seed=0)
+    model.get_base_model().name_or_path = model.peft_config["default"].base_model_name_or_path = "/cache/models--x"
+    save_adapter(model, tmp_path / "adapter", name)
+    saved = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == (name or "/cache/models--x")

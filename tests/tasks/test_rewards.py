@@ -303,3 +303,33 @@ def test_a_function_that_cannot_be_loaded_in_its_process():
 def test_extra_columns_have_one_entry_a_completion(at_work):
     with pytest.raises(RewardError, match="logs_too_little logged as 'seen' 1 values for 6 completions"):
         run(at_work(("logs_too_little", {})))
+
+
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_what_a_function_changes_no_one_else_sees(kind):
+    """Neither its group, nor another function, nor the next call on the same problems, nor the trained tokens."""
+
+    def spoil(prompts, completions, completion_ids, meta, options, trainer_state, **_):
+        seen = [len(p) + len(c) + len(i) + len(m) + len(options) for p, c, i, m in zip(
+            prompts, completions, completion_ids, meta, strict=True)]  # fmt: skip
+        for changed in (*prompts, *completions, *completion_ids, *meta, options):
+            changed.append({"role": "user", "content": "more"})
+        trainer_state.global_step += 1
+        return [value + trainer_state.global_step for value in seen]
+
+    async def spoil_async(**arguments):
+        return spoil(**arguments)
+
+    function = spoil if kind == "plain" else spoil_async
+    rewards = [Reward(name, function, parameters={"options": [1]}) for name in ("first", "second")]
+    problem = Problem("q", [{"role": "user", "content": "q"}], {"meta": [1, 2]})
+    samples = [Sample(0, [1], Completion([5, 6], [0.0, 0.0], "stop"), "text") for _ in range(3)]
+    rewarding, state = Rewarding(rewards), TrainerState()
+    for _ in range(2):
+        rewarding.begin(problem, samples, state)
+        assert rewarding.finish([problem] * 3, samples, state).unique().tolist() == [1 + 1 + 2 + 2 + 1 + 1]
+    rewarding.close()
+    assert samples[0].completion.token_ids == [5, 6]
+    again = [rewards[0]([problem.prompt], [[{"role": "assistant", "content": "x"}]], [[1, 2]], {"meta": [[1, 2]]},
+             TrainerState()).values.tolist() for _ in range(2)]  # fmt: skip
+    assert again == [[8], [8]]

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from longgrpo._ops.library import ops
 
@@ -152,6 +153,17 @@ def _first_order(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         None if g is None else _FirstOrder.apply(g.detach(), anchor)  # type: ignore[no-untyped-call]  # torch's own
         for g in gradients
     )
+
+
+def refuse_forward_mode(*inputs: Tensor | None) -> None:
+    """Raises RuntimeError if one of the inputs has a tangent: the ops would drop it, and the derivative would be 0."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(
+            "longgrpo's losses have no forward-mode derivative (torch.func.jvp, jacfwd, hessian): use backward, or "
+            "longgrpo.loss.reference"
+        )
 
 
 def _setup_linear_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longgrpo._ops.library import ops
-from longgrpo._ops.loss import METRICS, SAMPLING_METRICS
+from longgrpo._ops.loss import METRICS, SAMPLING_METRICS, refuse_forward_mode
 from longgrpo.errors import renamed
 from longgrpo.loss.config import GRPOLossConfig, OffPolicyCorrection, packed
 from longgrpo.loss.devices import bring, bring_tokens, on_device, require
@@ -83,6 +83,7 @@ def grpo_loss(
         raise ValueError(f"entropy_coef={config.entropy_coef} needs entropy")
     if entropy is not None and entropy.shape != logp.shape:
         raise ValueError(f"entropy {list(entropy.shape)} must be of logp's shape {list(logp.shape)}")
+    refuse_forward_mode(logp, entropy)
     given = LossTokens(advantages, mask, cu_seqlens, old_logp, ref_logp, sampling_logp, importance)
     tokens = bring_tokens("logp", logp.device, given)
     entropy = bring("logp", logp.device, "entropy", entropy)
@@ -163,7 +164,7 @@ def linear_grpo_loss(
 
     Raises:
         ValueError, TypeError: as linear_logprob's and grpo_loss's.
-        RuntimeError: double backward.
+        RuntimeError: double backward, forward mode.
     """
     options: dict[str, Any] = {
         "bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longgrpo._ops import loss as loss_ops  # registers fake kernels and autograd
 from longgrpo._ops.library import ops
+from longgrpo._ops.loss import refuse_forward_mode
 from longgrpo.loss.devices import bring, on_device, require
 from longgrpo.loss.parallel import VocabularyShard, whole
 
@@ -67,6 +68,7 @@ def head_arguments(
     logit_scale: float,
 ) -> Head:
     """Checks the arguments that every head op shares and flattens the tokens."""
+    refuse_forward_mode(hidden, weight, bias)
     weight, bias = whole(weight), None if bias is None else whole(bias)
     device = hidden.device
     require("hidden", device, weight=weight, bias=bias)
@@ -180,7 +182,7 @@ def linear_logprob(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or constants that do not fit, a target outside the vocabulary, a
             workspace too small for a tile.
-        RuntimeError: double backward.
+        RuntimeError: double backward, forward mode.
     """
     if group is not None and group.size() > 1:
         require("hidden", hidden.device, weight=weight, bias=bias)

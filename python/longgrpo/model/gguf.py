@@ -28,6 +28,30 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 
 ROPE_FACTORS = "rope_freqs.weight"
 
+ROPE: dict[str, tuple[Any, ...] | None] = {
+    "freq_base": None,
+    "dimension_count": None,
+    "freq_base_swa": (10000.0,),
+    "scale_linear": (1.0,),
+    "scaling.type": ("none",),
+    "scaling.factor": (0.0, 1.0),
+    "scaling.attn_factor": (1.0,),
+    "scaling.original_context_length": None,
+    "scaling.finetuned": (False,),
+}
+"""The keys of rope that are read (None), or that change nothing at these values."""
+
+TOKENIZER: dict[str, tuple[Any, ...] | None] = {
+    **dict.fromkeys(("model", "pre", "tokens", "token_type", "token_type_count", "merges", "scores")),
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_space_prefix")),
+    **dict.fromkeys(f"{name}_token_id" for name in ("bos", "eos", "eot", "eom", "padding", "unknown")),
+    **dict.fromkeys(f"{name}_token_id" for name in ("seperator", "cls", "mask")),
+    **dict.fromkeys(f"fim_{name}_token_id" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
+    **dict.fromkeys(f"{name}_token_id" for name in ("prefix", "suffix", "middle")),
+    "remove_extra_whitespaces": (False,),
+    "add_sep_token": (False,),
+}
+
 CHUNK = 1 << 20  # elements decoded at a time, a multiple of every type's block
 EXACT = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}
 """Types that a checkpoint holds as they are; the values of the others are exact only in float32."""
@@ -67,9 +91,24 @@ def convert(files: list[Path], directory: Path) -> None:
             "make room, or set LONGGRPO_CACHE to a larger disk"
         )
     _write(_decoded(source, model.config, names), directory, limit=max(sizes))
-    AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name).save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
+    _set_specials(tokenizer, source)
+    tokenizer.save_pretrained(directory)
+    ends = [_field(source.header, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    if len(ids := list(dict.fromkeys(end for end in ends if end is not None))) > 1:
+        model.generation_config.eos_token_id = ids  # llama.cpp stops at each
     model.config.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)
+
+
+def _set_specials(tokenizer: Any, source: _Source) -> None:
+    """Whether a text gets a BOS and an EOS token, if the file says so."""
+    said = {name: _field(source.header, f"tokenizer.ggml.{name}") for name in ("add_bos_token", "add_eos_token")}
+    said = {name: value for name, value in said.items() if value is not None}
+    for name, value in said.items():
+        setattr(tokenizer, name, value)
+    if said:
+        tokenizer.update_post_processor()
 
 
 class _Reader(gguf.GGUFReader):
@@ -143,9 +182,17 @@ class _Source:
                 f"{self.path}: architecture {self.architecture!r} is not supported; "
                 f"supported are {', '.join(ARCHITECTURES)}"
             )
-        scaling = _field(self.header, f"{self.architecture}.rope.scaling.type")
-        if scaling not in (None, "none"):
-            raise ValueError(f"{self.path}: rope scaling {scaling!r} is not supported; take the model in safetensors")
+        self._check_keys(f"{self.architecture}.rope.", ROPE, "rope scaling")
+        self._check_keys("tokenizer.ggml.", TOKENIZER, "a tokenizer with")
+
+    def _check_keys(self, prefix: str, known: dict[str, tuple[Any, ...] | None], what: str) -> None:
+        """Raises ValueError for a key that would change the model, and is not read."""
+        for key in (key for key in self.header.fields if key.startswith(prefix)):
+            neutral = known.get(key.removeprefix(prefix), ())
+            if neutral is not None and (value := _field(self.header, key)) not in neutral:
+                raise ValueError(
+                    f"{self.path}: {what} {str(value)[:40]!r} is not supported ({key}); take the model in safetensors"
+                )
 
     def _check_split(self, readers: list[_Reader]) -> None:
         for i, reader in enumerate(readers):
@@ -180,6 +227,7 @@ def _outline(source: _Source) -> tuple[Any, dict[str, str]]:
     config.tie_word_embeddings = "output.weight" not in source.tensors  # which may stand in a later shard
     if head_dim := _field(source.header, f"{source.architecture}.attention.key_length"):
         config.head_dim = head_dim  # read by transformers for some architectures only
+    _check_rotated(source, config)
     if factors := source.tensors.get(ROPE_FACTORS):
         _set_llama3_rope(config, _decode(*factors), source.path)
     with torch.device("meta"):
@@ -189,6 +237,13 @@ def _outline(source: _Source) -> tuple[Any, dict[str, str]]:
     names = {name: by_gguf_name.get(name, name) for name in source.tensors if name != ROPE_FACTORS}
     _check_shapes(source.path, model, {names[name]: source.tensors[name][1] for name in names})
     return model, names
+
+
+def _check_rotated(source: _Source, config: PreTrainedConfig) -> None:
+    key = f"{source.architecture}.rope.dimension_count"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if (rotated := _field(source.header, key) or head_dim) != head_dim:
+        raise ValueError(f"{source.path}: {key} = {rotated} of {head_dim} is not supported: take it in safetensors")
 
 
 def _check_shapes(path: Path, model: Any, tensors: dict[str, gguf.ReaderTensor]) -> None:

@@ -33,7 +33,13 @@ def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 def head_of(model: PreTrainedModel | PeftModel) -> Head:
     """The head of a transformers causal language model, PEFT or not. Raises ValueError if the head carries an adapter,
-    because its weight is then not the whole head."""
+    because its weight is then not the whole head, and for prompt tuning, whose tokens only PEFT's own forward adds."""
+    method = getattr(model, "active_peft_config", None)
+    if method is not None and method.is_prompt_learning:
+        raise ValueError(
+            f"{method.peft_type.value} adds tokens in PEFT's own forward, which is not called here: use an adapter of "
+            "the layers, such as LoRA"
+        )
     base: Any = base_model(model)
     head = base.get_output_embeddings()
     if hasattr(head, "base_layer"):

@@ -18,7 +18,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def use_lean_lora(model: Model) -> Model:
     """Switches PEFT's LoRA linears to this forward, in place. The adapter's matmuls run in x's dtype.
 
-    A layer whose adapter is off or merged, or that has dropout or another variant, runs PEFT's own forward.
+    A layer whose adapter is off or merged, or that has dropout, a bias or another variant, runs PEFT's own forward, and
+    so does every layer under autocast.
     """
     from peft.tuners.lora import Linear
 
@@ -39,9 +40,11 @@ class _Lean:
         layer = self.layer
         names = layer.active_adapters
         off = layer.disable_adapters or layer.merged or layer.lora_variant or len(names) != 1
-        if off or args or kwargs or not isinstance(layer.lora_dropout[names[0]], nn.Identity):
+        if off or args or kwargs or torch.is_autocast_enabled(x.device.type):
             return self.peft(layer, x, *args, **kwargs)
         (name,) = names
+        if not isinstance(layer.lora_dropout[name], nn.Identity) or layer.lora_bias[name]:
+            return self.peft(layer, x)
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # [r, in], [out, r]
         return _add_lora(layer.base_layer(x), x, a, b, layer.scaling[name])
 

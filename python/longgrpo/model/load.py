@@ -10,12 +10,13 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from longgrpo.config.model import Dtype, Quantization
+from longgrpo.errors import ConfigError
 from longgrpo.model import nf4
 from longgrpo.model.head import base_model
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2-135m-instruct"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def resolve_model(path: str, quantization: Quantization | None = None) -> Path:
@@ -50,32 +52,106 @@ def _find(path: str) -> Path:
         return directory
     if directory.exists():
         raise FileNotFoundError(f"model.path = {path!r} holds no config.json: not a model in the Hugging Face format")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+    if HUB_ID.fullmatch(path):
         return _from_hub(path)
     raise FileNotFoundError(
         f"model.path = {path!r} does not exist: give a directory, a .gguf file, a hub id (owner/name) or {SMOLLM2!r}"
     )
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `directory`, padding on the left as generation needs."""
+def load_tokenizer(directory: Path, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in `directory`, padding on the left as generation needs, with the chat template in the file
+    `chat_template` if there is one. Raises ConfigError if the file cannot be read."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, padding_side="left", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", local_files_only=True)
+    if chat_template:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text()
+        except OSError as error:
+            raise ConfigError(f"task.chat_template = {chat_template!r}: {error.strerror}") from error
+    return tokenizer
+
+
+def published_name(path: str) -> str | None:
+    """The hub id of the model that `path` names, for others who load an adapter; None: it has no name but its place."""
+    if path == SMOLLM2:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return path if HUB_ID.fullmatch(path) and not Path(path).exists() else None
 
 
 def load_model(
     directory: Path, dtype: Dtype = "float32", device: str = "cpu", quantization: Quantization | None = None
 ) -> PreTrainedModel:
-    """The model in `directory`, in eval mode and only from safetensors."""
-    from transformers import AutoModelForCausalLM
+    """The model in `directory`, in eval mode and only from safetensors.
 
+    Raises ValueError, as check_weights does, for a checkpoint that is not the model which its config describes.
+    """
     if quantization == "nf4":
+        check_weights(directory)
         packed = nf4.packed_modules(directory)
         return model_on(dict(nf4.tensors(directory, packed, getattr(torch, dtype), device)), directory)
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), device_map=device, local_files_only=True, use_safetensors=True
-    )
+    return _from_pretrained(directory, getattr(torch, dtype), device)
+
+
+def check_weights(directory: Path) -> None:
+    """Raises ValueError, with the names, if checkpoint, config and model class disagree about a tensor: a loader would
+    draw what is missing at random and leave out what has no place. Nothing of the weights is read."""
+    _from_pretrained(directory, torch.float32, "meta")
+
+
+def _from_pretrained(directory: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the names are to be compared and not unpacked
+    try:
+        stored = nf4.stored_modules(directory)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            device_map=device,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{directory}: its weights cannot be read: {error}") from error
+    _check_report(directory, type(model).__name__, report, stored)
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False  # whatever it says, the checkpoint has a head of its own
+    return model
+
+
+def _check_report(directory: Path, kind: str, report: dict[str, Any], stored: set[str]) -> None:
+    """`report`: of from_pretrained; `stored`: the modules whose weights are packed, in tensors of other shapes."""
+    packed = {f"{module}.weight" for module in stored}
+    problems = {
+        "missing": list(report["missing_keys"]),
+        f"without a place in {kind}": [
+            name for name in report["unexpected_keys"] if name.partition(".weight.")[0] not in stored
+        ],
+        "of another shape than its config says": [
+            f"{name} {list(found)} for {list(shape)}"
+            for name, found, shape in report["mismatched_keys"]
+            if name not in packed
+        ],
+    }
+    said = [f"{what}: {_first(names)}" for what, names in problems.items() if names]
+    if said:
+        raise ValueError(
+            f"{directory}: its checkpoint is not the model that its config.json describes. {'; '.join(said)}. "
+            "Download it again, or correct config.json"
+        )
+
+
+def _first(names: list[str], count: int = 4) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(sorted(names)[:count]) + more
 
 
 def model_on(tensors: dict[str, Tensor], directory: Path) -> PreTrainedModel:
@@ -89,6 +165,8 @@ def model_on(tensors: dict[str, Tensor], directory: Path) -> PreTrainedModel:
 
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     some = tensors["model.embed_tokens.weight"]
+    if "lm_head.weight" in tensors:
+        config.tie_word_embeddings = False  # whatever it says, the checkpoint has a head of its own
     # The parameters are left on meta. The buffers (rotary frequencies, scales) are in no checkpoint: they are made.
     with torch.device(some.device), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=some.dtype)

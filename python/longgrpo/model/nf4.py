@@ -109,19 +109,24 @@ def check_checkpoint(directory: Path, quantization: str | None) -> None:
         raise ValueError(f"{directory} is quantized already, in bitsandbytes nf4: set model.quantization: nf4")
 
 
+def stored_modules(directory: Path) -> set[str]:
+    """The modules that the checkpoint in `directory` stores in NF4."""
+    return {name.removesuffix(STORED) for name in Checkpoint(directory).files if name.endswith(STORED)}
+
+
 def packed_modules(directory: Path) -> set[str]:
-    """The modules to hold in NF4: those that the checkpoint stores so, or, if it stores none, every linear but the
-    head, those that its config leaves out (llm_int8_skip_modules) and those whose rows are no whole blocks."""
+    """The modules to hold in NF4, the head never: those that the checkpoint stores so, or, if it stores none, every
+    linear but those that its config leaves out (llm_int8_skip_modules) and those whose rows are no whole blocks."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    if stored := {name.removesuffix(STORED) for name in Checkpoint(directory).files if name.endswith(STORED)}:
-        return stored
     left_out = _quantization_config(directory).get("llm_int8_skip_modules") or []
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
     head = model.get_output_embeddings()
+    if stored := stored_modules(directory):
+        return {name for name in stored if model.get_submodule(name) is not head}
     names = {
         name
         for name, module in model.named_modules()

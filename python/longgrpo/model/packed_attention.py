@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from longgrpo.model.load import backbone
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 NAME = "longgrpo_packed"
 
@@ -48,6 +51,14 @@ class PackedBatch:
         }
         return dataclasses.replace(self, **moved)
 
+    def sequences(self) -> Iterator[PackedBatch]:
+        """Each sequence, with its prefix, as a batch of its own; K rows in all."""
+        ids, positions = self.input_ids, self.position_ids
+        if self.shared_rows is not None:
+            ids, positions = ids[self.shared_rows], positions[self.shared_rows]
+        for start, end in pairwise([0, *accumulate(self.lengths)]):
+            yield pack_sequences(ids[start:end], positions[start:end], [0, end - start])
+
 
 def pack_sequences(
     input_ids: Tensor, position_ids: Tensor, bounds: Sequence[int], prefix: Sequence[int] | None = None
@@ -71,7 +82,11 @@ def use_packed_attention(model: PreTrainedModel | PeftModel) -> None:
     """Makes packed_hidden possible on `model`, PEFT or not. Until another implementation is set
     (model.set_attn_implementation), the model takes only packed batches.
 
-    Raises NotImplementedError for Gemma 2's attention, whose scores are capped: the flash kernel has no cap.
+    A model with layers that carry a state from one token to the next, past the bounds of a sequence (convolutions,
+    linear attention, Mamba), is found by a trial, and packed_hidden then runs each sequence by itself.
+
+    Raises NotImplementedError for an attention that this one does not replace: Gemma 2's caps its scores, gpt-oss has
+    sinks, BLOOM's cannot be exchanged.
     """
     from transformers import AttentionInterface
 
@@ -84,6 +99,27 @@ def use_packed_attention(model: PreTrainedModel | PeftModel) -> None:
     # Without a mask function of this name transformers makes no mask, and does not look for packed sequences itself.
     AttentionInterface.register(NAME, _attention)
     base.set_attn_implementation(NAME)
+    if base.config._attn_implementation != NAME:
+        raise NotImplementedError(f"{type(base).__name__} has an attention of its own, which takes no packed sequences")
+    base.keeps_sequences_apart = _keeps_apart(model)
+    if not base.keeps_sequences_apart:
+        log.info("%s has layers with a state over the sequence: sequences run one by one", type(base).__name__)
+
+
+@torch.no_grad()
+def _keeps_apart(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the second of two sequences stays as it is if the first changes."""
+    base = base_model(model)
+    if base.device.type == "meta":
+        return True
+    ids = torch.arange(16) % base.config.get_text_config().vocab_size
+    first, second = (
+        _hidden(model, pack_sequences(torch.cat((before, ids)), torch.arange(16).repeat(2), [0, 16, 32]))[16:].float()
+        for before in (ids, ids.flip(0))
+    )
+    # Nothing changes in a dense model. Experts get other shapes, whose rounding differs.
+    tolerance = 0.02 if base.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    return bool((first - second).abs().max() <= tolerance * first.abs().max())
 
 
 def packed_hidden(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> Tensor:
@@ -94,6 +130,13 @@ def packed_hidden(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> Ten
     """
     if base_model(model).config._attn_implementation != NAME:
         raise ValueError("packed_hidden needs use_packed_attention(model) first")
+    if base_model(model).keeps_sequences_apart:
+        return _hidden(model, batch)
+    hidden = torch.cat([_hidden(model, sequence) for sequence in batch.sequences()])  # [K, H]
+    return hidden if batch.own_rows is None else hidden.index_select(0, batch.own_rows.to(hidden.device))
+
+
+def _hidden(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> Tensor:
     batch = batch.to(base_model(model).device)
     longest = max(batch.lengths)
     output = backbone(model)(

@@ -118,6 +118,11 @@ class OffloadEngine:
         if selective:
             if "context_fn" in kwargs:
                 raise ValueError("selective=True brings its own context_fn: pass one or the other")
+            if _compiled(fn):
+                self._report(
+                    "a compiled function runs eagerly in a selective checkpoint, whose dispatch mode torch.compile "
+                    "does not see: leave selective out, or compile the whole step"
+                )
             pack = functools.partial(self.pack, group=group)
             kwargs["context_fn"] = functools.partial(attention_contexts, pack, self._report)
 
@@ -280,3 +285,14 @@ def _require_at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, not {value!r}")
+
+
+def _compiled(fn: Any) -> bool:
+    """Whether torch.compile has wrapped a function, a layer or a part of it."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    fn = getattr(fn, "__self__", fn)
+    return any(
+        hasattr(part, "_torchdynamo_orig_callable") or getattr(part, "_compiled_call_impl", None) is not None
+        for part in (fn.modules() if isinstance(fn, Module) else [fn])
+    )

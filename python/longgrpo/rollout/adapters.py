@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from longgrpo.config.model import LoraConfig
-from longgrpo.model.head import base_model
+from longgrpo.model.lora import lora_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -150,13 +150,6 @@ class LoraMerge:
                 for name in [n for n in self.weights if f"{n}.weight" in keys]:
                     weight = self.weights[name]
                     yield name, checkpoint.get_tensor(f"{name}.weight").to(weight.device, weight.dtype)
-
-
-def lora_layers(model: PeftModel) -> dict[str, Any]:
-    """PEFT's linear layers with an adapter, by the names that they have in the base model."""
-    from peft.tuners.lora import LoraLayer
-
-    return {name: module for name, module in base_model(model).named_modules() if isinstance(module, LoraLayer)}
 
 
 def _checkpoint_files(directory: Path) -> dict[Path, set[str]]:

@@ -7,6 +7,8 @@ import logging
 
 from longgrpo.config.model import LoraConfig, ModelConfig
 from longgrpo.config.rollout import RolloutConfig
+from longgrpo.model.load import resolve_model
+from longgrpo.model.lora import check_lora
 from longgrpo.rollout.protocol import RolloutEngine
 
 log = logging.getLogger(__name__)
@@ -14,7 +16,9 @@ log = logging.getLogger(__name__)
 
 def make_engine(config: RolloutConfig, model: ModelConfig, lora: LoraConfig | None = None) -> RolloutEngine:
     """Builds the engine that `config` names; "auto" takes vLLM if it is installed, else transformers. `lora`: of the
-    adapter that will be attached, for the engine that makes room for it."""
+    adapter that will be attached, for the engine that makes room for it; one that cannot be is refused first."""
+    if lora:
+        check_lora(resolve_model(model.path, model.quantization), lora)
     name = config.engine
     if unknown := config.not_recomputed:
         log.warning(

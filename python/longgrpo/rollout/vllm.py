@@ -12,7 +12,7 @@ from longgrpo.config.model import LoraConfig, ModelConfig
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import NEED_TOKENIZER, Sampling
 from longgrpo.model.head import base_model
-from longgrpo.model.load import end_token_ids, model_on, resolve_model, vocabulary
+from longgrpo.model.load import check_weights, end_token_ids, model_on, resolve_model, vocabulary
 from longgrpo.model.lora import linear_names
 from longgrpo.rollout import vllm_private
 from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode
@@ -34,6 +34,7 @@ class VllmEngine:
         self.directory = resolve_model(model.path, model.quantization)
         self._max_length = max_length(config, self.directory)
         self._end_tokens = end_token_ids(self.directory)
+        check_weights(self.directory)
         vllm = vllm_private.import_vllm()
         # With it the engine reports what it sampled from. It bounds the mask by top_k, and the CPU's runner has none.
         self._masks = config.request().top_k > 0 and not vllm_private.is_cpu()

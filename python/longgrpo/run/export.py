@@ -55,7 +55,7 @@ def export(run: Path, directory: Path, form: Form, which: str = "last", dtype: D
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith("weight.reference.")}
         checkpoint.load_weights(saved, own, dict(model.named_parameters()))
     model.to(getattr(torch, dtype or config.model.dtype))
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, config.task.chat_template)
     checkpoint.replace_directory(directory, lambda path: write_model(model, tokenizer, path))
     return saved
 

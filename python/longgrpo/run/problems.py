@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longgrpo.config.run import TrainConfig
 from longgrpo.errors import ConfigError
+from longgrpo.tasks.chat import reply_prefix
 from longgrpo.tasks.data import Problem, Problems, PromptStream, held_out_problems, make_sampler
 from longgrpo.tasks.prompts import Prompts
 from longgrpo.tasks.sources import load_rows
@@ -22,18 +22,14 @@ def problems_of(
     """The held-out problems of each set, and the training ones without them. context: tokens of prompt and completion
     together; given: data sets by name. Prompts that are too long are counted here: later none of them stops the run."""
     task = config.task
-    if task.chat_template:
-        try:
-            tokenizer.chat_template = Path(task.chat_template).read_text()
-        except OSError as error:
-            raise ConfigError(f"task.chat_template = {task.chat_template!r}: {error.strerror}") from error
     chat = tokenizer.chat_template is not None
+    prefix = reply_prefix(tokenizer, task.chat_template_kwargs) if chat else ""
     prompts = Prompts(tokenizer, task, context, config.rollout.max_completion_length)
     held_out = {
-        name: held_out_problems(Problems(load_rows(own, True, given), own, chat), own)
+        name: held_out_problems(Problems(load_rows(own, True, given), own, chat, prefix), own)
         for name, own in task.held_out.items()
     }
-    source = Problems(load_rows(task, given=given), task, chat)
+    source = Problems(load_rows(task, given=given), task, chat, prefix)
     if not chat and not isinstance(source[0].prompt, str):
         raise ConfigError(
             "the task's prompts are conversations and the model has no chat template: set task.chat_template"

@@ -17,7 +17,7 @@ from longgrpo.checks.selftest import selftest
 from longgrpo.config.run import TrainConfig, dump_config, load_config
 from longgrpo.errors import ConfigError, RewardError, TrainingError, UserError, WeightSyncError
 from longgrpo.memory.cards import GIB
-from longgrpo.model.load import load_tokenizer, resolve_model
+from longgrpo.model.load import load_tokenizer, published_name, resolve_model
 from longgrpo.model.lora import save_adapter, with_adapter
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.factory import make_engine
@@ -239,7 +239,7 @@ class Trainer:
             context = max_length(config.rollout, model_directory)
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from error
-        tokenizer = load_tokenizer(model_directory)
+        tokenizer = load_tokenizer(model_directory, config.task.chat_template)
         held_out, stream = problems_of(config, tokenizer, context, objects)
         self.evaluations = Evaluations(config, directory, held_out, rewards[0])
         start = stream.state
@@ -297,12 +297,15 @@ class Trainer:
             self._weights(),
             self.loop.state.optimizer,
             state,
-            (lambda directory: save_adapter(self.loop.state.model, directory)) if self.config.lora else None,
+            self._save_adapter if self.config.lora else None,
             self.config.train.keep_checkpoints,
             self.progress.metric,
         )
         self.callbacks.event("on_save")
         return saved
+
+    def _save_adapter(self, directory: Path) -> None:
+        save_adapter(self.loop.state.model, directory, published_name(self.config.model.path))
 
     # ---- before and after training
     def _look_at_untrained(self, tracker: Tracker) -> None:
@@ -353,8 +356,7 @@ class Trainer:
     def _finish(self, tracker: Tracker) -> dict[str, Any]:
         """The trained model beside the run's other files, the last evaluation, and the summary."""
         if self.config.lora:
-            model = self.loop.state.model
-            checkpoint.replace_directory(self.directory / "adapter", lambda path: save_adapter(model, path))
+            checkpoint.replace_directory(self.directory / "adapter", self._save_adapter)
         else:
             collector = self.loop.collector
             checkpoint.replace_directory(

@@ -13,6 +13,7 @@ from torch import Tensor
 from longgrpo.config.task import TaskConfig
 from longgrpo.errors import DataError
 from longgrpo.rollout.protocol import Completion
+from longgrpo.tasks.chat import is_talk, plain_content, render
 from longgrpo.tasks.sources import ENDLESS, Row, Rows, Streamed, is_reasoning_gym
 from longgrpo.tasks.user_code import load_function
 
@@ -57,10 +58,11 @@ class Source(Protocol):
 
 
 class Problems:
-    """The problems of rows. With `chat` a prompt of plain text becomes a user's message."""
+    """The problems of rows. With `chat` a prompt of plain text becomes a user's message. A reply that is begun, by the
+    template (`prefix`) or by a conversation's last message, has its beginning in the column reply_prefix."""
 
-    def __init__(self, rows: Rows, task: TaskConfig, chat: bool) -> None:
-        self._rows, self._task = rows, task
+    def __init__(self, rows: Rows, task: TaskConfig, chat: bool, prefix: str = "") -> None:
+        self._rows, self._task, self._prefix = rows, task, prefix
         self._chat = chat if task.chat is None else task.chat
         self._column = task.prompt_column or ("question" if is_reasoning_gym(task.name) else "prompt")
 
@@ -83,7 +85,13 @@ class Problems:
             raise DataError(
                 f"row {index} of the task: a column must not be called {taken[0]!r}, an argument that rewards get"
             )
-        return Problem(_text(content, index), self._prompt(content), columns, index)
+        question, prompt = _text(content, index), self._prompt(content)
+        if not isinstance(prompt, str) and (prefix := self._begun(prompt)):
+            columns = {"reply_prefix": prefix, **columns}
+        return Problem(question, prompt, columns, index)
+
+    def _begun(self, prompt: Messages) -> str:
+        return str(prompt[-1]["content"]) if prompt[-1]["role"] == "assistant" else self._prefix
 
     def _prompt(self, content: str | Messages) -> Prompt:
         system = self._task.system_prompt
@@ -97,8 +105,8 @@ class Problems:
 
 def _text(content: Any, index: int) -> str:
     """The prompt as one text; raises DataError if it is neither text nor messages, or empty."""
-    if isinstance(content, list) and content and all(isinstance(m, dict) and "role" in m for m in content):
-        return "\n".join(str(message.get("content") or "") for message in content)
+    if is_talk(content):
+        return "\n".join(str(plain_content(message.get("content")) or "") for message in content)
     if not isinstance(content, str):
         raise DataError(f"row {index} of the task: a prompt is text or a list of messages with roles, not {content!r}")
     if not content.strip():
@@ -107,8 +115,11 @@ def _text(content: Any, index: int) -> str:
 
 
 def _messages(content: Messages) -> Messages:
-    """Without the keys that a parquet file gives every message because one of them has them."""
-    return [{key: value for key, value in message.items() if value is not None} for message in content]
+    """Without empty keys, and with content as text."""
+    return [
+        {key: plain_content(v) if key == "content" else v for key, v in message.items() if v is not None}
+        for message in content
+    ]
 
 
 # ---- their order
@@ -258,13 +269,12 @@ def encode(
 ) -> list[int]:
     """The token ids of a prompt, up to where the reply begins (after `prefix`). `template`: arguments of the chat
     template. A conversation that ends with the assistant is continued."""
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt + prefix)["input_ids"])
-    begun = prompt[-1]["role"] == "assistant"
-    text = tokenizer.apply_chat_template(
-        prompt, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun, **(template or {})
-    )
-    return list(tokenizer(str(text) + prefix, add_special_tokens=False)["input_ids"])  # the template wrote them
+    if not isinstance(prompt, str):
+        text = render(tokenizer, prompt, template) + prefix
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote them
+    text = prompt + prefix
+    templated = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
 
 
 def as_reply(prompt: Prompt, text: str) -> Reply:

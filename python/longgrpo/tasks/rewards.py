@@ -7,6 +7,7 @@ soon as the group is complete and while others are still sampled.
 from __future__ import annotations
 
 import asyncio
+import copy
 import difflib
 import inspect
 import logging
@@ -82,6 +83,7 @@ class Reward:
 
     def score(self, arguments: dict[str, Any], count: int) -> Scores:
         try:
+            arguments = _own(arguments)
             if self.worker:
                 values, notes = self.worker.call(arguments, self.timeout)
             else:
@@ -96,7 +98,8 @@ class Reward:
         assert self.function
         notes = Notes()
         try:
-            values = await asyncio.wait_for(self.function(**arguments, **notes.arguments()), self.timeout)
+            call = self.function(**_own(arguments), **notes.arguments())
+            values = await asyncio.wait_for(call, self.timeout)
             return self._scores(values, notes, count)
         except Exception as error:
             return self._failed(error, count)
@@ -135,6 +138,15 @@ class Reward:
     def close(self) -> None:
         if self.worker:
             self.worker.close()
+
+
+def _own(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one call, in objects of its own for each completion: a function may change what it is handed,
+    which neither its group, nor another function, nor the next evaluation sees."""
+    return {
+        name: [copy.deepcopy(entry) for entry in value] if isinstance(value, list) else copy.deepcopy(value)
+        for name, value in arguments.items()
+    }
 
 
 def _is_async(function: Function | None) -> bool:

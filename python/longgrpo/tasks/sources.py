@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from longgrpo.config.task import TaskConfig
 from longgrpo.errors import DataError
+from longgrpo.tasks.chat import Unfilled, unfilled
 from longgrpo.tasks.user_code import load_function
 
 Row = Mapping[str, Any]
@@ -104,11 +105,10 @@ def load_rows(task: TaskConfig, held_out: bool = False, given: Mapping[str, Any]
     return found
 
 
-def _load_rows(name: str, split: str, task: TaskConfig, seed: int) -> Rows:
+def _load_rows(name: str, split: str, task: TaskConfig, seed: int) -> Any:
     path = Path(name).expanduser()
     if ":" in name:
-        rows: Rows = load_function(name, "task.name")(split=split, **task.parameters)
-        return rows
+        return load_function(name, "task.name")(split=split, **task.parameters)
     if path.suffix in JSON:
         return _json_lines(path)
     if not is_reasoning_gym(name):
@@ -125,7 +125,7 @@ def _json_lines(path: Path) -> list[Row]:
     """Read here and not by datasets, which gives a column one type: it fills the keys that other rows have with None,
     and refuses a column of mixed types."""
     rows: list[Row] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):  # a string may hold U+2028
         try:
             row = json.loads(line) if line.strip() else None
         except json.JSONDecodeError as error:
@@ -136,11 +136,12 @@ def _json_lines(path: Path) -> list[Row]:
     return rows
 
 
-def _data_set(path: Path, split: str, parameters: dict[str, Any]) -> Rows:
-    """A parquet file, a directory that datasets wrote, or a data set of the hub (memory-mapped, all of them)."""
+def _data_set(path: Path, split: str, parameters: dict[str, Any]) -> Any:
+    """A parquet file, a directory that datasets wrote, or a data set of the hub (memory-mapped, all of them): its rows,
+    or an iterator of a stream's."""
     import datasets
 
-    rows: Rows
+    rows: Any
     if path.suffix == ".parquet":
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", **parameters)
     elif (path / "dataset_dict.json").is_file():
@@ -149,7 +150,7 @@ def _data_set(path: Path, split: str, parameters: dict[str, Any]) -> Rows:
         rows = datasets.load_from_disk(str(path), **parameters)
     else:
         rows = datasets.load_dataset(str(path), split=split, **parameters)
-    return rows
+    return Unfilled(rows) if hasattr(rows, "__len__") else map(unfilled, rows)
 
 
 def _reasoning_gym(name: str, parameters: dict[str, Any], seed: int) -> Rows:
