@@ -34,7 +34,7 @@ def test_as_the_rule_tiles():
 @pytest.mark.long
 @pytest.mark.parametrize(("rows", "chunk"), [(16, 0), (16, 64)], ids=["whole rows", "chunks"])
 def test_small_tiles(rows, chunk):
-    # Chunks of 64 columns are no whole segments, so the bits may differ; test_kernels has the real ones. And they give a
+    # Chunks of 64 columns are no whole segments, so the bits may differ; test_kernels has the real ones. They give a
     # trained head two passes, 4 GEMMs, where the rule takes 3 for heads as small as these.
     apart = " and not ratio_is_exactly_one and not gemms_of_the_head"
     run_suite("--simulated-tiles", f"{rows},{chunk}", "--simulated-schedule", "shuffled", "--simulated-examples", "8",
