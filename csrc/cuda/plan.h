@@ -120,8 +120,9 @@ struct WaveModel {
 
 // ---- the choice ----
 
-// The tiles of the least time that the limit allows. Scoring and a frozen head's gradient take the same ones: both as
-// if there were a gradient, so that the library's GEMM rounds their logits alike.
+// The tiles of the least time that the limit allows. Scoring and a frozen head's gradient take the same ones, both as
+// if there were a gradient, and calls of more than kTokens tokens those of kTokens: so the library's GEMM rounds their
+// logits alike.
 inline CudaPlan best_tiles(const CudaWish& asked, Tiling tiling, int64_t limit_bytes, const Chip& chip) {
   CudaWish wish = asked;
   if (tiling == Tiling::chunks) wish.hidden_gradient = true, wish.weight_gradient = false;
@@ -130,12 +131,14 @@ inline CudaPlan best_tiles(const CudaWish& asked, Tiling tiling, int64_t limit_b
   const int64_t least = tiling == Tiling::whole_rows ? all : unit;
   check_workspace(limit_bytes, tile_bytes(wish, tiling, kMinTileRows, least));
   const WaveModel model{double(chip.multiprocessors)};
-  constexpr int64_t kMostRows = 16384, kTries = 12;
+  constexpr int64_t kTokens = 8192, kTries = 12;
+  CudaWish timed = wish;
+  timed.shape.tokens = std::min(n, kTokens);
 
   int64_t best_rows = 0, best_columns = 0;
   double best = std::numeric_limits<double>::infinity();
   const auto consider = [&](int64_t rows, int64_t columns) {
-    const double time = model.pass(wish, tiling, rows, std::min(columns, v));
+    const double time = model.pass(timed, tiling, rows, std::min(columns, v));
     if (time < best) best = time, best_rows = rows, best_columns = columns;
   };
   const auto consider_rows = [&](int64_t rows) {
@@ -149,10 +152,10 @@ inline CudaPlan best_tiles(const CudaWish& asked, Tiling tiling, int64_t limit_b
       consider(rows, std::min(most, ceil_divide(ceil_divide(v, chunks), kSegment) * kSegment));
     return true;
   };
-  const int64_t rows = std::max(n, kMinTileRows);
-  for (int64_t r = kGemmRows; r < std::min(rows, kMostRows + 1); r += kGemmRows)
+  const int64_t rows = std::max(timed.shape.tokens, kMinTileRows);
+  for (int64_t r = kGemmRows; r < rows; r += kGemmRows)
     if (!consider_rows(r)) break;
-  if (rows <= kMostRows) consider_rows(rows);
+  consider_rows(rows);
   for (int64_t r = kMinTileRows; best_rows == 0 || (best_rows < kGemmRows && r < std::min(rows, kGemmRows)); r *= 2)
     if (!consider_rows(r)) break;  // not even one GEMM tile of rows fits
   return {tiling, best_rows, best_columns, tiling == Tiling::whole_rows ? all : best_columns,

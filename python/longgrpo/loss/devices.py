@@ -6,13 +6,15 @@ there. What has one entry a token or a sequence may lie on the CPU, where a trai
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields
 from typing import overload
 
 import torch
 from torch import Tensor
 
 from longgrpo.loss.tokens import LossTokens
+
+_TOKENS = tuple(field.name for field in fields(LossTokens))
 
 
 @overload
@@ -51,4 +53,4 @@ def bring(like: str, device: torch.device, name: str, tensor: Tensor | None) -> 
 
 def bring_tokens(like: str, device: torch.device, tokens: LossTokens) -> LossTokens:
     """The same for each tensor of `tokens`."""
-    return replace(tokens, **{name: bring(like, device, name, tensor) for name, tensor in vars(tokens).items()})
+    return LossTokens(**{name: bring(like, device, name, getattr(tokens, name)) for name in _TOKENS})  # type: ignore[arg-type]

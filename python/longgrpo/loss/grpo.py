@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -177,11 +176,11 @@ def linear_grpo_loss(
     brought = bring("hidden", device, "target", target)
     assert brought is not None
     target = brought
-    given = LossTokens(advantages, mask, cu_seqlens, old_logp, ref_logp, sampling_logp, importance)
+    mask = bring("hidden", device, "mask", mask)
+    used = target >= 0 if mask is None else mask.bool() & (target >= 0)
+    given = LossTokens(advantages, used, cu_seqlens, old_logp, ref_logp, sampling_logp, importance)
     tokens = bring_tokens("hidden", device, given)
     normalizer = _brought_normalizer("hidden", device, normalizer)
-    used = target >= 0 if tokens.mask is None else tokens.mask.bool() & (target >= 0)
-    tokens = replace(tokens, mask=used)
     if group is not None and group.size() > 1:
         asked = target.masked_fill(~used, -100)
         logp, entropy = linear_logprob(

@@ -39,9 +39,11 @@ def test_scoring_on_the_tensor_cores():
 @pytest.mark.long
 @pytest.mark.parametrize(("rows", "chunk"), [(16, 0), (16, 64)], ids=["whole rows", "chunks"])
 def test_small_tiles(rows, chunk):
-    # Chunks of 64 columns are not those of the row kernel, so the bits may differ; test_kernels has the real ones.
+    # Chunks of 64 columns are no whole segments, so the bits may differ; test_kernels has the real ones. They give a
+    # trained head two passes, 4 GEMMs, where the rule takes 3 for heads as small as these.
+    apart = " and not ratio_is_exactly_one and not gemms_of_the_head"
     run_suite("--simulated-tiles", f"{rows},{chunk}", "--simulated-schedule", "shuffled", "--simulated-examples", "8",
-              left_out=LEFT_OUT + " and not ratio_is_exactly_one" * bool(chunk))  # fmt: skip
+              left_out=LEFT_OUT + apart * bool(chunk))  # fmt: skip
 
 
 @pytest.mark.long
