@@ -127,19 +127,20 @@ class Disease:
 
 
 class DriftingEngine:
-    """An engine whose logprobs are less and less those of the trainer's model."""
+    """An engine whose logprobs, from the sixth step on, are less and less those of the trainer's model."""
 
     def __init__(self, engine: Any) -> None:
-        self._engine, self._error = engine, 0.0
+        self._engine, self._calls = engine, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     def generate(self, prompts: Any, sampling: Any, seeds: Any, finished: Callable[[int, Any], None]) -> None:
-        self._error += 0.002
+        self._calls += 1
+        error = 0.002 * max(self._calls - 5, 0)
 
         def drifted(i: int, completion: Any) -> None:
-            finished(i, replace(completion, logprobs=[logp - self._error for logp in completion.logprobs]))
+            finished(i, replace(completion, logprobs=[logp - error for logp in completion.logprobs]))
 
         self._engine.generate(prompts, sampling, seeds, drifted)
 
@@ -178,10 +179,14 @@ DISEASES: dict[str, Disease] = {
     "clipped_ratio": Disease(
         fast(12, 0.03, num_iterations=4), lambda metrics: metrics["clip_low"] + metrics["clip_high"] >= 0.3
     ),
-    "importance_cut": Disease({"rollout": {"importance_cap": 1.001}}, give=drifting_engine),
+    "importance_cut": Disease(
+        {"rollout": {"importance_cap": 1.001}, "train": {"steps": 16}},
+        lambda metrics: metrics["importance_cut"] >= 0.05,
+        give=drifting_engine,
+    ),
     "engine_drift": Disease(
-        {"train": {"steps": 25}},
-        lambda metrics: metrics["engine_trainer_logprob_diff_mean"] >= 0.02,
+        {"train": {"steps": 16}},
+        lambda metrics: metrics["engine_trainer_logprob_diff_mean"] >= 1e-3,
         give=drifting_engine,
     ),
     "zero_learning_rate": Disease({"train": {"learning_rate": 1e-20}}),
