@@ -109,7 +109,7 @@ def _from_pretrained(directory: Path, dtype: torch.dtype, device: str) -> PreTra
         del config.quantization_config  # the names are to be compared and not unpacked
     try:
         stored = nf4.stored_modules(directory)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
             dtype=dtype,
@@ -121,7 +121,8 @@ def _from_pretrained(directory: Path, dtype: torch.dtype, device: str) -> PreTra
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{directory}: its weights cannot be read: {error}") from error
-    _check_report(directory, type(model).__name__, report, stored)
+    model: PreTrainedModel = loaded[0]
+    _check_report(directory, type(model).__name__, loaded[1], stored)
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         model.config.tie_word_embeddings = False  # whatever it says, the checkpoint has a head of its own
     return model

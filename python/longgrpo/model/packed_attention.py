@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NAME = "longgrpo_packed"
+KEEPS_APART = "_longgrpo_keeps_apart"  # of a model: whether its layers keep packed sequences apart
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,9 @@ def use_packed_attention(model: PreTrainedModel | PeftModel) -> None:
     base.set_attn_implementation(NAME)
     if base.config._attn_implementation != NAME:
         raise NotImplementedError(f"{type(base).__name__} has an attention of its own, which takes no packed sequences")
-    base.keeps_sequences_apart = _keeps_apart(model)
-    if not base.keeps_sequences_apart:
+    apart = _keeps_apart(model)
+    setattr(base, KEEPS_APART, apart)
+    if not apart:
         log.info("%s has layers with a state over the sequence: sequences run one by one", type(base).__name__)
 
 
@@ -130,7 +132,7 @@ def packed_hidden(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> Ten
     """
     if base_model(model).config._attn_implementation != NAME:
         raise ValueError("packed_hidden needs use_packed_attention(model) first")
-    if base_model(model).keeps_sequences_apart:
+    if getattr(base_model(model), KEEPS_APART):
         return _hidden(model, batch)
     hidden = torch.cat([_hidden(model, sequence) for sequence in batch.sequences()])  # [K, H]
     return hidden if batch.own_rows is None else hidden.index_select(0, batch.own_rows.to(hidden.device))

@@ -294,5 +294,5 @@ def _compiled(fn: Any) -> bool:
     fn = getattr(fn, "__self__", fn)
     return any(
         hasattr(part, "_torchdynamo_orig_callable") or getattr(part, "_compiled_call_impl", None) is not None
-        for part in (fn.modules() if isinstance(fn, Module) else [fn])
+        for part in (fn.modules() if isinstance(fn, torch.nn.Module) else [fn])
     )

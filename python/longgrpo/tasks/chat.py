@@ -95,9 +95,9 @@ def _applied(
 ) -> str:
     from jinja2 import TemplateError
 
-    arguments: Any = {**options, **(template or {})}
+    arguments: Any = {"conversation": list(messages), "tokenize": False, **options, **(template or {})}
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **arguments))
+        return str(tokenizer.apply_chat_template(**arguments))
     except (TemplateError, ValueError, TypeError) as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from error
