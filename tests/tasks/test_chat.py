@@ -7,7 +7,8 @@ from longgrpo.config.task import TaskConfig
 from longgrpo.errors import DataError
 from longgrpo.tasks.builtin_rewards import matches_format
 from longgrpo.tasks.chat import render, reply_prefix
-from longgrpo.tasks.data import Problems, as_reply, columns_of, encode, load_rows
+from longgrpo.tasks.data import Problems, as_reply, columns_of, encode
+from longgrpo.tasks.sources import load_rows
 from testing.tokenizer import character_tokenizer
 
 HEAD = "{% for m in messages %}<{{ m.role }}>"

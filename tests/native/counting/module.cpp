@@ -46,6 +46,7 @@ struct CountingRuntime {
   CudaPlan plan(const CudaWish& wish, Tiling tiling, int64_t limit) const {
     return best_tiles(wish, tiling, limit, ::chip);
   }
+  std::optional<ScorePlan> score_plan(const HeadShape&, const HeadInputs&, int64_t) const { return {}; }
   bool splits(const CudaWish& wish, int64_t limit, bool c_in_row) const {
     return longgrpo::splits(wish, limit, ::chip, c_in_row);
   }
