@@ -97,11 +97,6 @@ constexpr int kScoreTileRows = 128;
 constexpr int64_t kScoreSegment = 512;  // columns that are summed by themselves, however the vocabulary is split
 constexpr int64_t kScoreParts = 2;      // of a segment's columns, a warp each
 
-// An OnlineSoftmax over one part of a row's columns, the target's left out.
-struct ScorePart {
-  float highest, sum, weighted;
-};
-
 LONGGRPO_HD int64_t score_parts(int64_t vocabulary) {
   return (vocabulary + kScoreSegment - 1) / kScoreSegment * kScoreParts;
 }
@@ -111,8 +106,8 @@ struct ScoreTile {
   const void* hidden;
   const void* weight;  // both in the dtype of the launch, [tokens, hidden_size] and [vocabulary, hidden_size]
   int64_t hidden_size;
-  ScorePart* parts;  // scratch [rows, score_parts(vocabulary)]
-  float* target_x;   // scratch [rows]: the target's transformed logit
+  PartSums* parts;  // scratch [rows, score_parts(vocabulary)], the target's column left out
+  float* target_x;  // scratch [rows]: the target's transformed logit
 };
 
 // logp and entropy of whole rows of bf16 or fp16 operands; blocks share the vocabulary in at most `splits` ranges of

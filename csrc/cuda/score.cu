@@ -26,6 +26,7 @@
 namespace longgrpo {
 namespace score {
 
+constexpr int kGroup = 8;  // columns of a thread that share a look at the maximum
 constexpr int kTileRows = kScoreTileRows, kTileColumns = 128, kDepth = 32, kStages = 3;
 constexpr int kWarpRows = 64, kWarpColumns = 64, kThreads = 128, kMergeThreads = 256;
 constexpr int kWarpsAcross = kTileColumns / kWarpColumns;
@@ -103,23 +104,42 @@ DEVICE void multiply(const T* hidden, const T* weight, Sums& sums) {
   }
 }
 
-// A sum that goes on.
-DEVICE OnlineSoftmax resume(const ScorePart& part, float factor2) {
-  OnlineSoftmax softmax(factor2);
-  softmax.highest = part.highest, softmax.sum = part.sum, softmax.weighted = part.weighted;
-  return softmax;
-}
-DEVICE ScorePart pause(const OnlineSoftmax& softmax) { return {softmax.highest, softmax.sum, softmax.weighted}; }
+// The sums of columns as they come.
+struct OnlineSoftmax {
+  PartSums part;
+  float factor2;
+
+  DEVICE void add(const float* x) {  // kGroup numbers
+    float top = x[0];
+#pragma unroll
+    for (int i = 1; i < kGroup; ++i) top = fmaxf(top, x[i]);
+    part.raise(top, factor2);
+    const float from = part.origin();
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const float t = exponent(x[i], from, factor2), e = exp2_fast(t);
+      part.sum += e;
+      part.weighted = fmaf(e, fmaxf(t, kLowestExponent), part.weighted);
+    }
+  }
+
+  DEVICE void merge(OnlineSoftmax other) {
+    part.raise(other.part.highest, factor2);
+    other.part.raise(part.highest, factor2);
+    part.sum += other.part.sum;
+    part.weighted += other.part.weighted;
+  }
+};
 
 template <class T, bool kShaped, bool kWide>
 struct ScoreBlock {
   static constexpr int kOwnRows = 2 * kRowFragments;  // of a thread: row(r), r < kOwnRows
-  static constexpr ScorePart kNothing{-INFINITY, 0, 0};
+  static constexpr PartSums kNothing{-INFINITY, 0, 0};
 
   const ScoreTile& in;
   const int vocabulary, first_row;
-  int own_row;               // the first of this thread's
-  ScorePart part[kOwnRows];  // of this thread's columns of the segment so far
+  int own_row;              // the first of this thread's
+  PartSums part[kOwnRows];  // of this thread's columns of the segment so far
 
   DEVICE ScoreBlock(const ScoreTile& in, int first_row)
       : in(in), vocabulary(int(in.tile.transform.vocabulary)), first_row(first_row) {
@@ -144,7 +164,7 @@ struct ScoreBlock {
     for (int r = 0; r < kOwnRows; ++r) {
       const Logits<kShaped> transform = logits(r);
       const int target = there(r) && in.tile.target[token(r)] < vocabulary ? int(in.tile.target[token(r)]) : -1;
-      OnlineSoftmax softmax = resume(part[r], transform.factor2());
+      OnlineSoftmax softmax{part[r], transform.factor2()};
       bool met = false;
       float target_x = 0;
 #pragma unroll
@@ -160,7 +180,7 @@ struct ScoreBlock {
         softmax.add(x);
       }
       if (met) in.target_x[row(r)] = target_x;
-      part[r] = pause(softmax);
+      part[r] = softmax.part;
     }
   }
 
@@ -169,8 +189,8 @@ struct ScoreBlock {
     const int64_t to = segment * kScoreParts + warp() % kWarpsAcross;
 #pragma unroll
     for (int r = 0; r < kOwnRows; ++r) {
-      const OnlineSoftmax whole = warp_reduce<4>(resume(part[r], logits(r).factor2()));
-      if (lane() % 4 == 0 && there(r)) in.parts[row(r) * score_parts(vocabulary) + to] = pause(whole);
+      const OnlineSoftmax whole = warp_reduce<4>(OnlineSoftmax{part[r], logits(r).factor2()});
+      if (lane() % 4 == 0 && there(r)) in.parts[row(r) * score_parts(vocabulary) + to] = whole.part;
       part[r] = kNothing;
     }
   }
@@ -230,13 +250,11 @@ merge_kernel(ScoreTile in, RowOutputs out) {
   const int64_t token = in.tile.first + row, vocabulary = in.tile.transform.vocabulary;
   if (row >= in.tile.rows || in.tile.skips(token)) return;  // a whole warp
   const float factor2 = Logits<kShaped>(in.tile.transform, in.tile.temperature_of(token), 0, int(vocabulary)).factor2();
-  OnlineSoftmax whole(factor2);
   const int64_t parts = score_parts(vocabulary);
-  for (int64_t i = threadIdx.x % kWarp; i < parts; i += kWarp) whole.merge(resume(in.parts[row * parts + i], factor2));
-  whole = warp_reduce<kWarp>(whole);
+  const PartSums whole = fold(in.parts + row * parts, int(parts), factor2);
   if (threadIdx.x % kWarp != 0) return;
   const bool inside = in.tile.target[token] < vocabulary;  // if not: NaN, no way to raise an error from here
-  const RowSoftmax softmax = finish(whole, inside ? in.target_x[row] : NAN).softmax;
+  const RowSoftmax softmax = finish(whole, factor2, inside ? in.target_x[row] : NAN).softmax;
   if (out.logp) out.logp[token] = inside ? softmax.logp : NAN;
   if (out.entropy) out.entropy[token] = softmax.entropy;
 }

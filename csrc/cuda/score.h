@@ -29,7 +29,7 @@ inline bool can_score(const HeadInputs& in, const Chip& chip) {
 // vocabulary split over the blocks that are left.
 inline ScorePlan plan_score(const HeadShape& shape, int64_t limit_bytes, const Chip& chip) {
   constexpr int64_t kMostRows = 16 * kScoreTileRows, kBlocks = 2, kAlignment = 16;
-  ScorePlan plan{0, 0, score_parts(shape.vocabulary) * int64_t(sizeof(ScorePart)) + int64_t(sizeof(float)), kAlignment};
+  ScorePlan plan{0, 0, score_parts(shape.vocabulary) * kPartBytes + int64_t(sizeof(float)), kAlignment};
   check_workspace(limit_bytes, plan.row_bytes * kMinTileRows + plan.fixed_bytes);
   const int64_t fit = (limit_bytes - plan.fixed_bytes) / plan.row_bytes;
   plan.tile_rows = std::max(kMinTileRows, std::min({shape.tokens, kMostRows, fit}));
@@ -43,8 +43,9 @@ template <class Runtime>
 void score_pass(Runtime& runtime, const ScorePlan& plan, const HeadShape& shape, const HeadInputs& in,
                 const HeadOutputs& out, const RowLoss& loss) {
   const auto memory = runtime.scratch(plan.bytes());
-  auto* const parts = static_cast<ScorePart*>(memory.data());
-  auto* const target_x = reinterpret_cast<float*>(parts + plan.tile_rows * score_parts(shape.vocabulary));
+  auto* const parts = static_cast<PartSums*>(memory.data());
+  auto* const target_x = reinterpret_cast<float*>(static_cast<char*>(memory.data()) +
+                                                  kPartBytes * plan.tile_rows * score_parts(shape.vocabulary));
   for (int64_t begin = 0; begin < shape.tokens; begin += plan.tile_rows) {
     const RowTile tile{begin,
                        std::min(plan.tile_rows, shape.tokens - begin),

@@ -86,7 +86,7 @@ class TaskConfig:
     eval_patience: int = 0
     """The run ends after this many evaluations in a row without a higher train.best_metric; 0: never."""
     eval_sets: dict[str, HeldOutConfig] = field(default_factory=dict)
-    """Further held-out sets by name: their metrics are eval/NAME/accuracy and so on."""
+    """Further held-out sets by name, unless eval_n is 0: their metrics are eval/NAME/accuracy and so on."""
 
     def __post_init__(self) -> None:
         require(self.eval_n >= 0, f"eval_n = {self.eval_n}: must be 0 (no evaluation) or more")
@@ -96,7 +96,6 @@ class TaskConfig:
                 self.eval_n > 0 or not getattr(self, name),
                 f"{name} = {getattr(self, name)} and eval_n = 0: there is nothing to evaluate on; set eval_n",
             )
-        require(self.eval_n > 0 or not self.eval_sets, "eval_sets come after the first set: set eval_n above 0")
         require(
             self.eval_steps > 0 or not self.eval_patience,
             f"eval_patience = {self.eval_patience} counts evaluations during training: set eval_steps",

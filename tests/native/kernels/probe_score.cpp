@@ -32,12 +32,12 @@ bool right(int64_t rows, int64_t size, int64_t vocabulary, int64_t splits) {
   std::vector<int64_t> target;
   for (int64_t i = 0; i < rows; ++i) target.push_back(i * 37 % vocabulary);
   std::vector<float> logp(size_t(rows), NAN), entropy(size_t(rows), NAN), target_x(size_t(rows), NAN);
-  std::vector<ScorePart> parts(size_t(rows * score_parts(vocabulary)), ScorePart{NAN, NAN, NAN});
+  std::vector<float> parts(size_t(rows * score_parts(vocabulary) * kPartBytes) / sizeof(float), NAN);
 
   const RowTile tile{
       0, rows, 0, nullptr, nullptr, {vocabulary, 1, 0, nullptr}, nullptr, 1, target.data(), ExactKl::none, {}};
-  launch_score({tile, hidden.data(), weight.data(), size, parts.data(), target_x.data()}, Dtype::bf16, splits,
-               {logp.data(), entropy.data(), nullptr, nullptr, nullptr}, nullptr);
+  launch_score({tile, hidden.data(), weight.data(), size, reinterpret_cast<PartSums*>(parts.data()), target_x.data()},
+               Dtype::bf16, splits, {logp.data(), entropy.data(), nullptr, nullptr, nullptr}, nullptr);
 
   for (int64_t i = 0; i < rows; ++i) {
     std::vector<double> z(static_cast<size_t>(vocabulary));
