@@ -33,7 +33,8 @@ inline ScorePlan plan_score(const HeadShape& shape, int64_t limit_bytes, const C
   check_workspace(limit_bytes, plan.row_bytes * kMinTileRows + plan.fixed_bytes);
   const int64_t fit = (limit_bytes - plan.fixed_bytes) / plan.row_bytes;
   plan.tile_rows = std::max(kMinTileRows, std::min({shape.tokens, kMostRows, fit}));
-  if (plan.tile_rows > kScoreTileRows) plan.tile_rows -= plan.tile_rows % kScoreTileRows;
+  if (plan.tile_rows > kScoreTileRows && plan.tile_rows < shape.tokens)
+    plan.tile_rows -= plan.tile_rows % kScoreTileRows;
   const int64_t row_tiles = (plan.tile_rows + kScoreTileRows - 1) / kScoreTileRows;
   plan.splits = std::max<int64_t>(1, kBlocks * chip.multiprocessors / row_tiles);
   return plan;

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import yaml
 
 from longgrpo.checks.rehearsal import Forecast
 from longgrpo.cli import main
@@ -117,12 +116,9 @@ def test_targets():
 
 
 def test_train_refuses_what_cannot_fit(tmp_path, capsys):
-    config = yaml.safe_load((EXAMPLES / "smollm2-sums.yaml").read_text())
-    config["rollout"]["kv_cache_gib"] = 10_000
-    config["rollout"]["engine"] = "vllm"
-    file = tmp_path / "huge.yaml"
-    file.write_text(yaml.safe_dump(config))
-    assert main(["train", str(file), "--output_dir", str(tmp_path / "run")]) == 2
+    options = {"rollout.kv_cache_gib": 10_000, "rollout.engine": "vllm", "output_dir": tmp_path / "run"}
+    given = [f"--{key}={value}" for key, value in options.items()]
+    assert main(["train", str(EXAMPLES / "smollm2-sums.yaml"), *given]) == 2
     err = capsys.readouterr().err
     assert "does not fit" in err
     assert "--force trains all the same" in err

@@ -171,7 +171,7 @@ def test_runs_stand_side_by_side(report, two_runs, browse):
     differing = page.locator("section").filter(has=page.get_by_role("heading", name="Config")).locator("table").first
     assert {row.split("\t")[0] for row in differing.inner_text().splitlines()[1:]} == {
         "loss.beta", "train.learning_rate", "train.num_iterations",
-        "rewards.1.function", "rewards.1.weight", "rewards.1.name",
+        "rewards.1.function", "rewards.1.model", "rewards.1.weight", "rewards.1.name",
         "rewards.1.parameters", "rewards.1.timeout", "rewards.1.on_error", "rewards.1.isolate",
     }  # fmt: skip
     curve = panel(page, "Reward").locator("path.line.run-1")

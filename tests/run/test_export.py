@@ -125,6 +125,7 @@ def test_the_model_keeps_the_template_that_it_was_trained_with(run, tmp_path, tr
     template = tmp_path / "chat.jinja"
     template.write_text("{{ messages[-1]['content'] }}!")
     tree["task"] |= {"chat_template": str(template)}
+    tree["train"] |= {"probe_prompts": 0}  # its replies have no end
     directory, _ = run()
     export(directory, tmp_path / "out", "model")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template.read_text()

@@ -61,6 +61,12 @@ def test_the_summary(run):
     assert {"seconds", "peak_rss_bytes", "engine_trainer_logprob_diff_max", "versions"} < summary.keys()
 
 
+def conversation(question):
+    """The turns of a prompt: the example, its answer, and the question."""
+    turns = zip(("user", "assistant", "user"), question.splitlines(), strict=True)
+    return [{"role": role, "content": content} for role, content in turns]
+
+
 def test_peft_and_transformers_give_the_adapter_the_engines_replies(run):
     """The adapter, loaded as any user would, holds the trained weights, and says what the engine said at the end."""
     from peft import PeftModel
@@ -78,12 +84,10 @@ def test_peft_and_transformers_give_the_adapter_the_engines_replies(run):
     assert all(torch.equal(parameter, saved[f"weight.{name}"]) for name, parameter in adapter.items())
     assert any(parameter.abs().max() > 0 for name, parameter in adapter.items() if "lora_B" in name)
 
-    system = {"role": "system", "content": "You are a calculator. You print only the result."}
     after = json.loads((run / "eval_after.json").read_text())
     for question, reply in list(zip(after["questions"], after["replies"], strict=True))[:4]:
-        messages = [system, {"role": "user", "content": question}]
         inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            conversation(question), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert tokenizer.decode(tokens, skip_special_tokens=True) == reply
@@ -123,8 +127,7 @@ def test_vllm_loads_what_is_exported(run, tmp_path):
 
     directory = resolve_model("smollm2-135m-instruct")
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    system = {"role": "system", "content": "You are a calculator. You print only the result."}
-    chats = [[system, {"role": "user", "content": question}] for question in after["questions"][:8]]
+    chats = [conversation(question) for question in after["questions"][:8]]
     prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
     command = [sys.executable, "-c", ADAPTER, directory, tmp_path / "adapter", json.dumps(prompts)]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)

@@ -40,7 +40,9 @@ class _Lean:
         layer = self.layer
         names = layer.active_adapters
         off = layer.disable_adapters or layer.merged or layer.lora_variant or len(names) != 1
-        if off or args or kwargs or torch.is_autocast_enabled(x.device.type):
+        kind = x.device.type
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if off or args or kwargs or casts:
             return self.peft(layer, x, *args, **kwargs)
         (name,) = names
         if not isinstance(layer.lora_dropout[name], nn.Identity) or layer.lora_bias[name]:

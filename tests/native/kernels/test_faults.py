@@ -30,7 +30,8 @@ def harness(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     into = tmp_path_factory.mktemp("harness")
-    sources = [HERE / "simulator.cpp", HERE / "probe.cpp", *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in KERNELS)]
+    sources = [HERE / f"{name}.cpp" for name in ("simulator", "simulated_tensor_core", "probe")]
+    sources += [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in KERNELS]
     return {source.stem: compile_object(source, ROOT, into) for source in sources}
 
 

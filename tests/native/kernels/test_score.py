@@ -37,7 +37,7 @@ def score(h: Head, splits: int = 0, workspace: int = 1 << 30, *, direction: bool
     each = isinstance(h.temperature, torch.Tensor)
     simulated.kernels().force_score(splits)
     try:
-        logp, entropy, _ = simulated.linear_logprob(
+        logp, entropy, *_ = simulated.linear_logprob(
             h.hidden, h.weight, h.target, None if h.bias is None else h.bias.float(), h.temperature if each else None,
             1.0 if each else h.temperature, h.softcap or 0.0, h.logit_scale, True, direction, workspace,
         )  # fmt: skip
