@@ -71,6 +71,7 @@ add_columns_kernel(float* to, const From* from, const float* scale, const float*
   const int64_t j = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kWidth;
   if (j >= columns) return;
   float sums[kWidth] = {0, 0, 0, 0};
+#pragma unroll 1
   for (int64_t i = 0; i < rows; ++i) {
     const float of_row = scale ? scale[i] : 1.0f;
     if (of_row == 0) continue;

@@ -256,9 +256,11 @@ DEVICE float exact_kl(const BlockRow& row, const BlockRow& reference, const KlTe
   return block_reduce<kThreads>(sum).value;
 }
 
-// kBeyond: a gradient other than logp's, that of the entropy or of the exact KL, is possible.
+// kBeyond: a gradient other than logp's, that of the entropy or of the exact KL, is possible. Beside a bias or a soft
+// cap it needs more than the 64 registers that kRowThreads a multiprocessor leave to a thread: there half of them have
+// to do.
 template <class Out, bool kShaped, bool kBeyond, int kThreads>
-KERNEL(kThreads, kRowThreads / kThreads)
+KERNEL(kThreads, kRowThreads / (kShaped && kBeyond ? 2 : 1) / kThreads)
 row_kernel(RowTile tile, RowOutputs out, int kept_columns) {
   DYNAMIC_SHARED(float, kept);  // then the sums of the segments
   PartSums* const parts = reinterpret_cast<PartSums*>(kept + kept_columns);

@@ -66,9 +66,8 @@ def test_a_run_that_stops_on_a_finding_is_saved_resumed_and_the_same(tree, tmp_p
     tree["watch"]["stop_on"] = ["constant_reward"]
     with pytest.raises(TrainingError) as ended:
         Trainer(build_config(tree), tmp_path / "run").run()
-    assert (
-        "watch.stop_on names constant_reward\nsaved at step 3; correct it and go on with: longgrpo train --resume"
-        in str(ended.value)
+    assert "watch.stop_on names constant_reward\nsaved at step 3; go on with: longgrpo train --resume" in str(
+        ended.value
     )
     assert (tmp_path / "run/checkpoints/step-000003").is_dir()
     assert [row["step"] for row in rows_of(tmp_path / "run")][-1] == 3

@@ -110,7 +110,8 @@ def test_scoring_runs_on_the_tensor_cores(code):
 
 @pytest.mark.parametrize(("source", "kernel"), ROWS)
 def test_a_multiprocessor_holds_several_blocks(code, source, kernel):
-    """1024 threads of the row kernels, whose blocks have 256 or 512: one block's barrier is hidden by another."""
+    """1024 threads of the row kernels, whose blocks have 256 or 512: one block's barrier is hidden by another. 512 of
+    the one with a bias or soft cap and a gradient beyond logp's, which spills into local memory otherwise."""
     used = re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", code[source][0], flags=re.S)
     used = [(name, int(registers)) for name, registers in used if kernel in name]
     assert used
@@ -118,4 +119,5 @@ def test_a_multiprocessor_holds_several_blocks(code, source, kernel):
         threads = int(re.findall(r"Li(\d+)E", name)[-1])
         assert threads in (256, 512), name
         per_warp = -(-registers // 8) * 8 * 32  # a warp takes registers in units of 256
-        assert 65536 // (per_warp * threads // 32) >= 1024 // threads, (name, registers)
+        wanted = 512 if re.search(r"row_kernelI.*Lb1ELb1ELi", name) else 1024
+        assert 65536 // (per_warp * threads // 32) >= wanted // threads, (name, registers)

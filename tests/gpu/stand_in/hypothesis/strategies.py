@@ -1,4 +1,4 @@
-"""The strategies that tests/loss/cases.py uses."""
+"""The strategies that tests/testing/cases.py uses."""
 
 from __future__ import annotations
 
