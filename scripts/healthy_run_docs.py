@@ -35,8 +35,8 @@ between the lowest and the highest total that a completion has had in the run, a
 it is earned. "At the start" is the mean of the first {START} steps. `examples/diseased.yaml` is a run that ails of
 several of these.
 
-Each picture is a run of a tiny model that was given the disease, beside the same run without it; the upright line
-is where the watch named it. `python scripts/disease_pictures.py` makes them.
+`python scripts/disease_pictures.py` gives each disease to a tiny model and draws it beside the same run without it;
+the upright line is where the watch named it.
 """
 
 
