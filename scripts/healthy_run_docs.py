@@ -1,4 +1,4 @@
-"""Renders docs/healthy-run.md from the table of findings: python scripts/healthy_run_docs.py > docs/healthy-run.md"""
+"""Writes docs/healthy-run.md from the table of findings: python scripts/healthy_run_docs.py"""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from longgrpo.watch.finding import EARNED, Finding
 from longgrpo.watch.history import START
 from longgrpo.watch.watch import ENDS_AFTER
 
-PICTURES = Path(__file__).parents[1] / "docs" / "healthy-run"
+PAGE = Path(__file__).parents[1] / "docs" / "healthy-run.md"
+PICTURES = PAGE.with_suffix("")
 HEAD = f"""# Is my run healthy?
 
 A run can go on for hours after it has stopped learning, with a reward that still rises. The watch looks at the
@@ -62,4 +63,4 @@ def _filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(render(), end="")
+    PAGE.write_text(render())

@@ -48,6 +48,30 @@ def test_the_command_lines_are_the_shells(path, tmp_path, monkeypatch):
     assert config.rewards[1].function == f"{tmp_path / 'other.py'}:f"
 
 
+def test_every_key_that_may_be_a_path(path, beside):
+    options = [
+        "--lora.path",
+        "model",
+        "--train.optimizer",
+        "loss.py:C",
+        "--train.callbacks",
+        "[loss.py:C, rewards.py:D]",
+    ]
+    tree = yaml.safe_load(path.read_text())
+    for key, value in parse_overrides(options):
+        set_key(tree, key, value)
+    tree["task"]["eval_sets"] = {"hard": {"name": "rows.jsonl", "reward": "rewards.py:first"}}
+    tree["rewards"].append({"model": "model"})
+    path.write_text(yaml.safe_dump(tree))
+    config = load_config(path)
+    assert config.lora.path == str(beside / "model")
+    assert config.rewards[-1].model == str(beside / "model")
+    assert config.train.optimizer == f"{beside / 'loss.py'}:C"
+    assert config.train.callbacks == [f"{beside / 'loss.py'}:C", f"{beside / 'rewards.py'}:D"]
+    hard = config.task.eval_sets["hard"]
+    assert (hard.name, hard.reward) == (str(beside / "rows.jsonl"), f"{beside / 'rewards.py'}:first")
+
+
 def test_what_is_nowhere_stays(path):
     config = load_config(path, ["--model.path", "owner/name", "--task.name", "chain_sum", "--task.sampler", "no.py:C"])
     assert (config.model.path, config.task.name, config.task.sampler) == ("owner/name", "chain_sum", "no.py:C")

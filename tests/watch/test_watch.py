@@ -238,4 +238,4 @@ def test_the_page_is_the_table():
 
     docs = load(ROOT / "scripts" / "healthy_run_docs.py")
     page = (ROOT / "docs" / "healthy-run.md").read_text()
-    assert page == docs.render(), "python scripts/healthy_run_docs.py > docs/healthy-run.md"
+    assert page == docs.render(), "python scripts/healthy_run_docs.py"

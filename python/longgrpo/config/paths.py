@@ -9,15 +9,23 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Keys whose value may be a file, a directory, or path/to/file.py:function; `*` is each entry of a list.
+# Keys whose value may be a file, a directory, or path/to/file.py:function; `*` is each entry of a list or a mapping.
 KEYS = (
     "model.path",
     "task.name",
     "task.eval_name",
+    "task.eval_reward",
+    "task.eval_sets.*.name",
+    "task.eval_sets.*.reward",
     "task.sampler",
     "task.chat_template",
     "rewards.*.function",
+    "rewards.*.model",
+    "lora.path",
+    "lora.merged",
     "loss.function",
+    "train.optimizer",
+    "train.callbacks.*",
 )
 
 
@@ -30,13 +38,13 @@ def make_absolute(tree: Any, folder: Path) -> None:
 
 def _walk(tree: Any, keys: list[str], folder: Path) -> None:
     key, *rest = keys
-    if key == "*":
-        for entry in tree if isinstance(tree, list) else []:
-            _walk(entry, rest, folder)
-    elif isinstance(tree, dict) and rest:
-        _walk(tree.get(key), rest, folder)
-    elif isinstance(tree, dict) and isinstance(tree.get(key), str):
-        tree[key] = _absolute(tree[key], folder)
+    places: dict[Any, Any] = dict(enumerate(tree)) if isinstance(tree, list) else tree if isinstance(tree, dict) else {}
+    for place in list(places) if key == "*" else [key]:
+        value = places.get(place)
+        if rest:
+            _walk(value, rest, folder)
+        elif isinstance(value, str):
+            tree[place] = _absolute(value, folder)
 
 
 def _absolute(value: str, folder: Path) -> str:

@@ -200,17 +200,17 @@ class Trainer:
         self.progress.logprob_diff_max = max(self.progress.logprob_diff_max, difference)
         self.progress.skipped_updates = self.loop.state.skipped_updates
         self.callbacks.step_end(number, stream.epoch)
-        metrics, every, failed, better = {**result.metrics, **also}, self.config.task.eval_steps, None, False
-        try:
-            if (every and number % every == 0) or self.callbacks.control.should_evaluate:
+        every, evaluated, failed, better = self.config.task.eval_steps, {}, None, False
+        if (every and number % every == 0) or self.callbacks.control.should_evaluate:
+            try:
                 evaluated = self.evaluations.during(self.loop.collector, number, tracker.say)
-                metrics |= evaluated
-                self.progress.metric = best_metric(self.config.best_metric, metrics)
-                better = self.config.best_is_evaluated and self.progress.count_evaluation()
-                self.callbacks.evaluated(evaluated, self.progress.best_evaluation)
-        except RewardError as error:  # the step itself is whole
-            failed = error
+            except RewardError as error:  # the step itself is whole
+                failed = error
+        metrics = {**result.metrics, **also, **evaluated}
         self.progress.metric = best_metric(self.config.best_metric, metrics)
+        if evaluated:
+            better = self.config.best_is_evaluated and self.progress.count_evaluation()
+            self.callbacks.evaluated(evaluated, self.progress.best_evaluation)
         self._look_at_clock()
         self.watched.step(metrics, result.rollout)
         self.callbacks.log(metrics)

@@ -171,9 +171,12 @@ def make_sampler(task: TaskConfig, source: Source) -> Sampler:
     if task.sampler:
         sampler: Sampler = load_function(task.sampler, "task.sampler")(source, task.seed)
         return sampler
-    ordered = is_reasoning_gym(task.name) or getattr(source, "streamed", False)  # reasoning_gym's are random already
-    shuffles = task.shuffle and not ordered
-    return (Shuffled if shuffles else Sampler)(source, task.seed)
+    return (Shuffled if task.shuffle and not _stays_in_order(task, source) else Sampler)(source, task.seed)
+
+
+def _stays_in_order(task: TaskConfig, source: Source) -> bool:
+    """reasoning_gym's problems are random already, and a stream has no other order."""
+    return is_reasoning_gym(task.name) or getattr(source, "streamed", False)
 
 
 class PromptStream:
@@ -245,8 +248,7 @@ class PromptStream:
 def held_out_problems(source: Source, task: TaskConfig) -> list[Problem]:
     """task.eval_n problems of different question text; those of a data set are drawn by task.eval_seed."""
     count = min(len(source), 20 * task.eval_n)
-    in_order = is_reasoning_gym(task.name) or getattr(source, "streamed", False)
-    order = range(count) if in_order else permutation(len(source), task.eval_seed).tolist()
+    order = range(count) if _stays_in_order(task, source) else permutation(len(source), task.eval_seed).tolist()
     problems: dict[str, Problem] = {}
     for index in order[:count]:
         if len(problems) == task.eval_n:

@@ -66,9 +66,7 @@ class Collector:
     def prompts(self) -> Prompts:
         """How a problem becomes tokens."""
         config = self.config
-        return Prompts(
-            self.tokenizer, config.task, self.engine.max_length(), config.rollout.max_completion_length
-        )  # fmt: skip
+        return Prompts(self.tokenizer, config.task, self.engine.max_length(), config.rollout.max_completion_length)
 
     # ---- 1
     def sample_prompts(self, count: int) -> list[Problem]:
@@ -79,7 +77,8 @@ class Collector:
         """num_generations completions of each problem, each with a seed of its own, group after group. A group that is
         complete goes to the async reward functions at once."""
         config = self.config.rollout
-        prompts = [self.prompts.encode(problem) for problem in problems]
+        as_tokens = self.prompts
+        prompts = [as_tokens.encode(problem) for problem in problems]
         state, size = self._trainer_state(number), config.num_generations
         members = [(group, member) for group in range(len(problems)) for member in range(size)]
         samples: list[Sample | None] = [None] * len(members)
