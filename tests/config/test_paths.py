@@ -49,17 +49,9 @@ def test_the_command_lines_are_the_shells(path, tmp_path, monkeypatch):
 
 
 def test_every_key_that_may_be_a_path(path, beside):
-    options = [
-        "--lora.path",
-        "model",
-        "--train.optimizer",
-        "loss.py:C",
-        "--train.callbacks",
-        "[loss.py:C, rewards.py:D]",
-    ]
     tree = yaml.safe_load(path.read_text())
-    for key, value in parse_overrides(options):
-        set_key(tree, key, value)
+    tree["lora"] = {"path": "model"}
+    tree["train"] |= {"optimizer": "loss.py:C", "callbacks": ["loss.py:C", "rewards.py:D"]}
     tree["task"]["eval_sets"] = {"hard": {"name": "rows.jsonl", "reward": "rewards.py:first"}}
     tree["rewards"].append({"model": "model"})
     path.write_text(yaml.safe_dump(tree))

@@ -7,7 +7,7 @@ there. What has one entry a token or a sequence may lie on the CPU, where a trai
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,15 +17,10 @@ from longgrpo.loss.tokens import LossTokens
 _TOKENS = tuple(field.name for field in fields(LossTokens))
 
 
-@overload
-def on_device(device: torch.device, tensor: Tensor) -> Tensor: ...
-@overload
-def on_device(device: torch.device, tensor: None) -> None: ...
-@overload
-def on_device(device: torch.device, tensor: Tensor | None) -> Tensor | None: ...
+Given = TypeVar("Given", Tensor, Tensor | None)
 
 
-def on_device(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+def on_device(device: torch.device, tensor: Given) -> Given:
     """`tensor` on `device`, without waiting for what the device is at."""
     if tensor is None or tensor.device == device:
         return tensor
@@ -41,7 +36,7 @@ def require(like: str, device: torch.device, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is on {tensor.device} and {like} on {device}: move {name} to {device}")
 
 
-def bring(like: str, device: torch.device, name: str, tensor: Tensor | None) -> Tensor | None:
+def bring(like: str, device: torch.device, name: str, tensor: Given) -> Given:
     """A tensor with one entry a token or a sequence, on `device`.
 
     Raises ValueError if it lies on another device than that or the CPU.
@@ -53,4 +48,4 @@ def bring(like: str, device: torch.device, name: str, tensor: Tensor | None) -> 
 
 def bring_tokens(like: str, device: torch.device, tokens: LossTokens) -> LossTokens:
     """The same for each tensor of `tokens`."""
-    return LossTokens(**{name: bring(like, device, name, getattr(tokens, name)) for name in _TOKENS})  # type: ignore[arg-type]
+    return LossTokens(**{name: bring(like, device, name, getattr(tokens, name)) for name in _TOKENS})

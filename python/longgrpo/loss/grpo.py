@@ -173,9 +173,7 @@ def linear_grpo_loss(
         needs_sequences = config.needs_sequences or correction.needs_sequences
         rows = rows_known_on_host(shape, advantages, mask, cu_seqlens, config, needs_sequences, metrics)
     require("hidden", device, weight=weight, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight)
-    brought = bring("hidden", device, "target", target)
-    assert brought is not None
-    target = brought
+    target = bring("hidden", device, "target", target)
     mask = bring("hidden", device, "mask", mask)
     used = target >= 0 if mask is None else mask.bool() & (target >= 0)
     given = LossTokens(advantages, used, cu_seqlens, old_logp, ref_logp, sampling_logp, importance)

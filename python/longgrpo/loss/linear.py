@@ -90,7 +90,6 @@ def head_arguments(
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}; for greedy decoding score at temperature 1")
     flat_target = bring("hidden", device, "target", target.reshape(-1).contiguous())
-    assert flat_target is not None
     flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     if os.environ.get("LONGGRPO_CHECK_FINITE") == "1":
         check_finite("hidden", flat, flat_target >= 0)
