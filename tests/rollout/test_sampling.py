@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longgrpo import linear_logprob
-from longgrpo.config.sampling import ENGINES_OWN, FIELDS, OWNED
+from longgrpo.config.sampling import ALWAYS, ENGINES_OWN, FIELDS, OWNED
 from longgrpo.model.head import Head, head_of
 from longgrpo.rollout import RolloutConfig, Sampling, seed_for
 from longgrpo.rollout.support import processed_logits, sampled_logprob
@@ -152,15 +152,14 @@ def test_every_field_of_vllm_is_known():
 GIVEN = {
     "top_p": 0.9, "top_k": 7, "min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": 0.25,
     "repetition_penalty": 1.1, "min_tokens": 3, "stop": ["END"], "stop_token_ids": [5], "ignore_eos": True,
-    "include_stop_str_in_output": True, "skip_special_tokens": False, "spaces_between_special_tokens": False,
-    "bad_words": ["no"], "logit_bias": {3: 1.0}, "allowed_token_ids": [3, 4, 5], "thinking_token_budget": 9,
+    "skip_special_tokens": False, "bad_words": ["no"], "logit_bias": {3: 1.0}, "allowed_token_ids": [3, 4, 5], "thinking_token_budget": 9,
     "extra_args": {"a": 1}, "watermarking": False,
 }  # fmt: skip
 
 
 def test_every_field_reaches_the_engine(tiny):
     given = {**GIVEN, "structured_outputs": {"regex": "[0-9]+"}, "repetition_detection": None}
-    assert set(given) == set(FIELDS) - {"seed", "temperature"}
+    assert set(given) == set(FIELDS) - {"seed", "temperature", *ALWAYS}
     config = RolloutConfig(sampling={**given, "temperature": 0.7, "seed": 3407}, max_completion_length=9)
     params = tiny._params(config.request(), seed=11)
     for name, value in GIVEN.items():
@@ -193,6 +192,8 @@ def test_a_sampling_params_object_is_as_good_as_a_mapping():
         ({"sampling": {"temperature": 0.5}, "temperature": 0.7}, r"0\.7 and sampling\.temperature = 0\.5: leave one"),
         ({"sampling": {"min_p": 3}}, "min_p = 3"),
         ({"sampling": 7}, "sampling = 7: give a mapping"),
+        ({"sampling": {"include_stop_str_in_output": False}}, "output = False: a reply is the text of all its tokens"),
+        ({"sampling": {"spaces_between_special_tokens": True}}, "tokens = True: a reply is the text of all its tokens"),
         ({"sleep_level": 1}, "sleep_level = 1: moves or drops the weights, which the trainer shares"),
         ({"sleep_level": 2}, "sleep_level = 2: moves or drops"),
         ({"importance_cap": 1.0}, "importance_cap = 1.0"),

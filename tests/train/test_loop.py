@@ -211,6 +211,17 @@ def test_the_first_reward_says_by_default_what_is_solved(tree, tmp_path):
     assert after["scores"] == [sum(c.isdigit() for c in text) / 10 + len(text) / 100 for text in after["replies"]]
 
 
+def test_replies_have_their_special_tokens_if_it_is_asked_for(tree, tmp_path):
+    tree["rollout"]["sampling"] = {"skip_special_tokens": False, "allowed_token_ids": [1, 20, 21]}  # 1 ends a reply
+    tree["train"]["steps"] = 1
+    trainer(tree, tmp_path / "run").run()
+    table = pyarrow.parquet.read_table(tmp_path / "run/completions").to_pydict()
+    texts = table["completion"] + json.loads((tmp_path / "run/eval_after.json").read_text())["replies"]
+    ended = [text.endswith("<end>") for text in texts]
+    assert any(ended)
+    assert ended[: len(table["finish_reason"])] == [reason == "stop" for reason in table["finish_reason"]]
+
+
 def test_rewards_that_never_apply(tree, tmp_path):
     tree["rewards"] += [{"function": f"{OWN}:never"}]
     tree["train"]["steps"] = 1

@@ -39,6 +39,8 @@ ENDINGS = (
     "seed", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
     "spaces_between_special_tokens", "repetition_detection",
 )  # fmt: skip
+# A reply is decoded from its tokens by the tokenizer, so that only one value of each of these holds.
+ALWAYS = {"include_stop_str_in_output": True, "spaces_between_special_tokens": False}
 FIELDS = (*RECOMPUTED, *ENDINGS, *ENGINES_OWN)
 NEED_TOKENIZER = ("stop", "bad_words", "structured_outputs")
 
@@ -49,7 +51,8 @@ class Sampling:
 
     temperature 0 is greedy decoding; its logprobs are those of temperature 1. top_k 0, top_p 1 and min_p 0 are off.
     The end tokens are the model's own (generation_config.json), to which stop_token_ids adds; ignore_eos leaves them
-    out. `others` are further fields of vLLM's SamplingParams.
+    out. With skip_special_tokens false, the text of a reply has them too, its end token among them. `others` are
+    further fields of vLLM's SamplingParams.
     """
 
     max_tokens: int = 256
@@ -61,6 +64,7 @@ class Sampling:
     logit_bias: Mapping[int, float] | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     others: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -88,7 +92,12 @@ def sampling_fields(given: Any) -> dict[str, Any]:
     Raises ValueError for one that vLLM does not have (naming the nearest), and for one that the trainer owns.
     """
     fields = _set_fields(given)
-    for name in fields:
+    for name, value in fields.items():
+        if value != ALWAYS.get(name, value):
+            raise ValueError(
+                f"rollout.sampling.{name} = {value}: a reply is the text of all its tokens, which is {ALWAYS[name]}; "
+                "leave it out, and let the reward function cut what it does not want"
+            )
         if name in OWNED:
             raise ValueError(f"rollout.sampling.{name} is the trainer's: {OWNED[name]}")
         if name not in FIELDS:
@@ -100,7 +109,7 @@ def sampling_fields(given: Any) -> dict[str, Any]:
 
 def sampling_of(fields: Mapping[str, Any], max_tokens: int, temperature: float) -> Sampling:
     """The request of `fields` as sampling_fields returns them; its seed is not part of it."""
-    rest = {name: value for name, value in fields.items() if name not in ("seed", "temperature")}
+    rest = {name: value for name, value in fields.items() if name not in ("seed", "temperature", *ALWAYS)}
     rest["top_k"] = max(rest.get("top_k", 0), 0)  # -1 is another way to say off
     for name in ("allowed_token_ids", "stop_token_ids"):
         if rest.get(name) is not None:

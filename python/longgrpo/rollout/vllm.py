@@ -197,6 +197,7 @@ class VllmEngine:
             max_tokens=sampling.max_tokens,
             stop_token_ids=[*(() if sampling.ignore_eos else self._end_tokens), *sampling.stop_token_ids],
             ignore_eos=sampling.ignore_eos,
+            skip_special_tokens=sampling.skip_special_tokens,
             seed=seed,
             logprobs=0,  # only the sampled token's
             flat_logprobs=True,  # one list of floats per completion, and no object per token

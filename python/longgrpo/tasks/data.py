@@ -290,9 +290,11 @@ def columns_of(problems: Sequence[Problem]) -> dict[str, list[Any]]:
     return {name: [problem.columns.get(name) for problem in problems] for name in names}
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, completions: Sequence[Completion]) -> list[str]:
-    """The texts of completions, without the end token and other special ones."""
-    return [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]
+def decode(
+    tokenizer: PreTrainedTokenizerBase, completions: Sequence[Completion], skip_special_tokens: bool = True
+) -> list[str]:
+    """The texts of completions, by default without the end token and other special ones."""
+    return [str(tokenizer.decode(c.token_ids, skip_special_tokens=skip_special_tokens)) for c in completions]
 
 
 def check_length(prompt_ids: list[int], problem: Problem, context: int) -> None:

@@ -92,7 +92,7 @@ def evaluate(
         asked = [problem for problem in problems for _ in range(times)]
         engine.drop_caches()  # whatever was sampled before, the replies are the same
         completions = engine.generate([ids for ids in encoded for _ in range(times)], sampling, seeds)
-        replies = decode(prompts.tokenizer, completions)
+        replies = decode(prompts.tokenizer, completions, sampling.skip_special_tokens)
         return replies, _scores(held_out.reward, asked, replies, [c.token_ids for c in completions])
 
     questions = [problem.question for problem in problems]

@@ -77,6 +77,7 @@ class Collector:
         """num_generations completions of each problem, each with a seed of its own, group after group. A group that is
         complete goes to the async reward functions at once."""
         config = self.config.rollout
+        request = config.request()
         as_tokens = self.prompts
         prompts = [as_tokens.encode(problem) for problem in problems]
         state, size = self._trainer_state(number), config.num_generations
@@ -86,7 +87,7 @@ class Collector:
 
         def finished(i: int, completion: Completion) -> None:
             group = members[i][0]
-            text = decode(self.tokenizer, [completion])[0]
+            text = decode(self.tokenizer, [completion], request.skip_special_tokens)[0]
             samples[i] = Sample(first_group + group, prompts[group], completion, text)
             mates = [sample for sample in samples[group * size : (group + 1) * size] if sample]
             if len(mates) == size:
@@ -94,7 +95,7 @@ class Collector:
 
         self.engine.generate(
             [prompts[group] for group, _ in members],
-            config.request(),
+            request,
             [seed_for(seed, number, first_group + group, member) for group, member in members],
             finished,
         )
