@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from longgrpo.checks.rehearsal import NOT_TRAINERS, longest_rollout, rows_of
+from longgrpo.checks.counted import NOT_TRAINERS, longest_rollout, rows_of
 from longgrpo.config.run import TrainConfig, build_config
 from longgrpo.memory.cards import GIB
 from longgrpo.memory.dryrun import MetaEngine

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 from importlib.metadata import version
 
 import pytest
+import tomllib
+from packaging.requirements import Requirement
 
 from longgrpo import doctor
 from testing import ROOT
@@ -42,3 +45,12 @@ def test_the_table_has_the_versions_of_the_doctor():
         assert f"| {name} | {doctor.TESTED[name]}" in table
     assert f"| {doctor.MINIMUM_DRIVER} or later |" in table
     assert version("torch").split("+")[0] == doctor.TESTED["torch"]
+
+
+def test_what_private_names_are_taken_from_is_accepted_from_the_version_that_is_tested():
+    """Other versions of these may rename or change what the project takes from them."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    accepted = {r.name: r.specifier for r in map(Requirement, itertools.chain(*extras.values()))}
+    for name in ("transformers", "peft", "gguf", "bitsandbytes", "math-verify"):
+        lowest = next(s.version for s in accepted[name] if s.operator == ">=")
+        assert version(name).startswith(f"{lowest}."), name

@@ -1,12 +1,16 @@
 """The planner against the dry run, which runs the trainer's own step, and against real runs."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from longgrpo.checks.rehearsal import NOT_TRAINERS, count_step, dry_run, longest_rollout, rows_of
+from longgrpo.checks.counted import NOT_TRAINERS, count_step, dry_run, longest_rollout, rows_of
+from longgrpo.checks.rehearsal import Forecast, forecast_run
 from longgrpo.config.run import load_config
+from longgrpo.errors import ConfigError
 from longgrpo.memory.cards import GIB, card
 from longgrpo.memory.internal import CPU, Target
 from longgrpo.memory.plan import NF4_BYTES, plan_memory
@@ -150,3 +154,37 @@ def test_a_recipe_runs_dry(model, name):
         pytest.importorskip("bitsandbytes")
     path = model(Path(config.model.path).name, 4)
     agree(replace(config, model=replace(config.model, path=path)))
+
+
+GEMMA3 = {
+    "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_size": 640, "intermediate_size": 2048,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
+    "max_position_embeddings": 32768, "sliding_window": 4096, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_model_without_formulas_is_counted(tmp_path, lora):
+    """Its plan is that of a step on meta tensors; the oracle is the same step on real ones."""
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA3))
+    config = run_config(str(tmp_path), 1024, lora=lora, dtype="float32", memory={"checkpoint": True}, beta=0.1)
+    plan = Forecast(config).plan
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path, local_files_only=True))
+    model.save_pretrained(tmp_path)
+    rollout = longest_rollout(config, 32768)
+    measured = count_step(
+        config, make_state(config, TransformersEngine(config.rollout, config.model), None), rollout, CPU
+    )
+    assert held(plan.training) == pytest.approx(held(measured["training"]), rel=0.05)
+    assert held(plan.scoring) == pytest.approx(held(measured["scoring"]), rel=0.05)
+    assert plan.rollout.terms["KV cache"] == 8 * 1024 * 4 * 2 * 256 * 4  # sequences, tokens, layers, k and v, bytes
+
+
+def test_a_model_that_does_not_run_on_meta_tensors_has_no_plan(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA3 | {"hidden_activation": "no such function"}))
+    config = run_config(str(tmp_path), 1024)
+    with pytest.raises(
+        ConfigError, match=r"no formulas for the architecture 'gemma3_text', and a step on meta tensors"
+    ):
+        Forecast(config)
+    assert forecast_run(config, 4, force=False) is None

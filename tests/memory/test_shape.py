@@ -42,9 +42,16 @@ def test_linears_are_those_of_transformers(name):
     assert ours == theirs
 
 
-def test_an_unknown_architecture_is_named():
-    with pytest.raises(UnknownArchitecture, match=r"does not know the architecture 'mamba'; it knows llama, mistral"):
-        shape_from_config(SMOLLM2 | {"model_type": "mamba"}, "here")
+def test_an_architecture_without_formulas_has_the_sizes_of_its_class():
+    shape = shape_from_config({"model_type": "gpt2", "n_embd": 96, "n_head": 4, "n_positions": 77}, "here")
+    assert (shape.hidden, shape.heads, shape.head_dim, shape.kv_heads, shape.mlp) == (96, 4, 24, 4, 384)
+    assert (shape.layers, shape.vocabulary, shape.context) == (12, 50257, 77)  # the class's own
+    assert not shape.has_formulas
+
+
+def test_an_architecture_that_transformers_does_not_know_is_named():
+    with pytest.raises(UnknownArchitecture, match=r"here: transformers does not know the architecture 'llama9'"):
+        shape_from_config(SMOLLM2 | {"model_type": "llama9"}, "here")
 
 
 def test_a_missing_size_is_named():

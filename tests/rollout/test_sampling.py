@@ -152,8 +152,8 @@ def test_every_field_of_vllm_is_known():
 GIVEN = {
     "top_p": 0.9, "top_k": 7, "min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": 0.25,
     "repetition_penalty": 1.1, "min_tokens": 3, "stop": ["END"], "stop_token_ids": [5], "ignore_eos": True,
-    "skip_special_tokens": False, "bad_words": ["no"], "logit_bias": {3: 1.0}, "allowed_token_ids": [3, 4, 5], "thinking_token_budget": 9,
-    "extra_args": {"a": 1}, "watermarking": False,
+    "skip_special_tokens": False, "bad_words": ["no"], "logit_bias": {3: 1.0}, "allowed_token_ids": [3, 4, 5],
+    "thinking_token_budget": 9, "extra_args": {"a": 1}, "watermarking": False,
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longgrpo.checks.rehearsal import longest_rollout
+from longgrpo.checks.counted import longest_rollout
 from longgrpo.config.run import build_config
 from longgrpo.memory.dryrun import MetaEngine
 from longgrpo.train.loop import loss_and_backward, optimizer_step, score

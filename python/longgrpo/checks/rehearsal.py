@@ -1,66 +1,30 @@
-"""The longest micro-batch that a config permits: planned for, rehearsed before the first step, run dry on `meta`."""
+"""The longest micro-batch that a config permits: planned for, and rehearsed before the first step."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from longgrpo._ops.offload import host_budget
-from longgrpo.config.optimizer import OPTIMIZERS
+from longgrpo.checks.counted import NOT_TRAINERS, counted_plan, dry_run, longest_rollout, rows_of
 from longgrpo.config.run import TrainConfig
 from longgrpo.errors import ConfigError
 from longgrpo.memory.cards import GIB, card
-from longgrpo.memory.dryrun import MetaEngine
 from longgrpo.memory.internal import CPU, Internal, Target
 from longgrpo.memory.ladder import Change, cheapest_changes
 from longgrpo.memory.live import LiveStorages
-from longgrpo.memory.plan import Phase, Plan, Rows, plan_memory
-from longgrpo.memory.shape import UnknownArchitecture, config_file, model_shape
+from longgrpo.memory.plan import Phase, Plan, plan_memory
+from longgrpo.memory.shape import UnknownArchitecture, model_shape
 from longgrpo.model.lora import with_adapter
-from longgrpo.offload import OffloadEngine
-from longgrpo.rollout.protocol import Completion, RolloutEngine
-from longgrpo.tasks.sample import Rollout, Sample
-from longgrpo.train.loop import Loop, loss_and_backward, optimizer_step, score
-from longgrpo.train.losses import PolicyLoss
-from longgrpo.train.packing import pack, split
-from longgrpo.train.state import TrainState, make_state
+from longgrpo.rollout.protocol import RolloutEngine
+from longgrpo.train.loop import Loop, loss_and_backward, score
 from longgrpo.train.update import plan_updates
 
 log = logging.getLogger(__name__)
-
-
-def longest_rollout(config: TrainConfig, context: int, prompt_length: int | None = None) -> Rollout:
-    """The samples of the longest micro-batch: prompts of `prompt_length` tokens, completions as long as they may be.
-
-    Without a prompt length prompts fill what rollout.max_model_len leaves, or else train.token_budget.
-    """
-    rollout, train = config.rollout, config.train
-    longest = rollout.max_model_len or min(context, max(train.token_budget, rollout.max_completion_length + 1))
-    prompt = max(1, min(prompt_length or longest, longest - rollout.max_completion_length))
-    length = min(rollout.max_completion_length, longest - prompt)
-    completion = Completion([0] * length, [0.0] * length, "stop")
-    samples = [
-        Sample(group, [0] * prompt, completion, "")
-        for group in range(train.prompts_per_step)
-        for _ in range(rollout.num_generations)
-    ]
-    return _rollout(next(split(samples, train.token_budget, config.memory.share_prompts)))
-
-
-def _rollout(samples: Sequence[Sample]) -> Rollout:
-    """Samples that all have a gradient, as one group."""
-    rollout = Rollout.of([], samples, torch.zeros(0, 1, len(samples)))
-    return replace(rollout, advantages=torch.ones_like(rollout.advantages))
-
-
-def rows_of(config: TrainConfig, rollout: Rollout) -> Rows:
-    batch = pack(rollout, range(len(rollout.samples)), share_prompts=config.memory.share_prompts)
-    lengths = batch.packed.lengths
-    return Rows(len(batch.packed.input_ids), sum(lengths), len(batch.target), max(lengths) + 1)
 
 
 class Forecast:
@@ -81,7 +45,10 @@ class Forecast:
 
     def _planned(self, config: TrainConfig) -> Plan:
         rollout = longest_rollout(config, self.shape.context, self.prompt_length)
-        return plan_memory(config, self.shape, rows_of(config, rollout), self.target)
+        rows = rows_of(config, rollout)
+        if not self.shape.has_formulas:
+            return counted_plan(config, self.shape, rollout, rows, self.target)
+        return plan_memory(config, self.shape, rows, self.target)
 
     def needs(self, plan: Plan) -> int:
         """Bytes that must fit: without a GPU device and host are one memory."""
@@ -95,8 +62,9 @@ class Forecast:
 
     def text(self) -> str:
         rows = self.plan.rows
+        how = "predicted" if self.shape.has_formulas else "counted on meta tensors"
         lines = [
-            f"memory, predicted: the longest micro-batch has {rows.tokens} tokens ({rows.attention} in attention, "
+            f"memory, {how}: the longest micro-batch has {rows.tokens} tokens ({rows.attention} in attention, "
             f"{rows.loss} in the loss)"
         ]
         for phase in self.plan.phases:
@@ -163,7 +131,7 @@ class Forecast:
 
 def forecast_run(config: TrainConfig, prompt_length: int, force: bool) -> Forecast | None:
     """Logs what a run here will need. Raises ConfigError, with the remedies, if that does not fit, unless `force`.
-    None for an architecture that there are no formulas for."""
+    None for a model that is neither computed nor counted."""
     try:
         forecast = Forecast(config, prompt_length=prompt_length)
     except ConfigError as error:
@@ -176,10 +144,6 @@ def forecast_run(config: TrainConfig, prompt_length: int, force: bool) -> Foreca
         raise ConfigError(f"{text}\n--force trains all the same")
     log.info("%s", text)
     return forecast
-
-
-NOT_TRAINERS = ("context", "KV cache")
-"""Terms that the trainer itself does not hold."""
 
 
 def as_json(phase: Phase) -> dict[str, Any]:
@@ -216,43 +180,3 @@ def _peak_of(run: Callable[[], Any], loop: Loop, target: Target, cache: int) -> 
         live.reset_peak()  # a phase may have nothing to do
         run()
     return live.peak
-
-
-def dry_run(config: TrainConfig, rollout: Rollout, target: Target) -> dict[str, Phase]:
-    """count_step on storages that are not there, with the attention of a GPU."""
-    dtype = getattr(torch, config.model.dtype)
-    offload = OffloadEngine(backend="count", host_bytes=1 << 44) if config.memory.offload else None
-    engine: Any = MetaEngine(config_file(config.model.path).parent, dtype, config.model.quantization)
-    name = config.train.optimizer
-    if name in OPTIMIZERS and OPTIMIZERS[name].module != "torch.optim":
-        raise ConfigError(f"train.optimizer = {name!r} does not step without storage: drop --dry-run, or take adamw")
-    state = make_state(config, engine, offload)
-    for group in state.optimizer.param_groups:
-        if "foreach" in group and not group.get("fused"):
-            group["foreach"] = target.is_cuda  # as torch chooses there
-    return count_step(config, state, rollout, target)
-
-
-def count_step(config: TrainConfig, state: TrainState, rollout: Rollout, target: Target) -> dict[str, Phase]:
-    """Phases 5 to 7 of a step, the trainer's own: the peaks of scoring and training in live storages.
-
-    It is the second step, as the optimizer's state is there, and has the micro-batch twice, as gradients are there when
-    the second one runs. What the trainer holds is counted: no key-value cache and no CUDA context.
-    """
-    loss, device = PolicyLoss(config), state.model.device
-    groups = config.train.prompts_per_step
-    again = [replace(sample, group=sample.group + groups) for sample in rollout.samples]
-    (once,) = plan_updates(config, rollout, device, parts=1)
-    (twice,) = plan_updates(config, _rollout([*rollout.samples, *again]), device, parts=1)
-    with LiveStorages(Internal(target)) as live:
-        live.add([*state.model.parameters(), *state.model.buffers()], "weights")
-        live.add(state.reference.tensors.values() if state.reference else [], "reference")
-        score(config, state, [once, twice])
-        optimizer_step(config, state, 1, once, loss_and_backward(loss, state, once)[0])
-        live.reset_peak()
-        score(config, state, [once])
-        scoring = Phase("scoring", dict(live.at_peak))
-        live.reset_peak()
-        optimizer_step(config, state, 2, twice, loss_and_backward(loss, state, twice)[0])
-    host = {"layer inputs": int(state.offload.stats()["host_peak"])} if state.offload else {}
-    return {"scoring": scoring, "training": Phase("training", dict(live.at_peak), host)}

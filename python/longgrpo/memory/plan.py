@@ -79,7 +79,7 @@ def plan_memory(config: TrainConfig, shape: ModelShape, rows: Rows, target: Targ
     Raises ValueError for a config that contradicts itself: see `check`.
     """
     check(config, shape, rows)
-    model = _Memory(config, shape, rows, target)
+    model = Formulas(config, shape, rows, target)
     return Plan(model.rollout(), model.scoring(), model.training(), rows)
 
 
@@ -109,8 +109,8 @@ def kv_bytes(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
     return 2 * element * shape.layers * shape.kv_width * tokens
 
 
-class _Memory:
-    """The formulas. Attributes named as a width are one micro-batch's bytes of a tensor of that width."""
+class Formulas:
+    """Attributes named as a width are one micro-batch's bytes of a tensor of that width."""
 
     def __init__(self, config: TrainConfig, shape: ModelShape, rows: Rows, target: Target) -> None:
         self.config, self.shape, self.rows, self.target = config, shape, rows, target
@@ -136,21 +136,22 @@ class _Memory:
             "norms and biases": shape.other_weights * element,
         }
         if self.config.lora:
-            terms["adapter"] = self.trained * FP32 + self._engine_adapter()
+            terms["adapter"] = self.trained * FP32
         elif element < FP32:
             terms["float32 masters"] = FP32 * shape.parameters
         if self.config.loss.beta and self.full:
             terms["reference"] = shape.parameters * element
         terms["optimizer"] = self.config.train.state_bytes * self.trained
-        if self.target.is_cuda:
-            terms["context"] = CONTEXT
-        return terms
+        return terms | self.beside_the_trainer()
 
-    def _engine_adapter(self) -> int:
-        """The engine's own copy of A and B, which a merge does without."""
+    def beside_the_trainer(self) -> dict[str, int]:
+        """The CUDA context and the engine's own copy of A and B, which a merge does without."""
+        context = {"context": CONTEXT} if self.target.is_cuda else {}
         mode = self.config.lora.mode if self.config.lora else "merge"
         merged = mode == "merge" or (mode == "auto" and self.element == FP32)
-        return 0 if merged or self.config.rollout.engine == "transformers" else self.trained * self.element
+        if merged or self.config.rollout.engine == "transformers":
+            return context
+        return context | {"engine's adapter": self.trained * self.element}
 
     @property
     def trained(self) -> int:

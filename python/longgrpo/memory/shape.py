@@ -20,7 +20,7 @@ class Linear(NamedTuple):
 
 
 class UnknownArchitecture(ValueError):
-    """A model whose layers the planner has no formulas for."""
+    """A model whose memory can be neither computed nor counted."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,16 @@ FAMILIES = {
 }
 
 
+_SIZES = (
+    "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "num_key_value_heads", "head_dim", "tie_word_embeddings", "sliding_window",
+    "use_sliding_window",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ModelShape:
-    kind: str  # config.json's model_type, a key of FAMILIES
+    kind: str  # config.json's model_type
     layers: int
     hidden: int
     heads: int
@@ -58,6 +65,11 @@ class ModelShape:
     attention_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
+
+    @property
+    def has_formulas(self) -> bool:
+        """Whether family, linears and what follows from them are known."""
+        return self.kind in FAMILIES
 
     @property
     def family(self) -> Family:
@@ -109,36 +121,53 @@ class ModelShape:
 def model_shape(path: str) -> ModelShape:
     """The shape of the model that `model.path` names; for a hub id only config.json is fetched.
 
-    Raises FileNotFoundError if there is none, UnknownArchitecture, or ValueError if config.json lacks a size.
+    Raises FileNotFoundError if there is none, UnknownArchitecture if transformers does not know it either, or
+    ValueError if config.json lacks a size.
     """
     return shape_from_config(json.loads(config_file(path).read_text()), path)
 
 
 def shape_from_config(config: dict[str, Any], source: str) -> ModelShape:
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise UnknownArchitecture(
-            f"{source}: the planner does not know the architecture {kind!r}; it knows {', '.join(FAMILIES)}"
-        )
+    kind = str(config.get("model_type"))
+    sizes = config if kind in FAMILIES else _sizes_of_class(config, source)
     try:
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
         return ModelShape(
             kind=kind,
-            layers=config["num_hidden_layers"],
+            layers=sizes["num_hidden_layers"],
             hidden=hidden,
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            mlp=config["intermediate_size"],
-            vocabulary=config["vocab_size"],
-            context=config["max_position_embeddings"],
-            tied=config.get("tie_word_embeddings", kind == "gemma"),
-            attention_bias=config.get("attention_bias", False),
-            mlp_bias=config.get("mlp_bias", False),
-            sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+            kv_heads=sizes.get("num_key_value_heads") or heads,
+            head_dim=sizes.get("head_dim") or hidden // heads,
+            mlp=sizes["intermediate_size"],
+            vocabulary=sizes["vocab_size"],
+            context=sizes["max_position_embeddings"],
+            tied=sizes.get("tie_word_embeddings", kind == "gemma"),
+            attention_bias=sizes.get("attention_bias", False),
+            mlp_bias=sizes.get("mlp_bias", False),
+            sliding_window=sizes.get("sliding_window") if sizes.get("use_sliding_window", True) else None,
         )
     except KeyError as error:
         raise ValueError(f"{source}: config.json has no {error}") from None
+
+
+def _sizes_of_class(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """The sizes of a model whose config.json may have other names for them, or leave them to its class's defaults."""
+    from transformers import AutoConfig
+
+    try:
+        text = AutoConfig.for_model(**config).get_text_config()
+    except (KeyError, ValueError, TypeError) as error:
+        raise UnknownArchitecture(
+            f"{source}: transformers does not know the architecture {config.get('model_type')!r}: {error}"
+        ) from error
+    names = {name: getattr(text, name, None) for name in _SIZES}
+    sizes = {name: value for name, value in names.items() if value is not None}
+    if "hidden_size" in sizes:
+        sizes.setdefault(
+            "intermediate_size", 4 * sizes["hidden_size"]
+        )  # the usual width, if the class has no name for it
+    return sizes
 
 
 def config_file(path: str) -> Path:
