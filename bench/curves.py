@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,16 +26,29 @@ def solved_in(run: Path, when: str) -> list[int]:
     return [int(score >= 1.0) for score in scores]
 
 
-def draw(panels: Mapping[str, str], groups: Mapping[str, Mapping[str, Curves]], path: Path) -> None:
-    """A panel a metric (its title); in each a line a group, the mean of its seeds, and a band over what they span."""
+def panels_of(count: int) -> tuple[Any, Sequence[Any]]:
+    """A figure of `count` panels side by side, and their axes; the same numbers give the same file."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "longgrpo", "svg.fonttype": "none"}  # the same file for the same numbers
+    matplotlib.rcParams |= {"svg.hashsalt": "longgrpo", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained", squeeze=False)
-    for axis, (name, title) in zip(axes[0], panels.items(), strict=True):
+    figure, axes = pyplot.subplots(1, count, figsize=(4 * count, 3.4), layout="constrained", squeeze=False)
+    return figure, list(axes[0])
+
+
+def save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def draw(panels: Mapping[str, str], groups: Mapping[str, Mapping[str, Curves]], path: Path) -> None:
+    """A panel a metric (its title); in each a line a group, the mean of its seeds, and a band over what they span."""
+    figure, axes = panels_of(len(panels))
+    for axis, (name, title) in zip(axes, panels.items(), strict=True):
         for label, curves in groups.items():
             values = torch.tensor(curves[name]).unfold(1, WINDOW, 1).mean(-1)  # [S, steps - WINDOW + 1]
             steps = range(2, 2 + values.shape[1])
@@ -42,9 +56,8 @@ def draw(panels: Mapping[str, str], groups: Mapping[str, Mapping[str, Curves]], 
             axis.fill_between(steps, values.amin(0), values.amax(0), alpha=0.12, linewidth=0)
         axis.set(title=title, xlabel="step")
     if len(groups) > 1:
-        axes[0, 0].legend(fontsize=7)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+        axes[0].legend(fontsize=7)
+    save(figure, path)
 
 
 def splice(page: Path, lines: Sequence[str]) -> None:

@@ -122,7 +122,8 @@ def _check_targets(model: PeftModel) -> None:
             raise ValueError(
                 f"lora.targets: {name} stays frozen, because the loss reads its weight and not its output: leave it out"
             )
-        tied = sorted({*users[id(layer.get_base_layer().weight)]} - {name})
+        weight = getattr(layer.get_base_layer(), "weight", None)  # experts have several, under other names
+        tied = sorted({*users.get(id(weight), ())} - {name})
         if tied:
             raise ValueError(
                 f"lora.targets: {name} has the weight of {', '.join(tied)} (tied), which an adapter on one of them "
