@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import peft
@@ -15,6 +16,7 @@ from longgrpo.errors import ConfigError
 from longgrpo.rollout.adapters import choose_mode
 from longgrpo.run.export import export
 from longgrpo.run.trainer import Trainer
+from testing.families import FAMILIES, write_family
 
 TOKENS = torch.tensor([[5, 9, 30, 12]])
 
@@ -124,3 +126,24 @@ def test_adapters_that_do_not_fit(short, tmp_path, tiny_model):
     refused(r"its weights do not fit this model, the first that does not: .*lora_", path=str(good))
     short["model"]["quantization"] = "nf4"
     refused(r"lora\.merged needs weights that are not quantized", merged=str(good))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("key", ["path", "merged"])
+def test_vllm_samples_from_the_adapter_that_a_run_began_with(short, tmp_path, key, dtype):
+    """Engine and trainer agree in every step, and both are far from the bare base."""
+    pytest.importorskip("vllm")
+    base = write_family(FAMILIES["Llama"], tmp_path / "base")
+    path, _ = saved_adapter(base, tmp_path / "adapter", rank=8)
+    short["model"] |= {"path": str(base), "dtype": dtype}
+    short["lora"] = {"path": str(path)} if key == "path" else {"rank": 8, "alpha": 8, "merged": str(path)}
+    short["rollout"] |= {"engine": "vllm", "kv_cache_gib": 0.05, "max_model_len": 128}
+    Trainer(build_config(short), tmp_path / "run").run()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    apart = [row["engine_trainer_logprob_diff_mean"] for row in rows if row["step"] > 0]
+    assert len(apart) == 2
+    assert max(apart) < (1e-5 if dtype == "float32" else 0.05)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    began = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path)
+    assert (logits(began).log_softmax(-1) - logits(plain).log_softmax(-1)).abs().mean() > 0.2

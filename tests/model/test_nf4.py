@@ -3,14 +3,17 @@
 import importlib.util
 import json
 
+import peft
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from longgrpo.config.model import LoraConfig
 from longgrpo.model import nf4
 from longgrpo.model.head import head_of
+from longgrpo.model.lean_lora import use_lean_lora
 from longgrpo.model.load import load_model, resolve_model
 from longgrpo.model.lora import add_lora
 from testing.models import random_model, trainable_parameters
@@ -87,6 +90,24 @@ def test_the_linear_is_the_dense_one_forward_and_backward(dtype):
     ours.backward(torch.ones_like(ours))
     theirs.backward(torch.ones_like(theirs))
     assert torch.equal(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 128), (1, 5, 128), (2, 3, 128)])
+def test_an_adapter_is_added_in_place_to_a_packed_linear(shape, with_bias):
+    """Also to one with a bias, such as Qwen2's; the oracle is the sum out of place."""
+    layer = nf4.NF4Linear(128, 96, bias=with_bias, dtype=torch.float32)
+    layer.weight.data, layer.absmax.data = nf4.pack(torch.randn(96, 128))
+    base = nn.Sequential(layer)
+    model = use_lean_lora(peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0"])))
+    a, b = (p for p in model.parameters() if p.requires_grad)
+    nn.init.normal_(b)
+    x = torch.randn(shape, requires_grad=True)
+    y = linear(x, nf4.unpack(layer.weight, layer.absmax, torch.float32), layer.bias) + 8 / 4 * linear(linear(x, a), b)
+    wanted = torch.autograd.grad(y.square().sum(), [x, a, b])
+    ours = model(x)
+    torch.testing.assert_close(ours, y)
+    torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), [x, a, b]), wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_rows_of_a_packed_matrix_are_a_slice_of_it():

@@ -90,7 +90,11 @@ def load_model(
     if quantization == "nf4":
         check_weights(directory)
         packed = nf4.packed_modules(directory)
-        return model_on(dict(nf4.tensors(directory, packed, getattr(torch, dtype), device)), directory)
+        tensors = dict(nf4.tensors(directory, packed, getattr(torch, dtype), device))
+        try:
+            return model_on(tensors, directory)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"model.quantization: {error}; train it unquantized") from error
     return _from_pretrained(directory, getattr(torch, dtype), device)
 
 
@@ -159,12 +163,16 @@ def model_on(tensors: dict[str, Tensor], directory: Path) -> PreTrainedModel:
     """The model that `directory` describes, on the very tensors in `tensors` (checkpoint name -> tensor): a linear with
     an `absmax` among them is an NF4Linear.
 
-    Raises NotImplementedError if the names do not fit: an architecture that the engine lays out differently.
+    Raises NotImplementedError if the names do not fit: an architecture that whoever holds the tensors lays out
+    differently.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    unlike = f"the weights of {architecture(directory)} have other names here than in transformers' class"
+    if "model.embed_tokens.weight" not in tensors:
+        raise NotImplementedError(f"{unlike}: there is no model.embed_tokens.weight")
     some = tensors["model.embed_tokens.weight"]
     if "lm_head.weight" in tensors:
         config.tie_word_embeddings = False  # whatever it says, the checkpoint has a head of its own
@@ -177,12 +185,20 @@ def model_on(tensors: dict[str, Tensor], directory: Path) -> PreTrainedModel:
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        kind = type(model).__name__
-        raise NotImplementedError(f"{kind} does not map onto the engine's weights; use engine: transformers") from error
+        odd = sorted(set(tensors) ^ set(model.state_dict())) or [str(error)]
+        raise NotImplementedError(f"{unlike}: {_first(odd)}") from error
     model.tie_weights()
     model.name_or_path = str(directory)
     model.eval()
     return model
+
+
+def architecture(directory: Path) -> str:
+    """The class that config.json names, LlamaForCausalLM for example; if it names none, its model_type."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    return str((config.architectures or [config.model_type])[0])
 
 
 def end_token_ids(directory: Path) -> list[int]:

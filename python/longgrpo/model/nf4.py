@@ -55,8 +55,10 @@ def linear(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None = None)
     """x W^T + bias [..., N] for x [..., K], in x's dtype; differentiable in x, for which W is unpacked once more."""
     from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]  # public, and not in its __all__
 
-    y: Tensor = matmul_4bit(x, codes.view(-1, 1), _state(codes, absmax, x.dtype), bias=bias)
-    return y
+    # Of more than two dimensions and with a bias its result is a view, to which an adapter could not be added in place.
+    rows = x if bias is None else x.flatten(0, -2)
+    y: Tensor = matmul_4bit(rows, codes.view(-1, 1), _state(codes, absmax, x.dtype), bias=bias)
+    return y.view(*x.shape[:-1], -1)
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from longgrpo.config.model import LoraConfig, ModelConfig
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import NEED_TOKENIZER, Sampling
 from longgrpo.model.head import base_model
-from longgrpo.model.load import check_weights, end_token_ids, model_on, resolve_model, vocabulary
+from longgrpo.model.load import architecture, check_weights, end_token_ids, model_on, resolve_model, vocabulary
 from longgrpo.model.lora import linear_names
 from longgrpo.rollout import vllm_private
 from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode
@@ -36,6 +36,8 @@ class VllmEngine:
         self._end_tokens = end_token_ids(self.directory)
         check_weights(self.directory)
         vllm = vllm_private.import_vllm()
+        self._architecture = architecture(self.directory)
+        vllm_private.check_implementation(self._architecture)
         # With it the engine reports what it sampled from. It bounds the mask by top_k, and the CPU's runner has none.
         self._masks = config.request().top_k > 0 and not vllm_private.is_cpu()
         self._vocabulary = vocabulary(self.directory)
@@ -53,15 +55,14 @@ class VllmEngine:
         try:
             with vllm_private.no_dynamo(), vllm_private.no_side_effects(), vllm_private.live_linears():
                 self.llm = vllm.LLM(**options)
-        except (ValueError, NotImplementedError) as error:
-            raise ValueError(
-                f"vLLM does not start with rollout.max_model_len = {self._max_length}, "
-                f"rollout.kv_cache_gib = {config.kv_cache_gib}, rollout.kv_cache_dtype = {config.kv_cache_dtype}: "
-                f"{error}"
-            ) from error
+        except Exception as error:  # of a model's own loader, too: vLLM's KeyErrors among them
+            raise ValueError(self._not_started(f"{type(error).__name__}: {error}")) from error
         vllm_private.accurate_logprobs(self.llm)
         views = vllm_private.weight_views(vllm_private.engine_module(self.llm), self._vocabulary)
-        self.model: PreTrainedModel = model_on(views, self.directory)
+        try:
+            self.model: PreTrainedModel = model_on(views, self.directory)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"vLLM: {error}; set rollout.engine: transformers") from error
         self._repacked = config.repack_weights and vllm_private.is_cpu()
         self._kv_bytes = vllm_private.kv_cache_bytes(self.llm)
         self._released = False
@@ -69,6 +70,17 @@ class VllmEngine:
         self._adapter_request: Any = None
         # At exit as well, for an engine that is left to the interpreter's own teardown crashes there now and then.
         self._shut_down = weakref.finalize(self, vllm_private.shut_down, self.llm)
+
+    def _not_started(self, error: str) -> str:
+        """What to say of vLLM's own error, whose words the settings of the cache are in if they are its cause."""
+        config = self.config
+        cache = (
+            f" with rollout.max_model_len = {self._max_length}, rollout.kv_cache_gib = {config.kv_cache_gib}, "
+            f"rollout.kv_cache_dtype = {config.kv_cache_dtype}"
+        )
+        words = ("max_model_len", "max seq len", "kv cache", "kv_cache")
+        named = cache if any(word in error.lower() for word in words) else f" for {self._architecture}"
+        return f"vLLM does not start{named}: {error}"
 
     def _check_sampling(self) -> None:
         """Raises ValueError now for what vLLM would refuse at the first rollout."""

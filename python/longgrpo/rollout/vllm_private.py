@@ -54,6 +54,19 @@ def check_version(version: str) -> None:
     )
 
 
+def check_implementation(architecture: str) -> None:
+    """Raises NotImplementedError unless vLLM has a class of its own for it: else it runs transformers' class, which it
+    patches for the whole process, so that the trainer could not use it."""
+    from vllm.model_executor.models import ModelRegistry
+
+    known = ModelRegistry.models.get(architecture)
+    own = getattr(known, "class_name", architecture)
+    if known is None or own.startswith("Transformers"):
+        raise NotImplementedError(
+            f"{architecture}: this vLLM has no implementation of its own for it; set rollout.engine: transformers"
+        )
+
+
 @contextmanager
 def no_dynamo() -> Iterator[None]:
     """vLLM's CPU sampler carries torch.compile decorators, which cost a first call 13 to 29 s even in eager mode.
