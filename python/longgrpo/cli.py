@@ -110,14 +110,12 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         print(dump_config(config), end="")
         return 0
 
-    from longgrpo.run.given import free_directory
     from longgrpo.run.trainer import Trainer
 
     if options.resume:
         trainer = Trainer.resume(options.resume, overrides, force=options.force)
     else:
-        directory = Path(config.output_dir) if config.output_dir else free_directory(Path("runs"), options.config.stem)
-        trainer = Trainer(config, directory, force=options.force)
+        trainer = Trainer(config, force=options.force, name=options.config.stem)
     summary = trainer.run()
     if summary is None:
         return 128 + (trainer.stop.signal or 0)

@@ -15,7 +15,7 @@ from typing import Any
 
 from longgrpo.config.run import TrainConfig
 from longgrpo.config.task import RewardConfig
-from longgrpo.run import checkpoint
+from longgrpo.run.files import write_file
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.evaluation import Evaluation, HeldOut, evaluate, paired_interval
 from longgrpo.tasks.rewards import Reward, load_reward
@@ -78,7 +78,7 @@ class Evaluations:
         for name in self.sets:
             self._path("eval_after", name).unlink(missing_ok=True)  # of a run that had fewer steps
             if (during := self._path(f"evaluations/step-{step:06d}", name)).exists():
-                checkpoint.write_file(self._path("eval_after", name), during.read_text())
+                write_file(self._path("eval_after", name), during.read_text())
             after = self._kept(collector, "eval_after", "after", say, name)
             results |= self._compared(name, after, say)
         return results
@@ -110,7 +110,7 @@ class Evaluations:
             return Evaluation(**json.loads(path.read_text()))
         result = self.of(collector, name, prefill)
         path.parent.mkdir(exist_ok=True)
-        checkpoint.write_file(path, json.dumps(asdict(result), indent=1))
+        write_file(path, json.dumps(asdict(result), indent=1))
         of = f" of {name}" if name else ""
         say(f"accuracy {when}: {result.accuracy:.3f} on {len(result.scores)} held-out problems{of}")
         return result
