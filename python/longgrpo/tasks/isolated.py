@@ -23,8 +23,8 @@ from typing import Any
 
 from longgrpo.config.task import LimitsConfig
 from longgrpo.errors import ConfigError
+from longgrpo.tasks.worker import MARK, end_marked, marked
 
-MARK = "LONGGRPO_WORKER"
 LONGEST = 1 << 30  # bytes of an answer
 TICK = 0.2  # seconds between two looks at memory and processes
 HEADER = struct.Struct("<Q")
@@ -72,8 +72,9 @@ class Worker:
         os.close(answers)
         self._requests = os.fdopen(write, "wb")
         try:
-            self._send((self._spec, self._limits))
+            self._send((self._spec, self._limits, os.environ.get("PYTHONPATH")))
             error = self._receive(None, watched=False)
+            self._loaded = _held(self._process.pid)  # bytes
         except RuntimeError as ended:
             error = str(ended)
         if error:
@@ -142,23 +143,13 @@ class Worker:
         limits = self._limits
         if limits.processes is None and limits.memory_gib is None:
             return ""
-        found = self._processes()
+        found = marked(self._mark)
         if limits.processes is not None and len(found) > limits.processes:
             return f"it had {len(found)} processes, limits.processes is {limits.processes}"
-        held = sum(map(_resident, found)) / 2**30
+        held = (sum(map(_held, found)) - self._loaded) / 2**30
         if limits.memory_gib is not None and held > limits.memory_gib:
             return f"it held {held:.2f} GiB, limits.memory_gib is {limits.memory_gib}"
         return ""
-
-    def _processes(self) -> list[int]:
-        """Every process that carries this worker's mark: also one that has left its group."""
-        mark, found = f"{MARK}={self._mark}".encode(), []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal():
-                with suppress(OSError):
-                    if mark in (entry / "environ").read_bytes().split(b"\0"):
-                        found.append(int(entry.name))
-        return found
 
     def close(self) -> None:
         """Ends the process, its group, and whoever carries its mark."""
@@ -166,20 +157,16 @@ class Worker:
             return
         with suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        while found := self._processes():  # again: one may have forked meanwhile
-            for process in found:
-                with suppress(OSError):
-                    os.kill(process, signal.SIGKILL)
-            self._process.poll()
-            time.sleep(0.01)
+        end_marked(self._mark)
         self._process.wait()
         with suppress(OSError):
             self._requests.close()
         os.close(self._answers)
 
 
-def _resident(process: int) -> int:
-    """Bytes of a process in RAM."""
+def _held(process: int) -> int:
+    """Bytes of a process in RAM; of those that it shares, its part."""
     with suppress(OSError, IndexError, ValueError):
-        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
     return 0

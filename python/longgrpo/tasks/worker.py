@@ -14,8 +14,11 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, BinaryIO
 
+MARK = "LONGGRPO_WORKER"  # of the environment
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 
 
@@ -24,7 +27,9 @@ def main() -> None:
     for pipe in (requests, answers):
         os.set_inheritable(pipe.fileno(), False)
     trainer = os.getppid()
-    spec, limits = _read(requests)
+    spec, limits, path = _read(requests)
+    os.environ.pop("PYTHONPATH", None)  # the trainer's sys.path, which is the function's, but not its children's
+    os.environ.update({} if path is None else {"PYTHONPATH": path})
     try:
         if not limits.network:
             _leave_network()  # before there are threads
@@ -82,7 +87,7 @@ def _limit(limits: Any) -> None:
     """limits.memory_gib holds for what is allocated from here on, in each process; what they hold together, and how
     many they are, the trainer looks at as well."""
     if limits.memory_gib is not None:
-        mapped = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         _set(resource.RLIMIT_AS, mapped + int(limits.memory_gib * 2**30))
     if limits.file_size_mib is not None:
         _set(resource.RLIMIT_FSIZE, int(limits.file_size_mib * 2**20))
@@ -108,15 +113,35 @@ def _leave_network() -> None:
             f"({os.strerror(ctypes.get_errno())}); run the function in a container without a network instead"
         )
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
+        Path(f"/proc/self/{name}").write_text(text)
 
 
 def _end_with(trainer: int) -> None:
-    """Ends the process group when the trainer has ended, also in the middle of a call."""
+    """Ends all that carries this worker's mark when the trainer has ended, also in the middle of a call."""
     while os.getppid() == trainer:
         time.sleep(0.5)
-    os.killpg(0, signal.SIGKILL)
+    end_marked(os.environ[MARK], but=os.getpid())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def marked(mark: str) -> list[int]:
+    """Every process that began with the mark in its environment: also one that has left its group and its parent."""
+    wanted, found = f"{MARK}={mark}".encode(), []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):  # a zombie has none
+                    found.append(int(entry.name))
+    return found
+
+
+def end_marked(mark: str, but: int | None = None) -> None:
+    """Ends them all, but one; again until there is none, for some may have forked meanwhile."""
+    while found := [process for process in marked(mark) if process != but]:
+        for process in found:
+            with suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 def _read(pipe: BinaryIO) -> Any:
