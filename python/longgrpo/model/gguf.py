@@ -20,6 +20,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from longgrpo.model.files import LOCAL
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -91,7 +93,7 @@ def convert(files: list[Path], directory: Path) -> None:
             "make room, or set LONGGRPO_CACHE to a larger disk"
         )
     _write(_decoded(source, model.config, names), directory, limit=max(sizes))
-    tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
+    tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name, **LOCAL)
     _set_specials(tokenizer, source)
     tokenizer.save_pretrained(directory)
     ends = [_field(source.header, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
@@ -223,7 +225,7 @@ def _outline(source: _Source) -> tuple[Any, dict[str, str]]:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
+    config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name, **LOCAL)
     config.tie_word_embeddings = "output.weight" not in source.tensors  # which may stand in a later shard
     if head_dim := _field(source.header, f"{source.architecture}.attention.key_length"):
         config.head_dim = head_dim  # read by transformers for some architectures only

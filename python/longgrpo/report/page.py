@@ -25,7 +25,7 @@ from longgrpo import __version__
 from longgrpo.errors import DataError
 from longgrpo.report import charts
 from longgrpo.report.charts import Curve, Drawing, Mark
-from longgrpo.report.run import Run
+from longgrpo.report.run import MISFITS, Run
 from longgrpo.run.files import write_file
 from longgrpo.visible import visible
 from longgrpo.watch.watch import PREFIX as WATCHED
@@ -114,9 +114,20 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
     )
     environment.filters |= {function.__name__: function for function in (number, shortened, gib, percent)}
     environment.policies["json.dumps_function"] = lambda data, **options: json.dumps(_seen(data), **options)
-    style, script = (Markup(files("longgrpo.report").joinpath(name).read_text()) for name in ("page.css", "page.js"))
     names = _distinct_names(runs)
-    page = environment.get_template("page.html").render(
+    try:
+        page = _rendered(environment, runs, names)
+    except (*MISFITS, jinja2.TemplateError) as error:
+        raise DataError(
+            f"{', '.join(names)}: config.yaml, metrics.jsonl or summary.json is not as a run writes it "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    write_file(path, visible(page))
+
+
+def _rendered(environment: jinja2.Environment, runs: Sequence[Run], names: list[str]) -> str:
+    style, script = (Markup(files("longgrpo.report").joinpath(name).read_text()) for name in ("page.css", "page.js"))
+    return environment.get_template("page.html").render(
         style=style,
         script=script,
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
@@ -136,7 +147,6 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
         height=charts.HEIGHT,
         frame=(charts.LEFT, charts.TOP, charts.WIDTH - charts.RIGHT, charts.HEIGHT - charts.BOTTOM),
     )
-    write_file(path, visible(page))
 
 
 # ---- at a glance

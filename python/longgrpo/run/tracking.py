@@ -186,7 +186,7 @@ def read_lines(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
             continue
         try:
             record = json.loads(clean)
-            whole = isinstance(record, dict) and isinstance(record["step"], int)
+            whole = isinstance(record, dict) and type(record["step"]) is int and 0 <= record["step"] < 2**53
         except (ValueError, KeyError, RecursionError):
             whole = False
         yield clean, record if whole else None

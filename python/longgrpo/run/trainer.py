@@ -288,6 +288,7 @@ class Trainer:
         tokenizer = load_tokenizer(model_directory, config.task.chat_template)
         held_out, stream = problems_of(config, tokenizer, context, objects)
         self.evaluations = Evaluations(config, directory, held_out, rewards[0])
+        self.evaluations.check()
         start = stream.state
         first = stream.take(config.train.prompts_per_step)
         stream.state = start
@@ -310,7 +311,7 @@ class Trainer:
 
     def _restore(self, saved: Path) -> None:
         state = checkpoint.load(saved, self._weights(), self.loop.state.optimizer)
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.of(state["progress"])
         self.loop.state.masters.publish()
         self.loop.collector.stream.state = state["stream"]
         self.loop.state.skipped_updates = self.progress.skipped_updates
