@@ -22,6 +22,7 @@ def require(condition: bool, message: str) -> None:
 def require_sound(config: Any, key: str = "") -> None:
     """Raises ValueError, naming the key, for a number in a config that is NaN, infinite without a meaning, or beyond 64
     bits: each would be taken by the code that computes with it."""
+    entries: list[tuple[Any, Any]]
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         entries = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
     elif isinstance(config, Mapping):

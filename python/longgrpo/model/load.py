@@ -200,10 +200,8 @@ def end_token_ids(directory: Path) -> list[int]:
     ids = config.get_text_config().eos_token_id
     if (directory / "generation_config.json").is_file():
         path = directory / "generation_config.json"
-        ids = (
-            reading(path, lambda: GenerationConfig.from_pretrained(directory, local_files_only=True)).eos_token_id
-            or ids
-        )
+        found = reading(path, lambda: GenerationConfig.from_pretrained(directory, local_files_only=True))
+        ids = found.eos_token_id or ids
     return [ids] if isinstance(ids, int) else list(ids or [])
 
 

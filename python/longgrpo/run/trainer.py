@@ -64,6 +64,7 @@ class Trainer:
     callbacks: Callbacks
     stop: StopRequest
     watched: Watched
+    _whole: bool | None = None  # whether the state is that after progress.step; None: before training
 
     def __init__(
         self,
@@ -274,7 +275,6 @@ class Trainer:
         """Everything that can be refused is looked at first: the engine is slow to start."""
         config, objects = with_adapter(config_with(config, given)), objects_of(given)
         self.config, self.directory, self.progress = config, directory, Progress()
-        self._whole: bool | None = None  # whether the state is that after progress.step; None: before training
         self.callbacks = Callbacks(config, directory, given.get("callbacks") or ())
         self._start = time.monotonic()
         check_installed(config.log.to)

@@ -23,7 +23,7 @@ from typing import Any
 
 from longgrpo.config.task import LimitsConfig
 from longgrpo.errors import ConfigError
-from longgrpo.tasks.worker import MARK, end_marked, marked
+from longgrpo.tasks.processes import MARK, end_marked, marked
 
 LONGEST = 1 << 30  # bytes of an answer
 TICK = 0.2  # seconds between two looks at memory and processes

@@ -14,11 +14,11 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MARK = "LONGGRPO_WORKER"  # of the environment
+from longgrpo.tasks.processes import MARK, end_marked
+
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 
 
@@ -122,26 +122,6 @@ def _end_with(trainer: int) -> None:
         time.sleep(0.5)
     end_marked(os.environ[MARK], but=os.getpid())
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def marked(mark: str) -> list[int]:
-    """Every process that began with the mark in its environment: also one that has left its group and its parent."""
-    wanted, found = f"{MARK}={mark}".encode(), []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with suppress(OSError):
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):  # a zombie has none
-                    found.append(int(entry.name))
-    return found
-
-
-def end_marked(mark: str, but: int | None = None) -> None:
-    """Ends them all, but one; again until there is none, for some may have forked meanwhile."""
-    while found := [process for process in marked(mark) if process != but]:
-        for process in found:
-            with suppress(OSError):
-                os.kill(process, signal.SIGKILL)
-        time.sleep(0.01)
 
 
 def _read(pipe: BinaryIO) -> Any:
