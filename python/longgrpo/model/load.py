@@ -267,7 +267,7 @@ def _from_gguf(file: Path, name: str | None = None) -> Path:
             log.info("converting %s into %s (once)", file.name, target)
             scratch = cache / f"{name}.partial"
             shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
-            gguf.convert(files, scratch)
+            reading(file, lambda: gguf.convert(files, scratch))
             scratch.rename(target)  # no one ever sees half a model
     return target
 
