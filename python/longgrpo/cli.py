@@ -7,12 +7,16 @@ import argparse
 import itertools
 import json
 import logging
+import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from longgrpo.errors import ConfigError, UserError
+from longgrpo.visible import visible
 
 OPTIONS = (
     "--help", "--resume", "--print-config", "--force", "--checkpoint", "--as", "--dtype", "--output", "--card",
@@ -25,22 +29,38 @@ exit status: 0 done, 1 the self-test failed, 2 a user error, 128 + n stopped by 
 def main(arguments: list[str] | None = None) -> int:
     rest, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(rest)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Shown("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("longgrpo").setLevel(logging.INFO)
     try:
         status: int = options.run(options, overrides)
+        sys.stdout.flush()
         return status
     except UserError as error:
-        print(f"longgrpo: {error}", file=sys.stderr)
-        return 2
+        return _say(f"longgrpo: {error}", 2)
     except ModuleNotFoundError as error:
         if str(error.name).startswith("longgrpo"):
             raise
-        print(f"longgrpo: {error.name} is not installed: pip install 'longgrpo[train]'", file=sys.stderr)
-        return 2
+        return _say(f"longgrpo: {error.name} is not installed: pip install 'longgrpo[train]'", 2)
     except KeyboardInterrupt:
-        print("longgrpo: stopped at once; the last checkpoint is kept", file=sys.stderr)
-        return 130
+        return _say("longgrpo: stopped at once; the last checkpoint is kept", 130)
+    except BrokenPipeError:  # of `| head`: all is done but for who reads it
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+class _Shown(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def _say(message: str, status: int) -> int:
+    """Tells why the command ends, if anybody listens; returns the exit status."""
+    with suppress(OSError, ValueError):
+        print(visible(message), file=sys.stderr, flush=True)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,18 +130,16 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         print(dump_config(config), end="")
         return 0
 
-    from longgrpo.run.given import free_directory
     from longgrpo.run.trainer import Trainer
 
     if options.resume:
         trainer = Trainer.resume(options.resume, overrides, force=options.force)
     else:
-        directory = Path(config.output_dir) if config.output_dir else free_directory(Path("runs"), options.config.stem)
-        trainer = Trainer(config, directory, force=options.force)
+        trainer = Trainer(config, force=options.force, name=options.config.stem)
     summary = trainer.run()
     if summary is None:
         return 128 + (trainer.stop.signal or 0)
-    print(f"done: {trainer.directory}/summary.json, {trainer.directory}/metrics.jsonl")
+    print(visible(f"done: {trainer.directory}/summary.json, {trainer.directory}/metrics.jsonl"))
     return 0
 
 
@@ -147,7 +165,7 @@ def _selftest(options: argparse.Namespace, overrides: list[str]) -> int:
             result = selftest(trainer.loop, config.train.probe_prompts or 1)
         finally:
             trainer.close()
-    print(*result.checks, sep="\n")
+    print(visible("\n".join(map(str, result.checks))))
     return 1 if result.failed else 0
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import gguf
 import numpy
@@ -234,3 +235,42 @@ def test_what_a_file_says_of_its_tokens_is_read(llama, tmp_path):
     assert written("both", add_bos_token=True, add_eos_token=True)[0] == [1, letter, 2]
     assert written("turn", eot_token_id=5)[1] == [2, 5]
     assert written("message", eot_token_id=2, eom_token_id=7)[1] == [2, 7]
+
+
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    return write_gguf(path, random_model("llama", tie_word_embeddings=True)).read_bytes()
+
+
+def value_of(content, key, width):
+    """Where the value of a key stands, behind its type."""
+    return content.index(key) + len(key) + 4, width
+
+
+@pytest.mark.parametrize(
+    ("key", "width", "value", "message"),
+    [
+        (b"llama.block_count", 4, 2**31, "block_count = 2147483648, and it holds tensors of 2 layers"),
+        (b"llama.block_count", 4, 3, "block_count = 3, and it holds tensors of 2 layers"),
+        (b"tokenizer.ggml.tokens", 12, 2**63 << 32 | 8, "an array of its header has 9,223,372,036,854,775,808 entries"),
+        (b"tokenizer.ggml.merges", 12, 2**20 << 32 | 8, "a value of its header ends at byte"),
+        (b"tokenizer.ggml.token_type", 12, 2**20 << 32 | 5, "is no whole GGUF file"),
+    ],
+)
+def test_a_number_that_is_too_large_is_refused_before_work_is_done(whole_file, tmp_path, key, width, value, message):
+    content = bytearray(whole_file)
+    start, width = value_of(whole_file, key, width)
+    content[start : start + width] = value.to_bytes(width, "little")
+    (tmp_path / "bad.gguf").write_bytes(content)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        resolve_model(str(tmp_path / "bad.gguf"))
+    assert time.monotonic() - begin < 10  # it was hours
+
+
+def test_a_tokenizer_that_its_library_cannot_read_is_named(whole_file, tmp_path):
+    content = whole_file.replace(b"a b", b"q\xff\xfe", 1)
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.gguf"):
+        resolve_model(str(tmp_path / "bad.gguf"))

@@ -173,6 +173,7 @@ def test_runs_stand_side_by_side(report, two_runs, browse):
         "loss.beta", "train.learning_rate", "train.num_iterations",
         "rewards.1.function", "rewards.1.model", "rewards.1.weight", "rewards.1.name",
         "rewards.1.parameters", "rewards.1.timeout", "rewards.1.on_error", "rewards.1.isolate",
+        "rewards.1.limits",
     }  # fmt: skip
     curve = panel(page, "Reward").locator("path.line.run-1")
     assert curve.is_visible()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longgrpo.errors import ConfigError, UserError
-from longgrpo.run import checkpoint
+from longgrpo.run import checkpoint, files
 from longgrpo.train.generators import random_states, seed_everything, set_random_states
 from longgrpo.train.metrics import best_metric
 from testing.full_disk import limited_file_size
@@ -129,10 +129,10 @@ def test_a_directory_replaced_and_killed_at_any_operation_is_never_lost(tmp_path
 
     for operation in itertools.count():
         directory = tmp_path / str(operation) / "adapter"
-        checkpoint.replace_directory(directory, write("old"))
-        killed = killed_before(operation, lambda d=directory: checkpoint.replace_directory(d, write("new")))
+        files.replace_directory(directory, write("old"))
+        killed = killed_before(operation, lambda d=directory: files.replace_directory(d, write("new")))
         with limited_file_size(0), pytest.raises(UserError):  # the disk is full when it is tried again
-            checkpoint.replace_directory(directory, write("newest"))
+            files.replace_directory(directory, write("newest"))
         assert (directory / "file").read_text() in ("old", "new")
         if not killed:
             break
@@ -156,9 +156,9 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path, size):
 
 
 def test_a_file_on_a_full_disk_keeps_its_content(tmp_path):
-    checkpoint.write_file(tmp_path / "file", "old")
+    files.write_file(tmp_path / "file", "old")
     with limited_file_size(2), pytest.raises(UserError, match="file: cannot be written"):
-        checkpoint.write_file(tmp_path / "file", "new")
+        files.write_file(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

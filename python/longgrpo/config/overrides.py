@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from longgrpo.config.document import read_yaml
 from longgrpo.errors import ConfigError
 
 # Former names of keys.
@@ -28,7 +29,7 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
                 raise ConfigError(f"--{key}: needs a value, for example --{key} 5")
             text = rest.pop(0)
         try:
-            overrides.append((key, yaml.safe_load(text)))
+            overrides.append((key, read_yaml(text)))
         except yaml.YAMLError as error:
             raise ConfigError(f"--{key} {text}: the value is not YAML: {error}") from error
     return overrides

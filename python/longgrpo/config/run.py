@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from longgrpo.config.check import require
+from longgrpo.config.check import require, require_sound
+from longgrpo.config.document import read_yaml
 from longgrpo.config.loss import LossConfig
 from longgrpo.config.model import LoraConfig, ModelConfig
 from longgrpo.config.overrides import explain, field_names, parse_overrides, set_key
@@ -55,6 +56,7 @@ class TrainConfig:
     }  # reaches the dataclasses below that set none of their own
 
     def __post_init__(self) -> None:
+        require_sound(self)
         generations = self.rollout.num_generations
         require(
             generations >= 2,
@@ -132,7 +134,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); is the path right?") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

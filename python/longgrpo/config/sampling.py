@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,7 +71,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens = {self.max_tokens}: a completion has at least one token")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature = {self.temperature}: must be 0 (greedy) or above")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}: must lie in (0, 1]; 1 is off")

@@ -126,6 +126,26 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class LimitsConfig:
+    """What a reward function in a process of its own may use; see docs/security.md for what each limit stops."""
+
+    memory_gib: float | None = None
+    """GiB that its processes may hold together, beyond what the first has after it has loaded the function. Each may
+    allocate as much; more is a MemoryError there, and all together beyond it are ended."""
+    processes: int | None = None
+    """Number of processes, its own included. With more, all are ended."""
+    file_size_mib: float | None = None
+    """MiB that a file may have that it writes; more is an OSError there."""
+    network: bool = True
+    """false: no network, not even the machine's own. If the kernel allows no network namespaces, the run is refused."""
+
+    def __post_init__(self) -> None:
+        for name, unit in (("memory_gib", "GiB"), ("processes", "processes"), ("file_size_mib", "MiB")):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} = {value}: must be above 0 {unit}; leave it out for no limit")
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """One reward function and its weight in the sum; see docs/rewards.md."""
 
@@ -145,6 +165,8 @@ class RewardConfig:
     the reward does not apply to the completions of the call."""
     isolate: bool = False
     """Run the function in a process of its own."""
+    limits: LimitsConfig | None = None
+    """What that process may use; with limits the function is isolated."""
     model: str | None = None
     """Instead of a function: a reward model, a sequence classifier of transformers with one label (a directory or a hub
     id). parameters: dtype, batch_size, max_length."""
@@ -152,8 +174,8 @@ class RewardConfig:
     def __post_init__(self) -> None:
         require(bool(self.function) != bool(self.model), "a reward has either `function` or `model`")
         require(
-            not self.model or (self.timeout is None and not self.isolate),
-            "a model runs in the trainer's process: leave out timeout and isolate",
+            not self.model or (self.timeout is None and not self.isolate and not self.limits),
+            "a model runs in the trainer's process: leave out timeout, isolate and limits",
         )
         require(self.timeout is None or self.timeout > 0, f"timeout = {self.timeout}: must be above 0 seconds")
 

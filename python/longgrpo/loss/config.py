@@ -82,8 +82,12 @@ class GRPOLossConfig:
             raise ValueError(f"delta bounds the ratio from above and must be > 0 or None, got {self.delta}")
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise ValueError(f"max_completion_length must be >= 1 or None, got {self.max_completion_length}")
-        if not (self.sapo_temperature_pos > 0 and self.sapo_temperature_neg > 0):
-            raise ValueError("sapo_temperature_pos and sapo_temperature_neg must be > 0")
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}")
+        for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
 
     def _check_combinations(self) -> None:
         if self.kl_correction and self.kl != "k3":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from longgrpo.model import nf4
+from longgrpo.model.files import model_config
 
 
 class MetaEngine:
@@ -16,9 +17,9 @@ class MetaEngine:
     name = "meta"
 
     def __init__(self, directory: Path, dtype: torch.dtype, quantization: str | None = None) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = model_config(directory)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
             if quantization == "nf4":

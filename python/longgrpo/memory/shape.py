@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longgrpo.model.files import reading
 from longgrpo.model.load import SMOLLM2, resolve_model
 
 
@@ -124,7 +125,8 @@ def model_shape(path: str) -> ModelShape:
     Raises FileNotFoundError if there is none, UnknownArchitecture if transformers does not know it either, or
     ValueError if config.json lacks a size.
     """
-    return shape_from_config(json.loads(config_file(path).read_text()), path)
+    file = config_file(path)
+    return shape_from_config(reading(file, lambda: json.loads(file.read_bytes())), path)
 
 
 def shape_from_config(config: dict[str, Any], source: str) -> ModelShape:

@@ -8,6 +8,7 @@ file in shards it loads the first and leaves the rest random.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,8 @@ import gguf
 import numpy
 import torch
 from torch import Tensor
+
+from longgrpo.model.files import LOCAL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -52,6 +55,7 @@ TOKENIZER: dict[str, tuple[Any, ...] | None] = {
     "add_sep_token": (False,),
 }
 
+LONGEST = 1 << 21  # entries of an array in the header; a vocabulary has fewer than 300,000
 CHUNK = 1 << 20  # elements decoded at a time, a multiple of every type's block
 EXACT = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}
 """Types that a checkpoint holds as they are; the values of the others are exact only in float32."""
@@ -91,7 +95,7 @@ def convert(files: list[Path], directory: Path) -> None:
             "make room, or set LONGGRPO_CACHE to a larger disk"
         )
     _write(_decoded(source, model.config, names), directory, limit=max(sizes))
-    tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
+    tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name, **LOCAL)
     _set_specials(tokenizer, source)
     tokenizer.save_pretrained(directory)
     ends = [_field(source.header, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
@@ -118,13 +122,25 @@ class _Reader(gguf.GGUFReader):
         self.path = path
         super().__init__(path)
 
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        """Beyond the end of the file the library reads on, value after value of no bytes."""
+        end = int(offset) + numpy.dtype(dtype).itemsize * int(count)
+        if end > len(self.data):
+            raise ValueError(f"a value of its header ends at byte {end:,}")
+        return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type == gguf.GGUFValueType.ARRAY and (count := int(self._get(orig_offs + 4, numpy.uint64)[0])) > LONGEST:
+            raise ValueError(f"an array of its header has {count:,} entries")
+        return super()._get_field_parts(orig_offs, raw_type)
+
     def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
         size = self.path.stat().st_size
         for field in fields:
             _, name_bytes, _, dims, raw_type, offset = field.parts
             name = bytes(name_bytes).decode()
             block, block_bytes = gguf.GGML_QUANT_SIZES[self._type(name, int(raw_type[0]))]
-            end = int(start_offs) + int(offset[0]) + int(numpy.prod(dims)) // block * block_bytes
+            end = int(start_offs) + int(offset[0]) + math.prod(map(int, dims)) // block * block_bytes
             if end > size:
                 raise _Refused(
                     f"{self.path} is truncated: its tensor {name} ends at byte {end:,}, the file at {size:,}; "
@@ -155,7 +171,7 @@ def _read(path: Path) -> _Reader:
         reader = _Reader(path)
     except _Refused:
         raise
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, RecursionError) as error:
         raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is no whole GGUF file: {error}") from error
     if reader.endianess != gguf.GGUFEndian.LITTLE:
         raise ValueError(f"{path} is a big-endian GGUF file: use the little-endian one")
@@ -182,8 +198,16 @@ class _Source:
                 f"{self.path}: architecture {self.architecture!r} is not supported; "
                 f"supported are {', '.join(ARCHITECTURES)}"
             )
+        self._check_layers()
         self._check_keys(f"{self.architecture}.rope.", ROPE, "rope scaling")
         self._check_keys("tokenizer.ggml.", TOKENIZER, "a tokenizer with")
+
+    def _check_layers(self) -> None:
+        """Before anything is built by the metadata: by a number that is wrong it could be built for hours."""
+        key = f"{self.architecture}.block_count"
+        named = {name.split(".")[1] for name in self.tensors if name.startswith("blk.")}
+        if (said := _field(self.header, key)) != len(named):
+            raise ValueError(f"{self.path}: {key} = {str(said)[:40]}, and it holds tensors of {len(named)} layers")
 
     def _check_keys(self, prefix: str, known: dict[str, tuple[Any, ...] | None], what: str) -> None:
         """Raises ValueError for a key that would change the model, and is not read."""
@@ -223,7 +247,7 @@ def _outline(source: _Source) -> tuple[Any, dict[str, str]]:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
+    config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name, **LOCAL)
     config.tie_word_embeddings = "output.weight" not in source.tensors  # which may stand in a later shard
     if head_dim := _field(source.header, f"{source.architecture}.attention.key_length"):
         config.head_dim = head_dim  # read by transformers for some architectures only

@@ -18,6 +18,7 @@ from torch import Tensor
 from longgrpo.config.model import Dtype, Quantization
 from longgrpo.errors import ConfigError
 from longgrpo.model import nf4
+from longgrpo.model.files import LOCAL, check_weight_files, model_config, reading
 from longgrpo.model.head import base_model
 
 if TYPE_CHECKING:
@@ -61,16 +62,22 @@ def _find(path: str) -> Path:
 
 def load_tokenizer(directory: Path, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in `directory`, padding on the left as generation needs, with the chat template in the file
-    `chat_template` if there is one. Raises ConfigError if the file cannot be read."""
+    `chat_template` if there is one. Raises ConfigError if either cannot be read."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", local_files_only=True)
+    try:
+        tokenizer: Any = reading(
+            directory / "tokenizer.json", lambda: AutoTokenizer.from_pretrained(directory, padding_side="left", **LOCAL)
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if chat_template:
         try:
-            tokenizer.chat_template = Path(chat_template).read_text()
-        except OSError as error:
-            raise ConfigError(f"task.chat_template = {chat_template!r}: {error.strerror}") from error
-    return tokenizer
+            tokenizer.chat_template = Path(chat_template).read_text("utf-8")
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"task.chat_template = {chat_template!r}: cannot be read ({error})") from error
+    found: PreTrainedTokenizerBase = tokenizer
+    return found
 
 
 def published_name(path: str) -> str | None:
@@ -105,26 +112,26 @@ def check_weights(directory: Path) -> None:
 
 
 def _from_pretrained(directory: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = model_config(directory)
+    check_weight_files(directory)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the names are to be compared and not unpacked
-    try:
-        stored = nf4.stored_modules(directory)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+    stored = nf4.stored_modules(directory)
+    loaded: Any = reading(
+        directory,
+        lambda: AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
             dtype=dtype,
             device_map=device,
-            local_files_only=True,
+            **LOCAL,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
-        )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{directory}: its weights cannot be read: {error}") from error
+        ),
+    )
     model: PreTrainedModel = loaded[0]
     _check_report(directory, type(model).__name__, loaded[1], stored)
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
@@ -167,9 +174,9 @@ def model_on(tensors: dict[str, Tensor], directory: Path) -> PreTrainedModel:
     differently.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = model_config(directory)
     unlike = f"the weights of {architecture(directory)} have other names here than in transformers' class"
     if "model.embed_tokens.weight" not in tensors:
         raise NotImplementedError(f"{unlike}: there is no model.embed_tokens.weight")
@@ -195,36 +202,34 @@ def model_on(tensors: dict[str, Tensor], directory: Path) -> PreTrainedModel:
 
 def architecture(directory: Path) -> str:
     """The class that config.json names, LlamaForCausalLM for example; if it names none, its model_type."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = model_config(directory)
     return str((config.architectures or [config.model_type])[0])
 
 
 def end_token_ids(directory: Path) -> list[int]:
     """The tokens that end a completion: generation_config.json's, else config.json's."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = model_config(directory)
     ids = config.get_text_config().eos_token_id
     if (directory / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id or ids
+        path = directory / "generation_config.json"
+        found = reading(path, lambda: GenerationConfig.from_pretrained(directory, local_files_only=True))
+        ids = found.eos_token_id or ids
     return [ids] if isinstance(ids, int) else list(ids or [])
 
 
 def vocabulary(directory: Path) -> int:
     """The number of tokens that the head distinguishes."""
-    from transformers import AutoConfig
-
-    size: int = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().vocab_size
+    size: int = model_config(directory).get_text_config().vocab_size
     return size
 
 
 def context_length(directory: Path) -> int:
     """The tokens that the model's positions reach."""
-    from transformers import AutoConfig
-
-    length: int = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().max_position_embeddings
+    length: Any = getattr(model_config(directory).get_text_config(), "max_position_embeddings", None)
+    if not isinstance(length, int) or length < 2:
+        raise ValueError(f"{directory / 'config.json'}: max_position_embeddings = {length!r}: is no context length")
     return length
 
 
@@ -276,7 +281,7 @@ def _from_gguf(file: Path, name: str | None = None) -> Path:
             log.info("converting %s into %s (once)", file.name, target)
             scratch = cache / f"{name}.partial"
             shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
-            gguf.convert(files, scratch)
+            reading(file, lambda: gguf.convert(files, scratch))
             scratch.rename(target)  # no one ever sees half a model
     return target
 

@@ -12,6 +12,7 @@ import torch
 from longgrpo.config.model import LoraConfig
 from longgrpo.config.run import TrainConfig
 from longgrpo.errors import ConfigError
+from longgrpo.model.files import PICKLES, model_config, reading
 from longgrpo.model.head import base_model
 
 if TYPE_CHECKING:
@@ -91,9 +92,14 @@ def _plain_config(path: str, key: str) -> Any:
     """The config of a saved adapter, which is LoRA and nothing more."""
     import peft
 
+    directory = Path(path)
+    if directory.is_dir() and not (directory / "adapter_model.safetensors").is_file():
+        pickled = [file.name for pattern in PICKLES for file in directory.glob(pattern)]
+        has = f"only {pickled[0]}: pickle, which is never loaded" if pickled else "no adapter_model.safetensors"
+        raise ConfigError(f"{key} = {path!r}: has {has}")
     try:
-        saved: Any = peft.PeftConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError) as error:
+        saved: Any = reading(directory / "adapter_config.json", lambda: peft.PeftConfig.from_pretrained(path))
+    except ValueError as error:
         raise ConfigError(f"{key} = {path!r}: holds no adapter of PEFT: {error}") from error
     plain: dict[str, Any] = {
         "peft_type": "LORA", "bias": "none", "modules_to_save": None, "use_dora": False, "use_rslora": False,
@@ -140,12 +146,10 @@ def lora_layers(model: PeftModel) -> dict[str, Any]:
 
 def _outline(directory: Path) -> PreTrainedModel:
     """The model in `directory`, on meta."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(directory, local_files_only=True)
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config(directory))
     return model
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from longgrpo.model.files import model_config, reading
+
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from transformers import PreTrainedModel
@@ -120,12 +122,12 @@ def packed_modules(directory: Path) -> set[str]:
     """The modules to hold in NF4, the head never: those that the checkpoint stores so, or, if it stores none, every
     linear but those that its config leaves out (llm_int8_skip_modules) and those whose rows are no whole blocks."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     left_out = _quantization_config(directory).get("llm_int8_skip_modules") or []
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
+        model = AutoModelForCausalLM.from_config(model_config(directory))
     head = model.get_output_embeddings()
     if stored := stored_modules(directory):
         return {name for name in stored if model.get_submodule(name) is not head}
@@ -203,7 +205,10 @@ def _read_packed(checkpoint: Checkpoint, module: str) -> tuple[Tensor, Tensor]:
 
 
 def _quantization_config(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "config.json").read_text()).get("quantization_config") or {}
+    path = directory / "config.json"
+    config = reading(path, lambda: json.loads(path.read_bytes()))
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _kind(stored: dict[str, Any]) -> str:

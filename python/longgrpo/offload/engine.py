@@ -167,7 +167,7 @@ class OffloadEngine:
         stall_forward_s, stall_backward_s: how long compute waited for a copy
         copy_out_s, copy_in_s, gb_per_s_out, gb_per_s_in
         """
-        raw = dict.fromkeys(core.STATS, 0) if self._core is None else core.stats(self._core.handle)
+        raw = core.stats(self._core.handle) if self._core and self._core.here else dict.fromkeys(core.STATS, 0)
         out: dict[str, float] = {name: n for name, n in raw.items() if not name.endswith("_ns")}
         out |= {name.removesuffix("_ns") + "_s": n / 1e9 for name, n in raw.items() if name.endswith("_ns")}
         for way in ("out", "in"):
@@ -178,7 +178,7 @@ class OffloadEngine:
 
     def synchronize(self) -> None:
         """Waits until no copy is in flight and the host memory of every dropped record is free."""
-        if self._core is not None:
+        if self._core is not None and self._core.here:
             core.sync(self._core.handle)
 
     def close(self) -> None:
@@ -202,7 +202,7 @@ class OffloadEngine:
         self._check_open()
         if not self._worth_it(tensor):
             return Kept(tensor)
-        engine = self._core or self._open(tensor.device)
+        engine = self._core if self._core and self._core.here else self._open(tensor.device)
         if self._unified or tensor.device != engine.device:
             return Kept(tensor)
         if tensor.dim() and tensor.numel() < _SHORT * tensor.shape[-1]:
@@ -239,7 +239,7 @@ class OffloadEngine:
 
     def _open(self, device: torch.device) -> Core:
         with self._opening:
-            if self._core is None:
+            if self._core is None or not self._core.here:
                 handle = core.new(
                     self._make_backend(device),
                     device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -11,17 +12,25 @@ from longgrpo._ops import offload as core
 
 
 class Core:
-    """An engine's handle. Records hold it too, so that a graph outlives `close()`."""
+    """An engine's handle. Records hold it too, so that a graph outlives `close()`. A forked child has the handle and
+    not the threads that copy: there it is of no use, and waiting for them would never end."""
 
-    __slots__ = ("__weakref__", "_free", "device", "handle")
+    __slots__ = ("__weakref__", "_free", "_pid", "_process", "device", "handle")
 
     def __init__(self, handle: int, device: torch.device) -> None:
         self.handle = handle
         self.device = device
         self._free = core.free  # module globals may be gone when the interpreter ends
+        self._pid, self._process = os.getpid, os.getpid()
+
+    @property
+    def here(self) -> bool:
+        """Whether this process made it."""
+        return self._pid() == self._process
 
     def __del__(self) -> None:
-        self._free(self.handle)
+        if self.here:
+            self._free(self.handle)
 
 
 class Record:
@@ -73,9 +82,11 @@ class Offloaded(Record):
 
     def unpack(self) -> Tensor:
         self.check()
+        if not self.core.here:
+            raise RuntimeError("a tensor offloaded before a fork comes back in the parent, not in the child")
         tensor: Tensor = core.unpack(self.core.handle, self.id, self.size, self.stride, self.dtype, self.core.device)
         return tensor
 
     def __del__(self) -> None:
-        if self._drop is not None:
+        if self._drop is not None and self.core.here:
             self._drop(self.core.handle, self.id)

@@ -1,14 +1,15 @@
 """The page: which metrics are in which panel, and the template filled with them.
 
 Everything that a run has written is untrusted, a model's output above all. The template escapes all of it
-(autoescape), what cannot be seen is made visible, and a content security policy lets the browser run the page's one
-script, by its hash, and fetch nothing.
+(autoescape), what cannot be seen is made visible in the whole page, and a content security policy lets the browser run
+the page's one script, by its hash, and fetch nothing.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -24,8 +25,9 @@ from longgrpo import __version__
 from longgrpo.errors import DataError
 from longgrpo.report import charts
 from longgrpo.report.charts import Curve, Drawing, Mark
-from longgrpo.report.run import Run
-from longgrpo.run.checkpoint import write_file
+from longgrpo.report.run import MISFITS, Run
+from longgrpo.run.files import write_file
+from longgrpo.visible import visible
 from longgrpo.watch.watch import PREFIX as WATCHED
 
 MOST_RUNS = 8  # as many as colors can distinguish
@@ -110,10 +112,22 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {function.__name__: function for function in (number, visible, shortened, gib, percent)}
-    style, script = (Markup(files("longgrpo.report").joinpath(name).read_text()) for name in ("page.css", "page.js"))
+    environment.filters |= {function.__name__: function for function in (number, shortened, gib, percent)}
+    environment.policies["json.dumps_function"] = lambda data, **options: json.dumps(_seen(data), **options)
     names = _distinct_names(runs)
-    page = environment.get_template("page.html").render(
+    try:
+        page = _rendered(environment, runs, names)
+    except (*MISFITS, jinja2.TemplateError) as error:
+        raise DataError(
+            f"{', '.join(names)}: config.yaml, metrics.jsonl or summary.json is not as a run writes it "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    write_file(path, visible(page))
+
+
+def _rendered(environment: jinja2.Environment, runs: Sequence[Run], names: list[str]) -> str:
+    style, script = (Markup(files("longgrpo.report").joinpath(name).read_text()) for name in ("page.css", "page.js"))
+    return environment.get_template("page.html").render(
         style=style,
         script=script,
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
@@ -133,7 +147,6 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
         height=charts.HEIGHT,
         frame=(charts.LEFT, charts.TOP, charts.WIDTH - charts.RIGHT, charts.HEIGHT - charts.BOTTOM),
     )
-    write_file(path, page)
 
 
 # ---- at a glance
@@ -307,14 +320,14 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 # ---- as text
 
-_HIDDEN = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "␡"}
-_TURNING = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]  # of the reading direction
-_VISIBLE = _HIDDEN | {code: f"⟨U+{code:04X}⟩" for code in [*_TURNING, *range(0x80, 0xA0), 0x200B, 0xFEFF]}
 
-
-def visible(text: str) -> str:
-    """Control characters, and those that turn the reading direction, as signs that can be seen and do nothing."""
-    return text.translate(_VISIBLE)
+def _seen(data: Any) -> Any:
+    """Of what the page's script shows: every text in it, made visible before JSON escapes it."""
+    if isinstance(data, dict):
+        return {key: _seen(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_seen(value) for value in data]
+    return visible(data) if isinstance(data, str) else data
 
 
 def shortened(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,13 +12,18 @@ from typing import Any
 import torch
 import yaml
 
+from longgrpo.config.document import read_yaml
 from longgrpo.config.task import RewardConfig
 from longgrpo.config.watch import WatchConfig
-from longgrpo.errors import DataError
+from longgrpo.errors import DataError, UserError
+from longgrpo.run.files import read_json
+from longgrpo.run.tracking import parquet_files, read_lines
 from longgrpo.train.advantages import weighted_sum
 from longgrpo.watch.finding import Finding
 from longgrpo.watch.watch import PREFIX, Event
 
+MISFITS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+"""What is raised by data that is not as a run writes it."""
 KNOWN = WatchConfig().findings
 SHOWN_STEPS = 12  # of a run's completions
 SHOWN_EACH = 3  # best ones of a step, and worst ones
@@ -105,18 +109,21 @@ class Run:
     def weights(self) -> dict[str, float]:
         """The weights of the reward functions, by their names in the logs."""
         rewards = self.config.get("rewards", [])
-        labels = [RewardConfig(reward["function"], name=reward.get("name")).label for reward in rewards]
-        return {label: reward.get("weight", 1.0) for label, reward in zip(labels, rewards, strict=True)}
+        keys = ("function", "model", "name")
+        labels = [RewardConfig(**{key: reward.get(key) for key in keys}).label for reward in rewards]
+        return {label: float(reward.get("weight", 1.0)) for label, reward in zip(labels, rewards, strict=True)}
 
     def completions(self) -> Iterator[SampledStep]:
         """The best and the worst completions of some steps, evenly spaced, the last one among them."""
-        paths = sorted((self.directory / "completions").glob("step-*.parquet"))
-        for path in _spaced(paths, SHOWN_STEPS):
-            rows = _read_table(path)
-            totals = self._totals(rows)
-            ranked = sorted(map(_sampled, rows, totals), key=_worth, reverse=True)
+        files = parquet_files(self.directory / "completions")
+        for step in _spaced(list(files), SHOWN_STEPS):
+            rows = _read_table(files[step])
+            try:
+                ranked = sorted(map(_sampled, rows, self._totals(rows)), key=_worth, reverse=True)
+            except MISFITS as error:
+                raise _unreadable(files[step], f"{type(error).__name__}: {error}") from error
             rest = ranked[SHOWN_EACH:]
-            yield SampledStep(rows[0]["step"], len(rows), ranked[:SHOWN_EACH], rest[-SHOWN_EACH:][::-1])
+            yield SampledStep(step, len(rows), ranked[:SHOWN_EACH], rest[-SHOWN_EACH:][::-1])
 
     def _totals(self, rows: list[dict[str, Any]]) -> list[float | None]:
         weights = {name: weight for name, weight in self.weights.items() if f"reward/{name}" in rows[0]}
@@ -135,28 +142,55 @@ def read_run(directory: Path) -> Run:
     metrics = _read_metrics(directory / "metrics.jsonl")
     if not metrics:
         raise DataError(f"{directory}: has no step yet (metrics.jsonl is missing or empty); try again after its first")
-    summary = directory / "summary.json"
     return Run(
         name=directory.resolve().name,
         directory=directory,
-        config=yaml.safe_load((directory / "config.yaml").read_text()),
+        config=_read_config(directory / "config.yaml"),
         metrics=metrics,
-        summary=json.loads(summary.read_text()) if summary.is_file() else None,
+        summary=_read_summary(directory / "summary.json", max(metrics)),
     )
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """The tree, and not the config: of a run of another version as well."""
+    try:
+        config = read_yaml(path.read_text("utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no mapping")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); without it there is no report") from error
+    return config
+
+
+def _read_summary(path: Path, last: int) -> dict[str, Any] | None:
+    """None if there is none, or it is of an end with other steps than are in the metrics."""
+    if not path.is_file():
+        return None
+    remedy = "remove it: the report then shows the run as not finished"
+    try:
+        summary = read_json(path, remedy)
+    except UserError as error:
+        raise DataError(str(error)) from error
+    if not isinstance(summary, dict):
+        raise DataError(f"{path}: is not the summary of a run; {remedy}")
+    return summary if summary.get("steps", last) == last else None
+
+
 def _read_metrics(path: Path) -> dict[int, dict[str, Any]]:
-    """A line that has no end yet is of a step that is being written."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
     metrics: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, 1):
-        if line.endswith(b"\n"):
-            try:
-                record = json.loads(line)
-                metrics.setdefault(record["step"], {}).update(record)
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}:{number}: is not a step's metrics ({error!r}); remove the line") from error
-    return metrics
+    for number, (_, record) in enumerate(read_lines(content), 1):
+        if record is None:
+            raise DataError(f"{path}:{number}: is not a step's metrics; remove the line")
+        metrics.setdefault(record["step"], {}).update(record)
+    return dict(sorted(metrics.items()))
+
+
+def _unreadable(path: Path, what: object) -> DataError:
+    return DataError(f"{path}: cannot be read ({what}); remove the file to leave its step out")
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
@@ -166,7 +200,9 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = read_table(path).to_pylist()
     except (ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove the file to leave its step out") from error
+        raise _unreadable(path, error) from error
+    if not rows:
+        raise _unreadable(path, "it has no rows")
     return rows
 
 
@@ -190,10 +226,10 @@ def _worth(sampled: Sampled) -> float:
     return -math.inf if sampled.total is None else sampled.total
 
 
-def _spaced(paths: list[Path], count: int) -> list[Path]:
-    if len(paths) <= count:
-        return paths
-    return [paths[round(i * (len(paths) - 1) / (count - 1))] for i in range(count)]
+def _spaced(steps: list[int], count: int) -> list[int]:
+    if len(steps) <= count:
+        return steps
+    return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
 
 
 def _or_nan(value: float | None) -> float:
@@ -205,4 +241,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return _is_number(value) and math.isfinite(value)
+    return _is_number(value) and abs(value) < 1e300  # so that the difference of two is finite as well

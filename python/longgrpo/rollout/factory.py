@@ -7,6 +7,7 @@ import logging
 
 from longgrpo.config.model import LoraConfig, ModelConfig
 from longgrpo.config.rollout import RolloutConfig
+from longgrpo.model.files import check_finite
 from longgrpo.model.load import resolve_model
 from longgrpo.model.lora import check_lora
 from longgrpo.rollout.protocol import RolloutEngine
@@ -32,9 +33,18 @@ def make_engine(config: RolloutConfig, model: ModelConfig, lora: LoraConfig | No
     if name == "vllm":
         from longgrpo.rollout.vllm import VllmEngine
 
-        return VllmEngine(config, model, lora)
+        return _finite(VllmEngine(config, model, lora), model)
     if name == "transformers":
         from longgrpo.rollout.transformers import TransformersEngine
 
-        return TransformersEngine(config, model)
+        return _finite(TransformersEngine(config, model), model)
     raise ValueError(f"rollout.engine = {name!r}: known engines are auto, vllm and transformers")
+
+
+def _finite(engine: RolloutEngine, model: ModelConfig) -> RolloutEngine:
+    try:
+        check_finite(engine.model, model.path)
+    except ValueError:
+        engine.close()
+        raise
+    return engine

@@ -96,6 +96,7 @@ class VllmEngine:
             model=str(self.directory),
             dtype=model.dtype,
             load_format="safetensors",
+            trust_remote_code=False,
             # Token ids go in and come out: only what looks at text needs the tokenizer.
             skip_tokenizer_init=not any(name in config.sampling for name in NEED_TOKENIZER),
             generation_config="vllm",  # a model's own sampling defaults must not leak into training

@@ -3,18 +3,20 @@
 RUN/checkpoints/step-000025/  state.safetensors  trained weights and the optimizer's state, by parameter name
                               state.json         step, metric, position in the data, random generators, the summary's
                               adapter/           with LoRA: the adapter as peft reads it
+                              SHA256SUMS         of these files, as `sha256sum -c SHA256SUMS` reads it
 
-A name that begins with a dot is something half done: a process that was killed left it, the next save removes it.
+A name `.step-...` is something half done: a process that was killed left it, the next save removes it. Any other name
+is not a checkpoint's and is left alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,67 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longgrpo.errors import UserError
+from longgrpo.run.files import read_json, remove_directory, replace_directory
 
 log = logging.getLogger(__name__)
 
 WEIGHT = "weight"
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns the error of a disk that is full or fails into one that the command line reports."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: cannot be written ({error}); what was saved before is kept: make room, then resume"
-        ) from error
-
-
-def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
-    """Writes a directory by `write(temporary)` and renames it to `directory`, whose old content stays until then.
-
-    Raises UserError if it cannot be written.
-    """
-    temporary, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("tmp", "old"))
-    if old.exists() and not directory.exists():  # killed between the two renames below
-        os.rename(old, directory)
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        with writing(directory):
-            temporary.mkdir(parents=True)
-            write(temporary)
-            for path in (temporary, *temporary.rglob("*")):
-                _sync(path)
-            if directory.exists():
-                os.rename(directory, old)
-            os.rename(temporary, directory)
-            _sync(directory.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def remove_directory(directory: Path) -> None:
-    """Removes a directory whole or not at all, as others see it."""
-    doomed = directory.with_name(f".{directory.name}.old")
-    os.rename(directory, doomed)
-    shutil.rmtree(doomed)
-
-
-def write_file(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with writing(path):
-            temporary.write_text(text)
-            _sync(temporary)
-            os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+SUMS = "SHA256SUMS"
+_NAME = re.compile(r"step-(\d{6,})")
+_HALF_DONE = re.compile(r"\.step-\d{6,}\.(tmp|old)")
 
 
 def save(
@@ -105,21 +54,24 @@ def save(
     directory = run / "checkpoints" / f"step-{step:06d}"
     tensors = {f"{WEIGHT}.{name}": parameter for name, parameter in parameters.items()}
     numbers: dict[str, dict[str, Any]] = {}
+    moments: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{key}.{name}"] = value
+                moments[f"{key}.{name}"] = value
             else:
                 numbers.setdefault(name, {})[key] = value
 
     def write(directory: Path) -> None:
-        save_file(_apart(tensors), directory / "state.safetensors")
-        own = {"optimizer": {"class": type(optimizer).__name__, "numbers": numbers}}
+        save_file(_apart(tensors | moments), directory / "state.safetensors")
+        own = {"optimizer": {"class": type(optimizer).__name__, "numbers": numbers, "tensors": sorted(moments)}}
         (directory / "state.json").write_text(json.dumps({"step": step, "metric": metric, **own, **state}))
         if write_adapter:
             write_adapter(directory / "adapter")
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        (directory / SUMS).write_text("".join(f"{_sha256(path)}  {path.relative_to(directory)}\n" for path in files))
 
-    if not directory.exists():
+    if not directory.is_dir():
         replace_directory(directory, write)
     _drop_old(run, keep)
     return directory
@@ -136,30 +88,45 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _drop_old(run: Path, keep: int) -> None:
-    for half_done in (run / "checkpoints").glob(".*"):
-        shutil.rmtree(half_done)
+    for path in (run / "checkpoints").iterdir():
+        if _HALF_DONE.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
     kept = {*checkpoints(run)[-keep:], best(run)}
     for directory in checkpoints(run):
         if directory not in kept:
             remove_directory(directory)
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    folder = run / "checkpoints"
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in paths if _NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
 def best(run: Path) -> Path | None:
-    """The checkpoint that was saved with the highest metric, of several the oldest; None if none has one."""
-    metrics = {directory: read_state(directory)["metric"] for directory in checkpoints(run)}
-    known = {directory: metric for directory, metric in metrics.items() if metric is not None}
+    """The checkpoint that was saved with the highest metric, of several the oldest; None if none has one. A checkpoint
+    that cannot be read is none of them."""
+    known: dict[Path, float] = {}
+    for directory in checkpoints(run):
+        try:
+            metric = read_state(directory)["metric"]
+        except UserError as error:
+            log.warning("%s", error)
+            continue
+        if isinstance(metric, int | float):
+            known[directory] = metric
     return max(known, key=lambda directory: known[directory]) if known else None
 
 
 def find(run: Path, which: str) -> Path:
     """The checkpoint of `run` called "last", "best" (see save) or by its step. Raises UserError if there is none."""
     saved = checkpoints(run)
-    found = {str(int(directory.name.removeprefix("step-"))): directory for directory in saved}
+    found = {str(step_of(directory)): directory for directory in saved}
     if saved:
         found["last"] = saved[-1]
     if (highest := best(run)) is not None:
@@ -169,30 +136,82 @@ def find(run: Path, which: str) -> Path:
     return found[which]
 
 
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def damage(directory: Path) -> str:
+    """What is wrong with the files of a checkpoint, by their checksums; "" if nothing is. One that was saved before
+    there were checksums has none to compare with."""
+    sums = directory / SUMS
+    if not sums.is_file():
+        log.warning("%s: was saved without checksums, and is read unchecked", directory)
+        return ""
+    try:
+        lines = [line.split("  ", 1) for line in sums.read_text().splitlines()]
+        for digest, name in lines:
+            path = directory / name
+            if ".." in path.parts or not path.is_file() or not path.is_relative_to(directory):
+                return f"{name} is missing"
+            if _sha256(path) != digest:
+                return f"{name} is not as it was saved (its SHA-256 is another)"
+        return "" if {"state.json", "state.safetensors"} <= {name for _, name in lines} else f"{SUMS} is cut off"
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def verify(directory: Path) -> None:
+    """Raises UserError for a checkpoint that is damaged, and offers the one before it."""
+    if found := damage(directory):
+        raise _damaged(directory, found)
+
+
+def _damaged(directory: Path, what: object) -> UserError:
+    if not directory.is_dir():
+        return UserError(
+            f"{directory}: was removed while it was read: the run goes on, and keeps the newest; try again"
+        )
+    earlier = [path for path in checkpoints(directory.parents[1]) if step_of(path) < step_of(directory)]
+    whole = next((path for path in reversed(earlier) if not damage(path)), None)
+    after = f"then {whole.name} is the last, and whole" if whole else "there is no whole one before it"
+    return UserError(
+        f"{directory}: cannot be read ({what}); to go on from the checkpoint before it, move this one away: "
+        f"mv {directory} {directory}.damaged ({after})"
+    )
+
+
 def read_state(directory: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors."""
-    state: dict[str, Any] = json.loads((directory / "state.json").read_text())
+    """What a checkpoint holds besides tensors. Raises UserError if it cannot be read."""
+    state = read_json(directory / "state.json", "the checkpoint is damaged")
+    if not isinstance(state, dict) or not {"step", "metric"} <= state.keys():
+        raise UserError(f"{directory / 'state.json'}: is not the state of a run; the checkpoint is damaged")
     return state
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """What state.safetensors holds: "weight.NAME" and "KEY.NAME" of the optimizer's state, of every parameter."""
+    verify(directory)
     try:
         return load_file(directory / "state.safetensors")
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{directory}: cannot be read ({error}); move it away to resume from the checkpoint before it"
-        ) from error
+        raise _damaged(directory, error) from error
 
 
 def load(directory: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Copies a checkpoint into the parameters and the optimizer, in place; returns the rest of its state.
 
-    Raises UserError if the checkpoint cannot be read or was saved from other weights.
+    Raises UserError, before anything is changed, if the checkpoint cannot be read or was saved from other weights.
     """
     saved, state = read_tensors(directory), read_state(directory)
+    kept = state.pop("optimizer", {})
+    if lost := sorted(set(kept.get("tensors", ())) - set(saved)):
+        raise _damaged(directory, f"the optimizer's {lost[0]} is missing in state.safetensors")
     load_weights(directory, saved, parameters)
-    _load_optimizer(optimizer, state.pop("optimizer", {}), saved, parameters)
+    _load_optimizer(optimizer, kept, saved, parameters)
     return state
 
 
@@ -225,26 +244,19 @@ def _load_optimizer(
 
 @torch.no_grad()
 def load_weights(directory: Path, saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Copies the weights among the `saved` tensors of a checkpoint into the parameters, in place."""
+    """Copies the weights among the `saved` tensors of a checkpoint into the parameters, in place, all or none."""
     names = {name.removeprefix(f"{WEIGHT}.") for name in saved if name.startswith(f"{WEIGHT}.")}
     if names != set(parameters):
         odd = sorted(names ^ set(parameters))
         raise UserError(
             f"{directory}: was saved from other weights (first difference: {odd[0]}); model and lora must not change"
         )
+    weights = {name: saved[f"{WEIGHT}.{name}"] for name in parameters}
     for name, parameter in parameters.items():
-        weight = saved[f"{WEIGHT}.{name}"]
-        if weight.shape != parameter.shape:
+        if weights[name].shape != parameter.shape:
             raise UserError(
-                f"{directory}: {name} was saved as {list(weight.shape)}, now {list(parameter.shape)}: "
+                f"{directory}: {name} was saved as {list(weights[name].shape)}, now {list(parameter.shape)}: "
                 "model and lora must not change"
             )
-        parameter.copy_(weight)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])

@@ -8,6 +8,7 @@ RUN/eval_before.json, eval_after.json, eval_prefill.json    every reply to the f
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 
 from longgrpo.config.run import TrainConfig
 from longgrpo.config.task import RewardConfig
-from longgrpo.run import checkpoint
+from longgrpo.errors import UserError
+from longgrpo.run.files import read_json, write_file
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.evaluation import Evaluation, HeldOut, evaluate, paired_interval
 from longgrpo.tasks.rewards import Reward, load_reward
@@ -23,6 +25,8 @@ from longgrpo.train.collect import Collector
 from longgrpo.train.generators import random_states, seed_everything, set_random_states
 
 Say = Callable[[str], None]
+
+_NAME = re.compile(r"step-(\d{6,})(?:_\w+)?\.json")
 
 
 class Evaluations:
@@ -78,7 +82,8 @@ class Evaluations:
         for name in self.sets:
             self._path("eval_after", name).unlink(missing_ok=True)  # of a run that had fewer steps
             if (during := self._path(f"evaluations/step-{step:06d}", name)).exists():
-                checkpoint.write_file(self._path("eval_after", name), during.read_text())
+                self._read(during, name)
+                write_file(self._path("eval_after", name), during.read_text("utf-8"))
             after = self._kept(collector, "eval_after", "after", say, name)
             results |= self._compared(name, after, say)
         return results
@@ -86,8 +91,17 @@ class Evaluations:
     def forget_after(self, step: int) -> None:
         """Removes the evaluations of later steps, which will be done again."""
         for path in (self._directory / "evaluations").glob("step-*.json"):
-            if int(path.stem.removeprefix("step-").partition("_")[0]) > step:
+            name = _NAME.fullmatch(path.name)
+            if name and int(name[1]) > step:
                 path.unlink()
+
+    def check(self) -> None:
+        """Raises UserError for an evaluation from before the training that cannot be read, or is of other problems: it
+        could not be compared with one after it."""
+        for name in self.sets:
+            for when in ("before", "prefill"):
+                if (path := self._path(f"eval_{when}", name)).exists():
+                    self._read(path, name)
 
     def close(self) -> None:
         for reward in self._rewards.values():
@@ -107,19 +121,42 @@ class Evaluations:
         """An evaluation with its file."""
         path = self._path(file, name)
         if path.exists():
-            return Evaluation(**json.loads(path.read_text()))
+            return self._read(path, name)
         result = self.of(collector, name, prefill)
         path.parent.mkdir(exist_ok=True)
-        checkpoint.write_file(path, json.dumps(asdict(result), indent=1))
+        write_file(path, json.dumps(asdict(result), indent=1))
         of = f" of {name}" if name else ""
         say(f"accuracy {when}: {result.accuracy:.3f} on {len(result.scores)} held-out problems{of}")
         return result
+
+    def _read(self, path: Path, name: str) -> Evaluation:
+        """The evaluation in a file, if it is of the problems of the set `name`."""
+        remedy = "remove it to go on without it; before step 1 it is made again"
+        held_out, tree = self.sets[name], read_json(path, remedy)
+        try:
+            found = Evaluation(**tree)
+            found.metrics()
+            same = found.questions == [problem.question for problem in held_out.problems]
+            whole = len(found.questions) == len(found.scores) == len(found.replies)
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, ZeroDivisionError) as error:
+            raise UserError(f"{path}: is no evaluation ({error}); {remedy}") from error
+        if not (same and whole):
+            raise UserError(
+                f"{path}: was made with other problems than task.eval_n, eval_seed, eval_name and the data give now: "
+                f"set them as they were, or {remedy}"
+            )
+        if found.reward and found.reward != held_out.reward.name:
+            raise UserError(
+                f"{path}: was scored by {found.reward!r}, and task.eval_reward is {held_out.reward.name!r} now: set it "
+                f"as it was, or {remedy}"
+            )
+        return found
 
     def _compared(self, name: str, after: Evaluation, say: Say) -> dict[str, Any]:
         """The summary's entries of a set: eval_before, eval_after, ..., with its name behind them."""
         of = f"_{name}" if name else ""
         files = {when: self._path(f"eval_{when}", name) for when in ("before", "prefill")}
-        earlier = {when: Evaluation(**json.loads(path.read_text())) for when, path in files.items() if path.exists()}
+        earlier = {when: self._read(path, name) for when, path in files.items() if path.exists()}
         results: dict[str, Any] = {f"eval_{when}{of}": evaluation.accuracy for when, evaluation in earlier.items()}
         results |= {f"eval_after{of}": after.accuracy, f"eval_n{of}": len(after.scores)}
         if after.sample_scores:

@@ -13,6 +13,7 @@ from longgrpo.config.run import load_config
 from longgrpo.errors import ConfigError
 from longgrpo.model.load import load_model, load_tokenizer, resolve_model
 from longgrpo.run import checkpoint
+from longgrpo.run.files import replace_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,10 +33,11 @@ def export(run: Path, directory: Path, form: Form, which: str = "last", dtype: D
     saved = checkpoint.find(run, which)
     if directory.exists():
         raise ConfigError(f"{directory} exists already: name a new directory")
+    checkpoint.verify(saved)
     if form == "adapter":
         if not config.lora:
             raise ConfigError(f"{run} trained all weights and has no adapter: export it as a model")
-        checkpoint.replace_directory(directory, lambda path: _copy(saved / "adapter", path))
+        replace_directory(directory, lambda path: _copy(saved / "adapter", path), new=True)
         return saved
     if config.model.quantization:
         raise ConfigError(
@@ -56,7 +58,7 @@ def export(run: Path, directory: Path, form: Form, which: str = "last", dtype: D
         checkpoint.load_weights(saved, own, dict(model.named_parameters()))
     model.to(getattr(torch, dtype or config.model.dtype))
     tokenizer = load_tokenizer(base, config.task.chat_template)
-    checkpoint.replace_directory(directory, lambda path: write_model(model, tokenizer, path))
+    replace_directory(directory, lambda path: write_model(model, tokenizer, path), new=True)
     return saved
 
 

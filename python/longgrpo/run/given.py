@@ -5,9 +5,7 @@ In the config, and so in the run's config.yaml, "given:NAME" stands for each. Wh
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from longgrpo.config.run import TrainConfig, build_config, config_tree
@@ -73,9 +71,3 @@ def _size(rows: Any, own: Mapping[str, Any], key: str) -> dict[str, int]:
     """As many problems as the config says, or as there are."""
     wanted = own.get(key, 200)
     return {key: min(wanted, len(rows)) if hasattr(rows, "__len__") else wanted}
-
-
-def free_directory(parent: Path, name: str) -> Path:
-    """parent/name, or parent/name-2 and so on: a second run never touches the first."""
-    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-    return next(parent / candidate for candidate in names if not (parent / candidate).exists())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass
@@ -25,6 +27,11 @@ class Progress:
     evaluations_since_best: int = 0
     skipped_updates: int = 0
     """Updates skipped in a row, up to now."""
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Progress:
+        """Of a checkpoint; what another version kept besides is left out."""
+        return cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})
 
     def count_evaluation(self) -> bool:
         """Counts the evaluation whose value is `metric`; returns whether it is better than all before it."""

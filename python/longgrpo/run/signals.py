@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first finishes the step, the second stops at once."""
+"""Ctrl-C, SIGTERM, and SIGHUP of a terminal that closes: the first finishes the step, the second stops at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 class StopRequest:
     """True once a signal has asked the run to stop. Signals reach only the main thread: elsewhere it stays False."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -24,7 +24,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+            heard = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
+            self._previous = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import os
+import re
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
@@ -21,9 +23,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from longgrpo.config.run import TrainConfig, config_tree
 from longgrpo.errors import ConfigError
-from longgrpo.run.checkpoint import writing
+from longgrpo.run.files import write_file, writing
 from longgrpo.run.notebook import LivePlots, in_notebook
 from longgrpo.tasks.sample import Rollout
+from longgrpo.visible import visible
+
+log = logging.getLogger(__name__)
 
 PHASES = {
     "rollout": ("roll_out",),
@@ -38,42 +43,61 @@ class Tracker:
     def __init__(self, directory: Path, config: TrainConfig, done: int) -> None:
         """The files already hold `done` steps. Later ones are dropped, because this run will write them again."""
         self._rewards, self._steps = [reward.label for reward in config.rewards], config.train.steps
+        self._console = Console(stderr=True)
         self._metrics = _JsonLines(directory / "metrics.jsonl", done)
         self._completions = _Completions(directory / "completions", config.log.completions, done)
-        self._sinks = [_sink(name, directory, config, done) for name in config.log.to]
+        self._sinks: dict[str, _Sink] = {}
+        for name in config.log.to:
+            with self._may_fail(name):
+                self._sinks[name] = _sink(name, directory, config, done)
         self._step_seconds: deque[float] = deque(maxlen=20)
-        self._console = Console(stderr=True)
         columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._plots = LivePlots(self._steps) if in_notebook() else None
         self._task = self._bar.add_task("train", total=self._steps, completed=max(done, 0), status="")
 
     def __enter__(self) -> Tracker:
-        self._bar.start()
+        with listening():
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        with listening():
+            self._bar.stop()
         self._metrics.close()
-        for sink in self._sinks:
-            sink.close()
+        self._to_sinks(lambda sink: sink.close())
 
     def say(self, message: str) -> None:
-        if self._console.is_terminal:
-            self._console.print(message, markup=False, highlight=False)
-        else:
-            print(message, file=sys.stderr, flush=True)
+        with listening():
+            if self._console.is_terminal:
+                self._console.print(visible(message), markup=False, highlight=False)
+            else:
+                print(visible(message), file=sys.stderr, flush=True)
+
+    def _to_sinks(self, do: Callable[[_Sink], None]) -> None:
+        for name, sink in list(self._sinks.items()):
+            with self._may_fail(name):
+                do(sink)
+
+    @contextmanager
+    def _may_fail(self, name: str) -> Iterator[None]:
+        """A tracker that fails is told of and left out: the run goes on."""
+        try:
+            yield
+        except Exception as error:
+            self._sinks.pop(name, None)
+            self.say(f"warning: log.to: {name} failed ({type(error).__name__}: {error}); the run goes on without it")
 
     def measured(self, metrics: Mapping[str, Any]) -> None:
         """Writes metrics, `step` among them."""
         self._metrics.write(metrics)
         numbers = {name: value for name, value in metrics.items() if value is not None and name != "step"}
-        for sink in self._sinks:
-            sink.write(metrics["step"], numbers)
+        self._to_sinks(lambda sink: sink.write(metrics["step"], numbers))
         if self._plots:
-            self._plots.update(metrics, self._status(metrics) if "seconds/step" in metrics else "")
+            with listening():
+                self._plots.update(metrics, self._status(metrics) if "seconds/step" in metrics else "")
 
     def done(self) -> Iterator[dict[str, Any]]:
         """The metrics of the steps that are done."""
@@ -82,15 +106,15 @@ class Tracker:
     def event(self, step: int, name: str, text: str) -> None:
         """Says something that happened at a step, here and in the trackers that show text."""
         self.say(text)
-        for sink in self._sinks:
-            sink.note(step, name, text)
+        self._to_sinks(lambda sink: sink.note(step, name, visible(text)))
 
     def step(self, metrics: Mapping[str, Any], rollout: Rollout) -> None:
         self._step_seconds.append(metrics["seconds/step"])
         self.measured(metrics)
         self._completions.write(metrics["step"], rollout, self._rewards)
         status = self._status(metrics)
-        self._bar.update(self._task, completed=metrics["step"], status=status)
+        with listening():
+            self._bar.update(self._task, completed=metrics["step"], status=visible(status))
         if not (self._console.is_terminal or self._plots):
             self.say(f"step {metrics['step']}/{self._steps}  {status}")
 
@@ -107,6 +131,16 @@ class Tracker:
         )
 
 
+@contextmanager
+def listening() -> Iterator[None]:
+    """Once nobody reads the terminal any more (`| head` has ended, a connection is closed), nothing goes there."""
+    try:
+        yield
+    except (OSError, ValueError):  # ValueError: it was closed in this process
+        with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stderr.fileno())
+
+
 def _short(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
@@ -118,11 +152,16 @@ class _JsonLines:
     """A file of one JSON object a line, each with the step that it belongs to."""
 
     def __init__(self, path: Path, keep_until: int) -> None:
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]  # a killed process leaves half a line
-        kept = [line for line in whole if json.loads(line)["step"] <= keep_until]
+        content = path.read_bytes() if path.exists() else b""
+        found = list(read_lines(content))
+        kept = b"".join(line for line, record in found if record and record["step"] <= keep_until)
+        lost = sum(record is None for _, record in found)
+        if lost:
+            log.warning("%s: %d damaged lines are left out; the steps of the others are kept", path, lost)
+        if not content.startswith(kept):
+            write_file(path, kept.decode())
         self._path, self._file = path, path.open("a")
-        self._file.truncate(sum(map(len, kept)))  # kept lines are never rewritten: a full disk cannot lose them
+        self._file.truncate(len(kept))  # kept lines are never rewritten: a full disk cannot lose them
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         with self._path.open() as file:
@@ -138,13 +177,28 @@ class _JsonLines:
             self._file.close()
 
 
+def read_lines(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """The whole lines of a metrics.jsonl, each with its record; None for one that is damaged. A line without its end
+    is of a step that is being written, or of a process that was killed. A machine that went down may leave zeros."""
+    for line in content.splitlines(keepends=True):
+        clean = line.strip(b"\0")
+        if not clean.endswith(b"\n"):
+            continue
+        try:
+            record = json.loads(clean)
+            whole = isinstance(record, dict) and type(record["step"]) is int and 0 <= record["step"] < 2**53
+        except (ValueError, KeyError, RecursionError):
+            whole = False
+        yield clean, record if whole else None
+
+
 class _Completions:
     """A parquet file per step, completions/step-000001.parquet; pandas and datasets read the folder as one table."""
 
     def __init__(self, directory: Path, count: int | None, keep_until: int) -> None:
         self._directory, self._count = directory, count
-        for path in directory.glob("*.parquet"):
-            if int(path.stem.removeprefix("step-")) > keep_until:
+        for step, path in parquet_files(directory).items():
+            if step > keep_until:
                 path.unlink()
 
     def write(self, step: int, rollout: Rollout, rewards: Sequence[str]) -> None:
@@ -159,6 +213,12 @@ class _Completions:
                 temporary = path.with_name(f".{path.name}.tmp")
                 write_table(kept, temporary)
                 os.replace(temporary, path)
+
+
+def parquet_files(directory: Path) -> dict[int, Path]:
+    """The files of the steps, in order; any other file in the folder is none of a run's."""
+    named = ((re.fullmatch(r"step-(\d{6,})\.parquet", path.name), path) for path in directory.glob("*.parquet"))
+    return dict(sorted((int(name[1]), path) for name, path in named if name and path.is_file()))
 
 
 def _table(step: int, rollout: Rollout, rewards: Sequence[str]) -> Any:
@@ -189,8 +249,9 @@ def _array(values: list[Any]) -> Any:
 
     try:
         return pyarrow.array(values)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError):  # a column of mixed types
-        return pyarrow.array([None if value is None else str(value) for value in values])
+    except (pyarrow.ArrowException, OverflowError, UnicodeError):  # mixed types, beyond 64 bits, lone surrogates
+        texts = (None if value is None else str(value) for value in values)
+        return pyarrow.array([text and text.encode("utf-8", "backslashreplace").decode() for text in texts])
 
 
 # ---- trackers

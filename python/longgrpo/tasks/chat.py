@@ -93,11 +93,9 @@ def _applied(
     options: Mapping[str, Any],
     template: Mapping[str, Any] | None,
 ) -> str:
-    from jinja2 import TemplateError
-
     arguments: Any = {"conversation": list(messages), "tokenize": False, **options, **(template or {})}
     try:
         return str(tokenizer.apply_chat_template(**arguments))
-    except (TemplateError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever a template's own expressions raise
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from error

@@ -209,7 +209,7 @@ class PromptStream:
         return self.position / size if size < ENDLESS else 0.0
 
     def observe(self, problems: Sequence[Problem], rewards: Tensor) -> None:
-        self._sampler.observe(problems, rewards)
+        self._sampler.observe(copy.deepcopy(problems), rewards.clone())  # what it changes is not trained on
 
     def ahead(self, count: int) -> list[Problem]:
         """The problems that the next `count` may be, without those held out: all of them if a curriculum chooses, none

@@ -40,6 +40,8 @@ class Evaluation:
     samples: list[list[str]] = field(default_factory=list)
     """[P][K]: sampled as training samples."""
     sample_scores: list[list[float]] = field(default_factory=list)
+    reward: str = ""
+    """The function that scored; empty in a file of an earlier version."""
 
     @property
     def solved(self) -> list[bool]:
@@ -98,7 +100,7 @@ def evaluate(
     questions = [problem.question for problem in problems]
     replies, scores = scored(1, rollout.request(temperature=0.0), [0] * len(problems))
     if prefill or not count:
-        return Evaluation(questions, replies, scores)
+        return Evaluation(questions, replies, scores, reward=held_out.reward.name)
     seeds = [seed_for(held_out.seed, 0, i, j) for i in range(len(problems)) for j in range(count)]
     samples, sample_scores = scored(count, rollout.request(), seeds)
     starts = range(0, len(samples), count)
@@ -108,6 +110,7 @@ def evaluate(
         scores,
         [samples[i : i + count] for i in starts],
         [sample_scores[i : i + count] for i in starts],
+        held_out.reward.name,
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from longgrpo.errors import ConfigError, RewardError
+from longgrpo.model.files import check_finite, reading
 from longgrpo.tasks.data import Prompt, Reply
 
 log = logging.getLogger(__name__)
@@ -29,9 +31,18 @@ class RewardModel:
 
         self.path, self.batch_size = path, batch_size
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="right", truncation_side="left")
-            self.model: Any = AutoModelForSequenceClassification.from_pretrained(path, dtype=getattr(torch, dtype))
-        except (OSError, ValueError, AttributeError) as error:
+            sides = {"padding_side": "right", "truncation_side": "left"}
+            self.tokenizer: Any = reading(
+                Path(path), lambda: AutoTokenizer.from_pretrained(path, **sides, trust_remote_code=False)
+            )
+            self.model: Any = reading(
+                Path(path),
+                lambda: AutoModelForSequenceClassification.from_pretrained(
+                    path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+                ),
+            )
+            check_finite(self.model, path)
+        except ValueError as error:
             raise ConfigError(f"rewards: the model {path!r} cannot be loaded as a classifier: {error}") from error
         labels = self.model.config.num_labels
         if labels != 1:

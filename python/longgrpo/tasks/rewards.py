@@ -12,10 +12,13 @@ import difflib
 import inspect
 import logging
 import math
-import threading
+import os
+import re
+import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from longgrpo.config.task import RewardConfig
 from longgrpo.errors import ConfigError, RewardError
+from longgrpo.tasks.async_calls import AsyncCalls
 from longgrpo.tasks.builtin_rewards import BUILT_IN
 from longgrpo.tasks.data import Problem, Prompt, Reply, as_reply, columns_of
 from longgrpo.tasks.isolated import Notes, Worker
@@ -36,6 +40,21 @@ log = logging.getLogger(__name__)
 Function = Callable[..., Any]
 """f(prompts, completions, completion_ids, **columns, trainer_state, log_extra, log_metric) -> one number, or None for
 "not applicable", per completion."""
+
+
+GRACE = 1.0  # seconds from the moment at which a timeout cancels a call until it counts as one that blocks
+
+_TRAINERS = re.compile(
+    r"(reward|eval|seconds|watch|completion_length|completions|advantages|tokens_per_second|offload|predicted_bytes|"
+    r"measured_bytes|peak|episodes?|turns|tools?)[/_].*|step|epoch|groups_.*|loss|policy_loss|kl|reverse_kl|entropy|"
+    r"entropy_coef|ratio_(mean|min|max)|clip_(low|high)|active|tokens|skipped_updates|grad_norm|learning_rate|"
+    r"engine_trainer_logprob_diff_.*|importance_.*|sampling_.*|weight_sync_bytes|probe_logprob_diff"
+)
+
+
+def is_trainers(metric: str) -> bool:
+    """Whether a metric of this name is the trainer's own (docs/report.md lists them)."""
+    return _TRAINERS.fullmatch(metric) is not None
 
 
 @dataclass
@@ -77,13 +96,30 @@ class Reward:
         """The scores of B completions, whatever kind of function it is."""
         own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, "trainer_state": state}
         arguments, count = {**columns, **own, **self.parameters}, len(completions)
-        if self.is_async:
-            return asyncio.run(self.score_async(arguments, count))
-        return self.score(arguments, count)
+        if not self.is_async:
+            return self.score(arguments, count)
+        calls = AsyncCalls()
+        try:
+            return self.result(calls.start(self.score_async(arguments, count)), count, calls, self.deadline())
+        finally:
+            calls.close()
+
+    def deadline(self) -> float | None:
+        """The moment at which an async call that begins now has to be done, on time.monotonic()'s clock: its timeout
+        has cancelled it before, unless it blocks."""
+        return None if self.timeout is None else time.monotonic() + self.timeout + GRACE
+
+    def result(self, call: Future[Scores], count: int, calls: AsyncCalls, deadline: float | None) -> Scores:
+        """What an async call on `count` completions gives; at the deadline its thread is given up."""
+        try:
+            return call.result(None if deadline is None else max(deadline - time.monotonic(), 0))
+        except (TimeoutError, FutureTimeoutError) as error:
+            calls.give_up()
+            return self._failed(error, count)
 
     def score(self, arguments: dict[str, Any], count: int) -> Scores:
         try:
-            arguments = _own(arguments)
+            arguments, process = _own(arguments), os.getpid()
             if self.worker:
                 values, notes = self.worker.call(arguments, self.timeout)
             else:
@@ -91,7 +127,9 @@ class Reward:
                 notes = Notes()
                 values = self.function(**arguments, **notes.arguments())
             return self._scores(values, notes, count)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit(0) would end the run as if it were done
+            if os.getpid() != process:
+                os._exit(0)  # a child that the function forked: the run is not its own
             return self._failed(error, count)
 
     async def score_async(self, arguments: dict[str, Any], count: int) -> Scores:
@@ -101,7 +139,7 @@ class Reward:
             call = self.function(**_own(arguments), **notes.arguments())
             values = await asyncio.wait_for(call, self.timeout)
             return self._scores(values, notes, count)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return self._failed(error, count)
 
     def _scores(self, values: Any, notes: Notes, count: int) -> Scores:
@@ -121,11 +159,15 @@ class Reward:
                     f"reward function {self.name} returned {value!r} for completion {i}: must be a finite number, "
                     "or None where it does not apply"
                 )
+        if taken := [name for name in notes.metrics if is_trainers(name)]:
+            raise RewardError(
+                f"reward function {self.name} logs the metric {taken[0]!r}, which is the trainer's: take another name"
+            )
         numbers = [math.nan if value is None else float(value) for value in values]
         return Scores(torch.tensor(numbers, dtype=torch.float64), notes)
 
-    def _failed(self, error: Exception, count: int) -> Scores:
-        if isinstance(error, (TimeoutError, asyncio.TimeoutError)) and self.timeout:
+    def _failed(self, error: BaseException, count: int) -> Scores:
+        if isinstance(error, (TimeoutError, asyncio.TimeoutError, FutureTimeoutError)) and self.timeout:
             error = RewardError(f"reward function {self.name} took longer than its timeout of {self.timeout} s")
         elif not isinstance(error, RewardError):
             raised = str(error) if self.worker else f"{type(error).__name__}: {error} ({_where(error)})"
@@ -177,14 +219,14 @@ class Rewarding:
         self._logged: dict[str, list[float]] = {}
         self._failed: Counter[str] = Counter()
         self._begun: dict[int, dict[str, Future[Scores]]] = {}  # by group
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._calls = AsyncCalls()
 
     def begin(self, problem: Problem, group: Sequence[Sample], state: Any) -> None:
         """The completions of one prompt are all there: the async functions set to work on them."""
         waiting = [reward for reward in self.rewards if reward.is_async]
         arguments = _arguments([problem] * len(group), group, state) if waiting else {}
         self._begun[group[0].group] = {
-            reward.name: self._start(reward.score_async({**arguments, **reward.parameters}, len(group)))
+            reward.name: self._calls.start(reward.score_async({**arguments, **reward.parameters}, len(group)))
             for reward in waiting
         }
 
@@ -195,7 +237,8 @@ class Rewarding:
         values = torch.empty(len(self.rewards), len(samples), dtype=torch.float64)
         for row, reward in zip(values, self.rewards, strict=True):
             if reward.is_async:
-                parts = [self._result(group, reward) for group in dict.fromkeys(sample.group for sample in samples)]
+                sizes, deadline = Counter(sample.group for sample in samples), reward.deadline()
+                parts = [self._result(group, reward, size, deadline) for group, size in sizes.items()]
             else:
                 parts = [reward.score({**arguments, **reward.parameters}, len(samples))]
             row.copy_(torch.cat([part.values for part in parts]))
@@ -220,22 +263,11 @@ class Rewarding:
         self._cancel()
         for reward in self.rewards:
             reward.close()
-        if self._loop:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
-            self._loop = None
+        self._calls.close()
 
-    def _start(self, work: Coroutine[Any, Any, Scores]) -> Future[Scores]:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
-            self._thread.start()
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def _result(self, group: int, reward: Reward) -> Scores:
+    def _result(self, group: int, reward: Reward, size: int, deadline: float | None) -> Scores:
         try:
-            return self._begun[group][reward.name].result()
+            return reward.result(self._begun[group][reward.name], size, self._calls, deadline)
         except RewardError:
             self._cancel()
             raise
@@ -274,10 +306,10 @@ def load_reward(config: RewardConfig, given: Mapping[str, Function] | None = Non
     if given and config.function in given:
         own = given[config.function]
         return Reward(config.label, own, config.weight, config.parameters, on_error=config.on_error)
-    function = None if config.isolate else find_reward(config.function)
+    function = None if config.isolate or config.limits else find_reward(config.function)
     # Nothing but the end of its process stops a function that does not wait.
     apart = function is None or (config.timeout is not None and not _is_async(function))
-    worker = Worker(config.function, find_reward) if apart else None
+    worker = Worker(config.function, config.limits) if apart else None
     return Reward(
         config.label, function, config.weight, config.parameters, config.timeout, config.on_error, worker
     )  # fmt: skip

@@ -42,5 +42,5 @@ def _module(where: str, what: str) -> Any:
         sys.modules.setdefault(description.name, module)  # dataclasses and pickle look a class's module up here
         description.loader.exec_module(module)
         return module
-    except Exception as error:  # whatever the user's module does on import
+    except (Exception, SystemExit) as error:  # whatever the user's module does on import
         raise ConfigError(f"{what}: importing {where} failed: {type(error).__name__}: {error}") from error

@@ -187,6 +187,7 @@ def optimizer_step(
     rate = config.train.learning_rate_at(number)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
+    state.moved = True
     state.optimizer.step()
     state.masters.publish()
     state.optimizer.zero_grad(set_to_none=True)

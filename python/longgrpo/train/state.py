@@ -33,6 +33,7 @@ class TrainState:
     offload: OffloadEngine | None  # holds the layers' inputs between forward and backward
     entropy_control: EntropyControl | None = None  # if loss.entropy_target is set
     skipped_updates: int = 0  # in a row, up to now, because their gradient was not finite
+    moved: bool = False  # whether an update of the present step has begun to change the weights
 
     @property
     def parameters(self) -> dict[str, Tensor]:
