@@ -12,9 +12,8 @@ import difflib
 import inspect
 import logging
 import math
-import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ from longgrpo.config.task import RewardConfig
 from longgrpo.errors import ConfigError, RewardError
 from longgrpo.tasks.builtin_rewards import BUILT_IN
 from longgrpo.tasks.data import Problem, Prompt, Reply, as_reply, columns_of
+from longgrpo.tasks.event_loop import EventLoop, is_async
 from longgrpo.tasks.isolated import Notes, Worker
 from longgrpo.tasks.reward_model import RewardModel
 from longgrpo.tasks.sample import Sample
@@ -64,7 +64,7 @@ class Reward:
 
     @property
     def is_async(self) -> bool:
-        return self.worker is None and _is_async(self.function)
+        return self.worker is None and is_async(self.function)
 
     def __call__(
         self,
@@ -149,13 +149,6 @@ def _own(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _is_async(function: Function | None) -> bool:
-    """An `async def`, or an object whose __call__ is one."""
-    return inspect.iscoroutinefunction(function) or (
-        callable(function) and inspect.iscoroutinefunction(type(function).__call__)
-    )
-
-
 def _usable(value: Any) -> bool:
     try:
         return value is None or math.isfinite(value)
@@ -171,20 +164,21 @@ def _where(error: BaseException) -> str:
 class Rewarding:
     """Runs the reward functions of a run; async ones run during the rollout."""
 
-    def __init__(self, rewards: Sequence[Reward]) -> None:
+    def __init__(self, rewards: Sequence[Reward], loop: EventLoop | None = None) -> None:
+        """loop: the run's; close() closes it."""
         self.rewards = rewards
         self.weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)  # [F]
         self._logged: dict[str, list[float]] = {}
         self._failed: Counter[str] = Counter()
         self._begun: dict[int, dict[str, Future[Scores]]] = {}  # by group
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = loop or EventLoop()
 
     def begin(self, problem: Problem, group: Sequence[Sample], state: Any) -> None:
         """The completions of one prompt are all there: the async functions set to work on them."""
         waiting = [reward for reward in self.rewards if reward.is_async]
         arguments = _arguments([problem] * len(group), group, state) if waiting else {}
         self._begun[group[0].group] = {
-            reward.name: self._start(reward.score_async({**arguments, **reward.parameters}, len(group)))
+            reward.name: self._loop.submit(reward.score_async({**arguments, **reward.parameters}, len(group)))
             for reward in waiting
         }
 
@@ -220,18 +214,7 @@ class Rewarding:
         self._cancel()
         for reward in self.rewards:
             reward.close()
-        if self._loop:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
-            self._loop = None
-
-    def _start(self, work: Coroutine[Any, Any, Scores]) -> Future[Scores]:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
-            self._thread.start()
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._loop.close()
 
     def _result(self, group: int, reward: Reward) -> Scores:
         try:
@@ -276,7 +259,7 @@ def load_reward(config: RewardConfig, given: Mapping[str, Function] | None = Non
         return Reward(config.label, own, config.weight, config.parameters, on_error=config.on_error)
     function = None if config.isolate else find_reward(config.function)
     # Nothing but the end of its process stops a function that does not wait.
-    apart = function is None or (config.timeout is not None and not _is_async(function))
+    apart = function is None or (config.timeout is not None and not is_async(function))
     worker = Worker(config.function, find_reward) if apart else None
     return Reward(
         config.label, function, config.weight, config.parameters, config.timeout, config.on_error, worker
