@@ -86,7 +86,7 @@ def template_ends(loop: Loop, problem: Problem, samples: Sequence[Sample]) -> Ch
 def seeds_differ(samples: Sequence[Sample]) -> Check:
     groups: dict[int, set[tuple[int, ...]]] = {}
     for sample in samples:
-        groups.setdefault(sample.group, set()).add(tuple(sample.completion.token_ids))
+        groups.setdefault(sample.group, set()).add(tuple(sample.completion.sampled_ids))
     alike = sum(len(different) == 1 for different in groups.values())
     return Check(
         "seeds",
@@ -214,6 +214,7 @@ def engine_follows(loop: Loop, rollout: Rollout, weights: dict[str, Tensor]) -> 
     config = replace(loop.config, rollout=sampling)
     asked = replace(loop.collector, config=config, rewarding=Rewarding([]))
     samples = asked.roll_out(rollout.problems, 0, first_group=rollout.samples[0].group)
+    asked.release(samples)
     unrewarded = torch.empty(0, len(rollout.problems), sampling.num_generations)
     answered = Rollout.of(rollout.problems, samples, unrewarded)
     batches = batches_of(config, answered, range(len(samples)), state.model.device)

