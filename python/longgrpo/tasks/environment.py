@@ -37,7 +37,12 @@ class EnvironmentType:
         self._trl = callable(getattr(factory, "reset", None)) or not inspect.isclass(factory)
         self.tools: list[Tool] = []
         if self._trl:
-            probe = factory()  # as TRL does: what it offers is asked of an instance
+            try:
+                probe = factory()  # as TRL does: what it offers is asked of an instance
+            except Exception as error:
+                raise ConfigError(
+                    f"{what}: cannot be made without arguments: {type(error).__name__}: {error}"
+                ) from error
             if not callable(getattr(probe, "reset", None)):
                 raise ConfigError(f"{what}: an environment_factory returns objects that have a method reset")
             self.tools = [Tool(method, what) for method in methods_of(probe)]
