@@ -99,3 +99,9 @@ class Counter:
 
     def get_reward(self) -> float:
         return float(self.count)
+
+
+def letters(completions, **columns):
+    """A reward with spread, of the last message."""
+    texts = [completion[-1]["content"] for completion in completions]
+    return [len(set(text)) / 10 for text in texts]
