@@ -4,6 +4,7 @@ logprobs for the trainer's, the rewards for the advantages, the plain-torch esti
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,6 +114,45 @@ def agree(loop: Loop, batches: Sequence[MicroBatch], logp: Tensor) -> Check:
         gap <= limit,
         f"engine and trainer differ by {gap:.2g} nats per token, rounding explains {limit:.2g}",
         "they score different tokens, at different temperatures, or with different weights",
+    )
+
+
+def calls_are_answered(samples: Sequence[Sample]) -> Check:
+    """Something answers the model's turns, and the episode goes on after it."""
+    episodes = [sample.episode for sample in samples if sample.episode]
+    answered = [one for episode in episodes for one in episode.answered]
+    well = sum(not one.failure for one in answered)
+    later = sum(len(sample.completion.turns) > 1 for sample in samples)
+    failures = Counter(one.failure for one in answered if one.failure)
+    failed = "".join(f", {count} {kind}" for kind, count in failures.items())
+    return Check(
+        "calls",
+        well > 0,
+        f"{well} answered in {len(episodes)} episodes{failed}; {later} went on after it",
+        "what no completion does cannot be learned: show in the prompt how to call, by an example as turns, and "
+        "compare task.tool_pattern with what the model writes"
+        if not answered
+        else "look at the tool or the environment",
+    )
+
+
+def later_turns_agree(loop: Loop, rollout: Rollout, batches: Sequence[MicroBatch], logp: Tensor) -> Check:
+    """The same of the tokens after the first turn, before which something was given."""
+    later = torch.tensor(
+        [
+            n > 0
+            for s in rollout.samples
+            for n, turn in enumerate(s.completion.turns)
+            for _ in range(turn.begin, turn.end)
+        ]
+    )
+    sampled = torch.cat([batch.tokens.sampling_logp for batch in batches if batch.tokens.sampling_logp is not None])
+    gap = _mean_change(sampled.cpu()[later], logp.cpu()[later])
+    return Check(
+        "later turns",
+        gap <= loop.probe.tolerance,
+        f"engine and trainer differ by {gap:.2g} nats per token on {int(later.sum())} tokens after an answer",
+        "they do not read the same tokens between turns",
     )
 
 
