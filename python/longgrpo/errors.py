@@ -25,6 +25,10 @@ class RewardError(UserError):
     """A reward function that raised, or returned something other than one number or None per completion."""
 
 
+class EpisodeError(UserError):
+    """A tool or an environment that failed, in a run whose task.on_error is raise."""
+
+
 class TrainingError(UserError):
     """A run that must not continue: its numbers are no longer finite."""
 

@@ -33,7 +33,7 @@ class Recorder:
     def drop_caches(self):
         pass
 
-    def generate(self, prompts, sampling, seeds, finished=None):
+    def generate(self, prompts, sampling, seeds, finished=None, turns=None):
         self.requests.append((prompts, sampling, list(seeds)))
         return [Completion([10 + seed % 20], [0.0], "stop") for seed in seeds]
 

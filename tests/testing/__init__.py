@@ -9,6 +9,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 OWN_REWARDS = Path(__file__).with_name("own_rewards.py")
 OWN_DATA = Path(__file__).with_name("own_data.py")
+OWN_TOOLS = "testing.own_tools"
 
 
 def load(path: Path) -> Any:

@@ -135,7 +135,9 @@ class DriftingEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def generate(self, prompts: Any, sampling: Any, seeds: Any, finished: Callable[[int, Any], None]) -> None:
+    def generate(
+        self, prompts: Any, sampling: Any, seeds: Any, finished: Callable[[int, Any], None], turns: Any = None
+    ) -> None:
         self._calls += 1
         error = 0.002 * max(self._calls - 5, 0)
 

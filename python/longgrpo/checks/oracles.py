@@ -4,6 +4,7 @@ logprobs for the trainer's, the rewards for the advantages, the plain-torch esti
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,7 +87,7 @@ def template_ends(loop: Loop, problem: Problem, samples: Sequence[Sample]) -> Ch
 def seeds_differ(samples: Sequence[Sample]) -> Check:
     groups: dict[int, set[tuple[int, ...]]] = {}
     for sample in samples:
-        groups.setdefault(sample.group, set()).add(tuple(sample.completion.token_ids))
+        groups.setdefault(sample.group, set()).add(tuple(sample.completion.sampled_ids))
     alike = sum(len(different) == 1 for different in groups.values())
     return Check(
         "seeds",
@@ -113,6 +114,45 @@ def agree(loop: Loop, batches: Sequence[MicroBatch], logp: Tensor) -> Check:
         gap <= limit,
         f"engine and trainer differ by {gap:.2g} nats per token, rounding explains {limit:.2g}",
         "they score different tokens, at different temperatures, or with different weights",
+    )
+
+
+def calls_are_answered(samples: Sequence[Sample]) -> Check:
+    """Something answers the model's turns, and the episode goes on after it."""
+    episodes = [sample.episode for sample in samples if sample.episode]
+    answered = [one for episode in episodes for one in episode.answered]
+    well = sum(not one.failure for one in answered)
+    later = sum(len(sample.completion.turns) > 1 for sample in samples)
+    failures = Counter(one.failure for one in answered if one.failure)
+    failed = "".join(f", {count} {kind}" for kind, count in failures.items())
+    return Check(
+        "calls",
+        well > 0,
+        f"{well} answered in {len(episodes)} episodes{failed}; {later} went on after it",
+        "what no completion does cannot be learned: show in the prompt how to call, by an example as turns, and "
+        "compare task.tool_pattern with what the model writes"
+        if not answered
+        else "look at the tool or the environment",
+    )
+
+
+def later_turns_agree(loop: Loop, rollout: Rollout, batches: Sequence[MicroBatch], logp: Tensor) -> Check:
+    """The same of the tokens after the first turn, before which something was given."""
+    later = torch.tensor(
+        [
+            n > 0
+            for s in rollout.samples
+            for n, turn in enumerate(s.completion.turns)
+            for _ in range(turn.begin, turn.end)
+        ]
+    )
+    sampled = torch.cat([batch.tokens.sampling_logp for batch in batches if batch.tokens.sampling_logp is not None])
+    gap = _mean_change(sampled.cpu()[later], logp.cpu()[later])
+    return Check(
+        "later turns",
+        gap <= loop.probe.tolerance,
+        f"engine and trainer differ by {gap:.2g} nats per token on {int(later.sum())} tokens after an answer",
+        "they do not read the same tokens between turns",
     )
 
 
@@ -214,6 +254,7 @@ def engine_follows(loop: Loop, rollout: Rollout, weights: dict[str, Tensor]) -> 
     config = replace(loop.config, rollout=sampling)
     asked = replace(loop.collector, config=config, rewarding=Rewarding([]))
     samples = asked.roll_out(rollout.problems, 0, first_group=rollout.samples[0].group)
+    asked.release(samples)
     unrewarded = torch.empty(0, len(rollout.problems), sampling.num_generations)
     answered = Rollout.of(rollout.problems, samples, unrewarded)
     batches = batches_of(config, answered, range(len(samples)), state.model.device)

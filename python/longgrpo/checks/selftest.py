@@ -101,6 +101,8 @@ def _checks(loop: Loop, weights: dict[str, Tensor], prompts: int, groups: list[b
         if samples:
             yield oracles.template_ends(loop, problems[0], samples)
             yield oracles.seeds_differ(samples)
+            if collector.conversations:
+                yield oracles.calls_are_answered(samples)
     yield oracles.rewards_have_spread(groups)
     if not any(groups):
         return
@@ -117,6 +119,8 @@ def _update(loop: Loop, rollout: Rollout, weights: dict[str, Tensor]) -> Iterato
     batches = batches_of(config, rollout, range(len(rollout.samples)), state.model.device)
     old = oracles.logprobs(loop, state.model, batches)
     yield oracles.agree(loop, batches, old)
+    if any(len(sample.completion.turns) > 1 for sample in rollout.samples):
+        yield oracles.later_turns_agree(loop, rollout, batches, old)
     yield oracles.advantages_follow_rewards(loop, rollout)
     (update,) = plan_updates(config, rollout, state.model.device)
     yield (trains := oracles.something_trains(state, rollout, update))

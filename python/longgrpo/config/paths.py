@@ -18,6 +18,8 @@ KEYS = (
     "task.eval_sets.*.name",
     "task.eval_sets.*.reward",
     "task.sampler",
+    "task.tools.*",
+    "task.environment",
     "task.chat_template",
     "rewards.*.function",
     "rewards.*.model",

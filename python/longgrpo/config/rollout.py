@@ -17,7 +17,14 @@ class RolloutConfig:
     num_generations: int = 8
     """Completions per prompt. They are the group in which advantages are computed."""
     max_completion_length: int = 256
-    """Longest completion, in tokens."""
+    """Longest completion, in tokens; of an episode with tools or an environment, all of it: what they answer too."""
+    max_turns: int = 8
+    """Turns of the model in an episode with tools or an environment."""
+    turn_tokens: int | None = None
+    """Longest turn of such an episode, in tokens; default: what max_completion_length leaves."""
+    turns_in_rounds: bool = False
+    """Begin a turn only when every episode has its answer. Turns otherwise interleave: vLLM then computes an episode
+    beside others as they come, which can change the last bits of its logprobs from run to run."""
     temperature: float = 1.0
     """Logits are divided by it, in the rollout and in the loss alike."""
     sampling: Any = field(default_factory=dict)
@@ -55,6 +62,13 @@ class RolloutConfig:
             )
         object.__setattr__(self, "temperature", temperature)
         self.request()
+        if self.max_turns < 1:
+            raise ValueError(f"max_turns = {self.max_turns}: an episode has at least one turn")
+        if self.turn_tokens is not None and not 1 <= self.turn_tokens <= self.max_completion_length:
+            raise ValueError(
+                f"turn_tokens = {self.turn_tokens}: a turn has at least one token, and no more than the whole episode, "
+                f"max_completion_length = {self.max_completion_length}"
+            )
         if not self.importance_cap > 1:
             raise ValueError(f"importance_cap = {self.importance_cap}: bounds a ratio around 1 and must be above it")
         if self.sleep_level != 0:

@@ -24,6 +24,9 @@ class HeldOutConfig:
     """Seed of the problems."""
     reward: str | None = None
     """The reward function that says whether a problem is solved; default: task.eval_reward."""
+    turns: bool = True
+    """false: a control. The prompts are the same, and neither tools nor the environment answer: the first turn is the
+    reply."""
 
     def __post_init__(self) -> None:
         require(self.n >= 1, f"n = {self.n}: must be at least 1; leave the set out instead")
@@ -63,6 +66,23 @@ class TaskConfig:
     """What happens to prompts that leave no room for a completion in the context. They are counted before training.
     refuse: the run does not begin; drop: they are left out; cut: they lose their beginning, so that a whole completion
     fits."""
+    tools: list[str] = field(default_factory=list)
+    """Functions that the model may call: package.module:function, path/to/file.py:function, with types and a docstring,
+    `async` or not. See docs/tools.md."""
+    tool_pattern: str | None = None
+    """A regular expression that finds calls in a turn, with a named group for each argument, and a group `tool` if
+    there are several tools; default: the format of the chat template (Hermes and Qwen, Llama 3, Mistral, Phi-4)."""
+    environment: str | None = None
+    """A class that answers the turns of an episode: package.module:Class, path/to/file.py:Class. TRL's
+    environment_factory classes are taken as they are."""
+    call_timeout: float = 30.0
+    """Seconds that a call of a tool, or a reply of the environment, may take."""
+    on_error: Literal["raise", "drop", "tell"] | None = None
+    """What happens after a call that raises or takes too long. raise: the run stops and can be resumed; drop: the
+    episode is left out of its group; tell: the model reads an error. Default: tell for a tool, drop for the
+    environment. A call that cannot be read is always told."""
+    result_tokens: int = 256
+    """Longest result of a call, or reply of the environment, in tokens: the rest is cut, and the model is told."""
     eval_n: int = 200
     """Number of held-out problems, all different and never trained on; 0: no evaluation."""
     eval_name: str | None = None
@@ -100,8 +120,19 @@ class TaskConfig:
             self.eval_steps > 0 or not self.eval_patience,
             f"eval_patience = {self.eval_patience} counts evaluations during training: set eval_steps",
         )
+        require(self.call_timeout > 0, f"call_timeout = {self.call_timeout}: must be above 0 seconds")
+        require(self.result_tokens >= 1, f"result_tokens = {self.result_tokens}: must be at least 1")
+        require(
+            bool(self.tools) or not self.tool_pattern,
+            f"tool_pattern = {self.tool_pattern!r} finds calls of tools, and there are none: set tools",
+        )
         for name in self.eval_sets:
             require(name.isidentifier(), f"eval_sets: {name!r} is part of a metric's name: take letters and digits")
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a completion is an episode, with calls or replies between its turns."""
+        return bool(self.tools or self.environment)
 
     @property
     def held_out(self) -> dict[str, TaskConfig]:
@@ -118,6 +149,9 @@ class TaskConfig:
                 eval_n=given.n,
                 eval_seed=given.seed,
                 eval_reward=given.reward or self.eval_reward,
+                tools=self.tools if given.turns else [],
+                tool_pattern=self.tool_pattern if given.turns else None,
+                environment=self.environment if given.turns else None,
                 eval_sets={},
             )
             for name, given in self.eval_sets.items()

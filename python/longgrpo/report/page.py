@@ -64,6 +64,17 @@ PANELS = (
         about="band: shortest to longest",
     ),
     Panel("Truncated completions", {"completion_length/truncated": "truncated"}, unit="share of completions"),
+    Panel("Turns", {"turns/mean": "mean", "turns/max": "most"}, unit="turns of an episode"),
+    Panel("Calls", {"calls/mean": "calls"}, unit="calls of an episode"),
+    Panel(
+        "Failed calls",
+        {"calls/malformed": "malformed", "calls/raised": "raised", "calls/timeout": "too late"}
+        | {"calls/failed_episodes": "episodes left out"},
+        unit="in a step",
+    ),
+    Panel("Time of calls", {"calls/seconds": "all calls of a step, one after the other"}, unit="s"),
+    Panel("Given tokens", {"turns/given_tokens": "mean"}, unit="tokens of an episode", about="what tools answer"),
+    Panel("Prefix reuse", {"turns/prefix_reuse": "share"}, unit="share", about="of what later turns go on from"),
     Panel(
         "Sameness",
         {"completions/alike": "of a group, its most frequent", "completions/repetition": "4-grams said before"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,16 @@ SHOWN_EACH = 3  # best ones of a step, and worst ones
 
 
 @dataclass(frozen=True)
+class Said:
+    """A message of an episode."""
+
+    role: str
+    text: str
+    calls: list[str]
+    """The calls or the reply that an assistant's turn asked for: what, how long, and how it failed."""
+
+
+@dataclass(frozen=True)
 class Sampled:
     """A completion as it was saved. A model wrote the texts: escape them."""
 
@@ -42,6 +53,10 @@ class Sampled:
     """The weighted sum of the rewards; None if no function applied."""
     advantage: float
     extra: dict[str, Any]
+    talk: list[Said]
+    """Of an episode its messages; else empty."""
+    failed: str
+    """Why the episode is in no group, or ""."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +234,26 @@ def _sampled(row: Mapping[str, Any], total: float | None) -> Sampled:
         total=total,
         advantage=row["advantage"],
         extra=under("extra/"),
+        talk=_talk(json.loads(row.get("messages") or "[]"), json.loads(row.get("calls") or "[]")),
+        failed=row.get("failed") or "",
     )
+
+
+def _talk(messages: list[dict[str, Any]], calls: list[dict[str, Any]]) -> list[Said]:
+    said: list[Said] = []
+    turn = 0
+    for message in messages:
+        own = []
+        if message["role"] == "assistant":
+            own = [_called(call) for call in calls if call["turn"] == turn]
+            turn += 1
+        said.append(Said(str(message["role"]), str(message.get("content") or ""), own))
+    return said
+
+
+def _called(call: Mapping[str, Any]) -> str:
+    arguments = ", ".join(f"{name}={value!r}" for name, value in call["arguments"].items())
+    return f"{call['name']}({arguments}) {call['seconds']:.3g} s{call['failure'] and ', ' + call['failure']}"
 
 
 def _worth(sampled: Sampled) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import Sampling
@@ -17,16 +18,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class Turn(NamedTuple):
+    """The sampled tokens [begin, end) of a completion of several turns."""
+
+    begin: int
+    end: int
+    cached: int = 0
+    """Tokens before `begin`, the prompt's among them, that the engine read from its cache."""
+
+
 @dataclass(frozen=True)
 class Completion:
-    """token_ids include the end token if it was sampled; logprobs holds one float per token, under the
-    distribution it was sampled from (temperature and truncation included); support holds, for each token, the tokens
-    that it was sampled from, if the engine reports them."""
+    """token_ids include the end token if it was sampled; logprobs holds one float per sampled token, under the
+    distribution it was sampled from (temperature and truncation included); support holds, for each sampled token, the
+    tokens that it was sampled from, if the engine reports them.
+
+    With `turns` the tokens between two of them were given; without, all were sampled."""
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
     support: list[list[int]] | None = None
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def sampled_at(self) -> Sequence[int]:
+        """The places of the sampled tokens in token_ids."""
+        if not self.turns:
+            return range(len(self.token_ids))
+        return [place for turn in self.turns for place in range(turn.begin, turn.end)]
+
+    @property
+    def sampled_ids(self) -> list[int]:
+        return [self.token_ids[place] for place in self.sampled_at] if self.turns else self.token_ids
 
 
 def batched_tokens(max_length: int) -> int:
@@ -35,6 +59,26 @@ def batched_tokens(max_length: int) -> int:
 
 
 Finished = Callable[[int, Completion], None]
+GoesOn = Callable[[int, Completion], Awaitable[list[int] | None]]
+Submit = Callable[[Coroutine[Any, Any, Any]], Future[Any]]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How a completion goes on after a turn."""
+
+    goes_on: GoesOn
+    """goes_on(i, completion so far) is awaited when a turn of entry i has ended by itself: the ids of the tokens before
+    its next turn, or None: the episode is over."""
+    submit: Submit
+    """Runs a coroutine on the run's event loop."""
+    most: int
+    """Turns of an episode."""
+    tokens: int | None = None
+    """Sampled tokens of a turn; None: as many as the episode has left."""
+    in_rounds: bool = False
+    """Whether a turn of any entry begins only when the turns of all, and what they wait for, have ended: what shares a
+    forward then depends on no clock."""
 
 
 class RolloutEngine(Protocol):
@@ -53,10 +97,12 @@ class RolloutEngine(Protocol):
         sampling: Sampling,
         seeds: Sequence[int],
         finished: Finished | None = None,
+        turns: Turns | None = None,
     ) -> list[Completion]:
         """One completion per entry of `prompts`, in order, entry i sampled with seeds[i]. A prompt that leaves no room
         for a token within max_length() raises ValueError; a completion ends with "length" if the context ends.
-        finished(i, completion) is called as soon as entry i is complete, once for each."""
+        finished(i, completion) is called as soon as entry i is complete, once for each. With `turns` a completion goes
+        on after the end of a turn, and sampling.max_tokens bounds all that follows the prompt."""
 
     def weights_changed(self) -> int:
         """Drops what the engine has cached of the old weights, and copies the weights that it does not share. To be

@@ -14,8 +14,9 @@ from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import Sampling
 from longgrpo.model.head import base_model
 from longgrpo.model.load import end_token_ids, load_model, resolve_model
-from longgrpo.rollout.protocol import Completion, Finished, check_prompts, max_length
+from longgrpo.rollout.protocol import Completion, Finished, Turns, check_prompts, max_length
 from longgrpo.rollout.support import processed_logits
+from longgrpo.rollout.turns import Episodes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,23 +56,48 @@ class TransformersEngine:
         sampling: Sampling,
         seeds: Sequence[int],
         finished: Finished | None = None,
+        turns: Turns | None = None,
     ) -> list[Completion]:
         check_prompts(prompts, seeds, self._max_length)
         completions: list[Completion] = []
         with _generating(self._attached), torch.no_grad():
+            if turns:
+                return self._run(Episodes(prompts, sampling, seeds, self._max_length, turns, finished))
             for i in range(0, len(prompts), BATCH):
-                batch = self._batch(prompts[i : i + BATCH], sampling, seeds[i : i + BATCH])
+                limits = [min(sampling.max_tokens, self._max_length - len(prompt)) for prompt in prompts[i : i + BATCH]]
+                batch = self._batch(prompts[i : i + BATCH], sampling, seeds[i : i + BATCH], limits)
                 if finished:
                     for j, completion in enumerate(batch, i):
                         finished(j, completion)
                 completions += batch
         return completions
 
-    def _batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    def _run(self, episodes: Episodes) -> list[Completion]:
+        """Turn after turn of all episodes, for generate() takes nothing in while it runs."""
+        try:
+            while requests := episodes.ready(wait=True, every=True):
+                for i in range(0, len(requests), BATCH):
+                    some = requests[i : i + BATCH]
+                    turns = self._batch(
+                        [request.prompt for request in some],
+                        some[0].sampling,
+                        [request.seed for request in some],
+                        [request.sampling.max_tokens for request in some],
+                    )
+                    for request, turn in zip(some, turns, strict=True):
+                        episodes.sampled(request.index, turn)
+        except BaseException:
+            episodes.cancel()
+            raise
+        return episodes.completions()
+
+    def _batch(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], limits: Sequence[int]
+    ) -> list[Completion]:
+        """limits: tokens that each may have; sampling.max_tokens is not looked at."""
         from transformers import GenerationConfig, LogitsProcessorList
 
         ends = {*(() if sampling.ignore_eos else self._end_tokens), *sampling.stop_token_ids}
-        limits = [min(sampling.max_tokens, self._max_length - len(prompt)) for prompt in prompts]
         sampler = _Sampler(sampling, seeds)
         input_ids, attention_mask = _pad_left(prompts, self.model.device)
         config = GenerationConfig(

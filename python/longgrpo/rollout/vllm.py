@@ -16,7 +16,8 @@ from longgrpo.model.load import architecture, check_weights, end_token_ids, mode
 from longgrpo.model.lora import linear_names
 from longgrpo.rollout import vllm_private
 from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode
-from longgrpo.rollout.protocol import Completion, Finished, batched_tokens, check_prompts, max_length
+from longgrpo.rollout.protocol import Completion, Finished, Turns, batched_tokens, check_prompts, max_length
+from longgrpo.rollout.turns import Episodes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -154,11 +155,17 @@ class VllmEngine:
         sampling: Sampling,
         seeds: Sequence[int],
         finished: Finished | None = None,
+        turns: Turns | None = None,
     ) -> list[Completion]:
         check_prompts(prompts, seeds, self.max_length())
+        adapted = nullcontext() if self._repacked else self._adapted()  # the packed copy has it in already
+        if turns:
+            episodes = Episodes(prompts, sampling, seeds, self.max_length(), turns, finished)
+            with adapted, self._kv_cache(), vllm_private.no_dynamo():
+                self._run(episodes, turns)
+            return episodes.completions()
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         params = [self._params(sampling, seed) for seed in seeds]
-        adapted = nullcontext() if self._repacked else self._adapted()  # the packed copy has it in already
         with adapted, self._kv_cache(), vllm_private.no_dynamo():
             queued = self.llm.enqueue(requests, params, use_tqdm=False, lora_request=self._adapter_request)
             return self._completions(queued, finished)
@@ -175,6 +182,34 @@ class VllmEngine:
                     if finished:
                         finished(i, completion)
         return [completions[i] for i in range(len(requests))]
+
+    def _run(self, episodes: Episodes, turns: Turns) -> None:
+        """One continuous batch: a turn joins it as soon as the call that it waits for is answered."""
+        engine = self.llm.llm_engine
+        places: dict[str, int] = {}  # of the turns that are being sampled, by the ids of outputs
+        try:
+            while True:
+                idle = not engine.has_unfinished_requests()
+                requests = episodes.ready(wait=idle, every=turns.in_rounds) if idle or not turns.in_rounds else []
+                for request in requests:
+                    (name,) = self.llm.enqueue(
+                        [{"prompt_token_ids": request.prompt}],
+                        [self._params(request.sampling, request.seed)],
+                        use_tqdm=False,
+                        lora_request=self._adapter_request,
+                    )
+                    places[name.partition("-")[0]] = request.index
+                if idle and not requests:
+                    return
+                for output in engine.step():
+                    if output.finished:
+                        i, turn = places.pop(output.request_id), _completion(output.outputs[0])
+                        episodes.sampled(i, turn, output.num_cached_tokens or 0)
+        except BaseException:
+            episodes.cancel()
+            engine.abort_request(list(places))
+            vllm_private.settle(self.llm)
+            raise
 
     def _adapted(self) -> AbstractContextManager[None]:
         return self._adapter.in_engine() if self._adapter else nullcontext()

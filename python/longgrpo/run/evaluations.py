@@ -40,7 +40,8 @@ class Evaluations:
         self.sets: dict[str, HeldOut] = {}
         for name, task in config.task.held_out.items():
             reward = self._reward(task.eval_reward) if task.eval_reward else first_reward
-            self.sets[name] = HeldOut(problems[name], reward, config.task.eval_samples, task.eval_seed)
+            own = problems[name], reward, config.task.eval_samples, task.eval_seed
+            self.sets[name] = HeldOut(*own, turns=task.takes_turns)
 
     def _reward(self, function: str) -> Reward:
         if function not in self._rewards:
@@ -59,6 +60,8 @@ class Evaluations:
                 self.sets[name],
                 self._config.rollout,
                 prefill,
+                collector.conversations,
+                collector.rewarding.loop,
             )
         finally:
             set_random_states(states)

@@ -12,7 +12,10 @@ from longgrpo.config.run import TrainConfig, build_config, config_tree
 from longgrpo.errors import ConfigError
 from longgrpo.tasks.user_code import GIVEN
 
-NAMES = ("reward_functions", "train_dataset", "eval_dataset", "callbacks")
+NAMES = ("reward_functions", "train_dataset", "eval_dataset", "tools", "environment_factory", "callbacks")
+
+TOOL = "tool-"
+"""Begins the name of a tool: a reward function may have the same."""
 
 
 def config_with(config: TrainConfig | Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
@@ -20,11 +23,12 @@ def config_with(config: TrainConfig | Mapping[str, Any], given: Mapping[str, Any
 
     reward_functions: functions with TRL's signature, each with weight 1; they take the place of `rewards`.
     train_dataset, eval_dataset: sequences of rows, or what can be iterated over; eval_dataset may be a dict, whose
-    first set is the first. callbacks: see longgrpo.run.callbacks. None is the same as not given.
+    first set is the first. tools, environment_factory: see
+    longgrpo.tasks.environment. callbacks: see longgrpo.run.callbacks. None is the same as not given.
     """
     if unknown := sorted(set(given) - set(NAMES)):
         raise ConfigError(f"Trainer has no argument {unknown[0]!r}: it takes {', '.join(NAMES)}")
-    if isinstance(config, TrainConfig) and not any(given.get(name) is not None for name in NAMES[:3]):
+    if isinstance(config, TrainConfig) and not any(given.get(name) is not None for name in NAMES[:-1]):
         return config
     tree = config_tree(config) if isinstance(config, TrainConfig) else dict(config)
     if given.get("reward_functions") is not None:
@@ -34,6 +38,10 @@ def config_with(config: TrainConfig | Mapping[str, Any], given: Mapping[str, Any
     task = tree["task"] = dict(tree.get("task") or {})
     if given.get("train_dataset") is not None:
         task["name"] = f"{GIVEN}train_dataset"
+    if given.get("tools") is not None:
+        task["tools"] = [f"{GIVEN}{TOOL}{label}" for label in _labels(given["tools"])]
+    if given.get("environment_factory") is not None:
+        task["environment"] = f"{GIVEN}environment_factory"
     first, *further = _sets(given)
     if first[0]:
         task |= {"eval_name": f"{GIVEN}{first[0]}"} | _size(first[1], task, "eval_n")
@@ -50,8 +58,9 @@ def objects_of(given: Mapping[str, Any]) -> dict[str, Any]:
     functions: Sequence[Callable[..., Any]] = given.get("reward_functions") or ()
     objects = dict(zip(_labels(functions), functions, strict=True))
     objects |= {name: rows for name, rows in _sets(given) if name}
-    if given.get("train_dataset") is not None:
-        objects["train_dataset"] = given["train_dataset"]
+    tools = given.get("tools") or ()
+    objects |= {f"{TOOL}{label}": tool for label, tool in zip(_labels(tools), tools, strict=True)}
+    objects |= {name: given[name] for name in ("train_dataset", "environment_factory") if given.get(name) is not None}
     return {GIVEN + name: value for name, value in objects.items()}
 
 

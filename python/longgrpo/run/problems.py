@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from longgrpo.config.run import TrainConfig
 from longgrpo.errors import ConfigError
@@ -12,19 +12,15 @@ from longgrpo.tasks.data import Problem, Problems, PromptStream, held_out_proble
 from longgrpo.tasks.prompts import Prompts
 from longgrpo.tasks.sources import load_rows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 def problems_of(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, context: int, given: Mapping[str, Any] | None = None
+    config: TrainConfig, prompts: Prompts, given: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, list[Problem]], PromptStream]:
-    """The held-out problems of each set, and the training ones without them. context: tokens of prompt and completion
-    together; given: data sets by name. Prompts that are too long are counted here: later none of them stops the run."""
-    task = config.task
+    """The held-out problems of each set, and the training ones without them. prompts: how one becomes tokens; given:
+    data sets by name. Prompts that are too long are counted here: later none of them stops the run."""
+    task, tokenizer = config.task, prompts.tokenizer
     chat = tokenizer.chat_template is not None
     prefix = reply_prefix(tokenizer, task.chat_template_kwargs) if chat else ""
-    prompts = Prompts(tokenizer, task, context, config.rollout.max_completion_length)
     held_out = {
         name: held_out_problems(Problems(load_rows(own, True, given), own, chat, prefix), own)
         for name, own in task.held_out.items()

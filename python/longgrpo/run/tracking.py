@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +26,7 @@ from longgrpo.config.run import TrainConfig, config_tree
 from longgrpo.errors import ConfigError
 from longgrpo.run.files import write_file, writing
 from longgrpo.run.notebook import LivePlots, in_notebook
-from longgrpo.tasks.sample import Rollout
+from longgrpo.tasks.sample import Rollout, Sample
 from longgrpo.visible import visible
 
 log = logging.getLogger(__name__)
@@ -235,9 +236,21 @@ def _table(step: int, rollout: Rollout, rewards: Sequence[str]) -> Any:
     }
     for name, values in zip(rewards, rollout.rewards.flatten(1).tolist(), strict=True):
         columns[f"reward/{name}"] = [_known(value) for value in values]
+    if any(sample.episode for sample in samples):
+        columns |= _conversations(samples)
     columns["advantage"] = rollout.advantages.flatten().tolist()
     columns |= {f"extra/{name}": [sample.extra.get(name) for sample in samples] for name in extra}
     return pyarrow.table({name: _array(values) for name, values in columns.items()})
+
+
+def _conversations(samples: Sequence[Sample]) -> dict[str, list[str]]:
+    """Messages and calls as JSON: their keys differ from row to row."""
+    episodes = [sample.episode for sample in samples]
+    return {
+        "messages": [json.dumps(episode.messages if episode else []) for episode in episodes],
+        "calls": [json.dumps([asdict(one) for one in episode.answered] if episode else []) for episode in episodes],
+        "failed": [episode.failed if episode else "" for episode in episodes],
+    }
 
 
 def _known(value: float) -> float | None:

@@ -15,7 +15,7 @@ import torch
 from longgrpo.checks.rehearsal import forecast_run
 from longgrpo.config.run import TrainConfig, dump_config, load_config
 from longgrpo.errors import ConfigError, TrainingError
-from longgrpo.model.load import load_tokenizer, published_name, resolve_model
+from longgrpo.model.load import end_token_ids, load_tokenizer, published_name, resolve_model
 from longgrpo.model.lora import save_adapter, with_adapter
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.factory import make_engine
@@ -37,8 +37,9 @@ from longgrpo.run.summary import summary_of
 from longgrpo.run.tracking import Tracker, check_installed
 from longgrpo.run.watching import Watched
 from longgrpo.tasks.data import Problem
+from longgrpo.tasks.episodes import make_conversations, prompts_for
 from longgrpo.tasks.evaluation import Evaluation
-from longgrpo.tasks.prompts import Prompts
+from longgrpo.tasks.event_loop import EventLoop
 from longgrpo.tasks.rewards import Rewarding, load_reward
 from longgrpo.train.collect import Collector
 from longgrpo.train.entropy import EntropyControl
@@ -76,6 +77,8 @@ class Trainer:
         reward_functions: Sequence[Callable[..., Any]] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        tools: Sequence[Callable[..., Any]] | None = None,
+        environment_factory: Callable[..., Any] | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         """config: as build_config makes it, or its tree of plain values. directory: default output_dir, else a new one
@@ -84,6 +87,8 @@ class Trainer:
             reward_functions=reward_functions,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
+            tools=tools,
+            environment_factory=environment_factory,
             callbacks=callbacks,
         )
         config = config_with(config, given)
@@ -155,7 +160,7 @@ class Trainer:
 
     def close(self) -> None:
         """Ends the rewards' processes and releases the engine's memory; run() calls it."""
-        self.loop.collector.rewarding.close()
+        self.loop.collector.close()
         self.evaluations.close()
         self.loop.collector.engine.close()
         if self.loop.state.offload:
@@ -286,14 +291,16 @@ class Trainer:
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from error
         tokenizer = load_tokenizer(model_directory, config.task.chat_template)
-        held_out, stream = problems_of(config, tokenizer, context, objects)
+        calls = EventLoop()
+        talks = make_conversations(config, tokenizer, end_token_ids(model_directory), calls, objects)
+        as_tokens = prompts_for(config, tokenizer, context, talks)
+        held_out, stream = problems_of(config, as_tokens, objects)
         self.evaluations = Evaluations(config, directory, held_out, rewards[0])
         self.evaluations.check()
         start = stream.state
         first = stream.take(config.train.prompts_per_step)
         stream.state = start
         problems = [*first, *(problem for problems in held_out.values() for problem in problems)]
-        as_tokens = Prompts(tokenizer, config.task, context, config.rollout.max_completion_length)
         prompts = [as_tokens.encode(problem) for problem in problems]
         self._forecast = forecast_run(config, max(map(len, prompts)), force)
         try:
@@ -307,7 +314,8 @@ class Trainer:
         except (ValueError, NotImplementedError) as error:
             engine.close()
             raise ConfigError(str(error)) from error
-        self.loop = Loop(config, Collector(config, engine, tokenizer, Rewarding(rewards), stream), state, loss, probe)
+        collector = Collector(config, engine, tokenizer, Rewarding(rewards, calls), stream, talks)
+        self.loop = Loop(config, collector, state, loss, probe)
 
     def _restore(self, saved: Path) -> None:
         state = checkpoint.load(saved, self._weights(), self.loop.state.optimizer)

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
@@ -32,8 +34,12 @@ THINK = r"<think>(?!.*<think>).*?</think>.*"
 
 
 def text_of(completion: Reply) -> str:
-    """The reply as text: conversational completions are [{"role": "assistant", "content": text}]."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    """The reply as text: conversational completions are [{"role": "assistant", "content": text}]. Of several messages
+    the assistant's last one: what a tool says is no answer."""
+    if isinstance(completion, str):
+        return completion
+    own = [message["content"] for message in completion if message["role"] == "assistant"]
+    return own[-1] if own else ""
 
 
 def last_number(text: str) -> str | None:
@@ -204,7 +210,16 @@ def soft_overlong(completion_ids: list[list[int]], max_length: int, buffer: int,
     return [-min(max(len(ids) - (max_length - buffer), 0) / buffer, 1.0) for ids in completion_ids]
 
 
-BUILT_IN: dict[str, Callable[..., Sequence[float | None]]] = {
+async def environment_reward(environments: list[Any], **_: Any) -> Values:
+    """What each environment's get_reward() returns, as in TRL; None if there is no environment."""
+    values: Values = []
+    for environment in environments:
+        value = None if environment is None else environment.get_reward()
+        values.append(await value if inspect.isawaitable(value) else value)
+    return values
+
+
+BUILT_IN: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         score_answer,
@@ -215,7 +230,9 @@ BUILT_IN: dict[str, Callable[..., Sequence[float | None]]] = {
         matches_format,
         target_length,
         soft_overlong,
+        environment_reward,
     )
 }
 HIGHEST = {name: 1.0 for name in BUILT_IN} | {"graded_error": 0.5, "target_length": 0.0, "soft_overlong": 0.0}
-"""What a completion can earn at most."""
+HIGHEST["environment_reward"] = math.inf
+"""What a completion can earn at most; infinite if nobody knows."""

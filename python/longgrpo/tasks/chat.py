@@ -22,7 +22,7 @@ def render(
     """
     last = messages[-1]
     begun = last["role"] == "assistant"
-    text = _applied(
+    text = applied(
         tokenizer, messages, dict(add_generation_prompt=not begun, continue_final_message=begun), template
     )  # fmt: skip
     kept = str(last.get("content") or "").strip()
@@ -41,8 +41,8 @@ def reply_prefix(tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any]
     than an answer within a conversation."""
     question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}
     try:
-        prompt = _applied(tokenizer, [question], dict(add_generation_prompt=True), template)
-        before, found, _ = _applied(tokenizer, [question, answer, question], {}, template).partition("ANSWER")
+        prompt = applied(tokenizer, [question], dict(add_generation_prompt=True), template)
+        before, found, _ = applied(tokenizer, [question, answer, question], {}, template).partition("ANSWER")
     except DataError:  # it takes no such conversation, and does not say how a reply begins
         return ""
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, before, strict=False)))
@@ -87,7 +87,7 @@ def plain_content(content: Any) -> Any:
     return "\n".join(part["text"] for part in content)
 
 
-def _applied(
+def applied(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
     options: Mapping[str, Any],

@@ -13,9 +13,12 @@ from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import Sampling
 from longgrpo.errors import DataError
 from longgrpo.rollout.protocol import RolloutEngine, seed_for
-from longgrpo.tasks.data import Problem, as_reply, columns_of, decode
+from longgrpo.tasks.data import Problem, columns_of, decode
+from longgrpo.tasks.episodes import Conversations, Episode, group_prompt
+from longgrpo.tasks.event_loop import EventLoop
 from longgrpo.tasks.prompts import Prompts
-from longgrpo.tasks.rewards import Reward
+from longgrpo.tasks.rewards import Reward, environments_of
+from longgrpo.tasks.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class HeldOut:
     samples: int = 0  # K
     seed: int = 0
     """The seeds of the sampled replies are derived from it, the same in every evaluation."""
+    turns: bool = True
+    """Whether tools and environment answer, in a run that has them."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +85,39 @@ def evaluate(
     held_out: HeldOut,
     rollout: RolloutConfig,
     prefill: str | None = None,
+    conversations: Conversations | None = None,
+    loop: EventLoop | None = None,
 ) -> Evaluation:
     """Greedy replies, and sampled ones if the set asks for them; but for the temperature of the greedy ones, the
     requests are training's. With `prefill`, each reply begins with that template, and the reward sees what follows.
+    An async reward runs on `loop`, if given, as in training.
 
     Raises DataError for a prefill that names what a problem does not have.
     """
     problems, count = held_out.problems, held_out.samples
     prefixes = [_filled(prefill, problem) if prefill else "" for problem in problems]
-    encoded = [prompts.encode(problem, prefix) for problem, prefix in zip(problems, prefixes, strict=True)]
+    talks = conversations if held_out.turns and not prefill else None
 
     def scored(times: int, sampling: Sampling, seeds: Sequence[int]) -> tuple[list[str], list[float]]:
-        asked = [problem for problem in problems for _ in range(times)]
+        asked = [(problem, prefix) for problem, prefix in zip(problems, prefixes, strict=True) for _ in range(times)]
         engine.drop_caches()  # whatever was sampled before, the replies are the same
-        completions = engine.generate([ids for ids in encoded for _ in range(times)], sampling, seeds)
+        episodes: Sequence[Episode | None] = [None] * len(asked)
+        if talks:
+            games = [seed_for(held_out.seed, 0, i, -1) for i in range(len(problems)) for _ in range(times)]
+            episodes = begun = talks.begin([problem for problem, _ in asked], games)
+            asked = [(group_prompt(problem, [e]), "") for (problem, _), e in zip(asked, begun, strict=True)]
+        encoded = [prompts.encode(problem, prefix) for problem, prefix in asked]
+        completions = engine.generate(encoded, sampling, seeds, None, talks.turns(begun) if talks else None)
         replies = decode(prompts.tokenizer, completions, sampling.skip_special_tokens)
-        return replies, _scores(held_out.reward, asked, replies, [c.token_ids for c in completions])
+        answered = zip(encoded, completions, replies, episodes, strict=True)
+        samples = [Sample(i, *sample[:3], episode=sample[3]) for i, sample in enumerate(answered)]
+        if talks:
+            for episode, completion in zip(begun, completions, strict=True):
+                talks.end(episode, completion)
+        scores = _scores(held_out.reward, [problem for problem, _ in asked], samples, loop)
+        if talks:
+            talks.close_episodes(begun)
+        return replies, scores
 
     questions = [problem.question for problem in problems]
     replies, scores = scored(1, rollout.request(temperature=0.0), [0] * len(problems))
@@ -115,20 +137,21 @@ def evaluate(
 
 
 def _scores(
-    reward: Reward, problems: Sequence[Problem], replies: Sequence[str], token_ids: list[list[int]]
+    reward: Reward, problems: Sequence[Problem], samples: Sequence[Sample], loop: EventLoop | None = None
 ) -> list[float]:
-    """One score a reply, 0 if the function does not apply."""
+    """One score a reply, 0 if the function does not apply or the episode failed."""
     from transformers import TrainerState
 
     scores = reward(
-        [problem.prompt for problem in problems],
-        [as_reply(problem.prompt, text) for problem, text in zip(problems, replies, strict=True)],
-        token_ids,
-        columns_of(problems),
+        [sample.prompt(problem) for problem, sample in zip(problems, samples, strict=True)],
+        [sample.reply(problem) for problem, sample in zip(problems, samples, strict=True)],
+        [sample.completion.sampled_ids for sample in samples],
+        columns_of(problems) | environments_of(samples),
         TrainerState(),
+        loop,
     )
     found: list[float] = scores.values.nan_to_num(nan=0.0).tolist()
-    return found
+    return [0.0 if sample.failed else score for sample, score in zip(samples, found, strict=True)]
 
 
 def _filled(template: str, problem: Problem) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from longgrpo.config.task import TaskConfig
 from longgrpo.errors import DataError
@@ -19,17 +19,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompts:
-    """context: tokens of prompt and completion together; room: of the longest completion."""
+    """context: tokens of prompt and completion together; room: of the longest completion; template: arguments of the
+    chat template besides the task's."""
 
     tokenizer: PreTrainedTokenizerBase
     task: TaskConfig
     context: int
     room: int
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, problem: Problem, prefix: str = "") -> list[int]:
         """The tokens of a problem's prompt, and of the beginning of its reply. With task.long_prompts: cut, one that
         fills the context keeps its end, so that a whole completion fits; otherwise it raises DataError."""
-        ids = encode(self.tokenizer, problem.prompt, self.task.chat_template_kwargs, prefix)
+        ids = encode(self.tokenizer, problem.prompt, {**self.task.chat_template_kwargs, **self.template}, prefix)
         if self.task.long_prompts == "cut" and len(ids) >= self.context:
             return ids[-max(1, self.context - self.room) :]
         check_length(ids, problem, self.context)
@@ -37,7 +39,8 @@ class Prompts:
 
     def fits(self, problem: Problem) -> bool:
         """Whether it leaves room for a completion as it is."""
-        return len(encode(self.tokenizer, problem.prompt, self.task.chat_template_kwargs)) < self.context
+        template = {**self.task.chat_template_kwargs, **self.template}
+        return len(encode(self.tokenizer, problem.prompt, template)) < self.context
 
     def usable(self, problem: Problem) -> bool:
         """Whether it is trained and evaluated on."""

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from longgrpo.config.task import RewardConfig
 from longgrpo.errors import ConfigError, RewardError
-from longgrpo.tasks.async_calls import AsyncCalls
 from longgrpo.tasks.builtin_rewards import BUILT_IN
-from longgrpo.tasks.data import Problem, Prompt, Reply, as_reply, columns_of
+from longgrpo.tasks.data import Problem, Prompt, Reply, columns_of
+from longgrpo.tasks.event_loop import EventLoop, is_async
 from longgrpo.tasks.isolated import Notes, Worker
 from longgrpo.tasks.reward_model import RewardModel
 from longgrpo.tasks.sample import Sample
@@ -83,7 +83,7 @@ class Reward:
 
     @property
     def is_async(self) -> bool:
-        return self.worker is None and _is_async(self.function)
+        return self.worker is None and is_async(self.function)
 
     def __call__(
         self,
@@ -92,24 +92,26 @@ class Reward:
         completion_ids: list[list[int]],
         columns: dict[str, list[Any]],
         state: Any = None,
+        loop: EventLoop | None = None,
     ) -> Scores:
-        """The scores of B completions, whatever kind of function it is."""
+        """The scores of B completions, whatever kind of function it is; an async one runs on `loop`, if given."""
         own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, "trainer_state": state}
         arguments, count = {**columns, **own, **self.parameters}, len(completions)
         if not self.is_async:
             return self.score(arguments, count)
-        calls = AsyncCalls()
+        calls = loop or EventLoop()
         try:
-            return self.result(calls.start(self.score_async(arguments, count)), count, calls, self.deadline())
+            return self.result(calls.submit(self.score_async(arguments, count)), count, calls, self.deadline())
         finally:
-            calls.close()
+            if loop is None:
+                calls.close()
 
     def deadline(self) -> float | None:
         """The moment at which an async call that begins now has to be done, on time.monotonic()'s clock: its timeout
         has cancelled it before, unless it blocks."""
         return None if self.timeout is None else time.monotonic() + self.timeout + GRACE
 
-    def result(self, call: Future[Scores], count: int, calls: AsyncCalls, deadline: float | None) -> Scores:
+    def result(self, call: Future[Scores], count: int, calls: EventLoop, deadline: float | None) -> Scores:
         """What an async call on `count` completions gives; at the deadline its thread is given up."""
         try:
             return call.result(None if deadline is None else max(deadline - time.monotonic(), 0))
@@ -121,6 +123,7 @@ class Reward:
         try:
             arguments, process = _own(arguments), os.getpid()
             if self.worker:
+                arguments.pop("environments", None)  # they are of this process
                 values, notes = self.worker.call(arguments, self.timeout)
             else:
                 assert self.function
@@ -184,18 +187,15 @@ class Reward:
 
 def _own(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of one call, in objects of its own for each completion: a function may change what it is handed,
-    which neither its group, nor another function, nor the next evaluation sees."""
+    which neither its group, nor another function, nor the next evaluation sees. Environments are the very ones."""
     return {
-        name: [copy.deepcopy(entry) for entry in value] if isinstance(value, list) else copy.deepcopy(value)
+        name: value
+        if name == "environments"
+        else [copy.deepcopy(entry) for entry in value]
+        if isinstance(value, list)
+        else copy.deepcopy(value)
         for name, value in arguments.items()
     }
-
-
-def _is_async(function: Function | None) -> bool:
-    """An `async def`, or an object whose __call__ is one."""
-    return inspect.iscoroutinefunction(function) or (
-        callable(function) and inspect.iscoroutinefunction(type(function).__call__)
-    )
 
 
 def _usable(value: Any) -> bool:
@@ -213,20 +213,21 @@ def _where(error: BaseException) -> str:
 class Rewarding:
     """Runs the reward functions of a run; async ones run during the rollout."""
 
-    def __init__(self, rewards: Sequence[Reward]) -> None:
+    def __init__(self, rewards: Sequence[Reward], loop: EventLoop | None = None) -> None:
+        """loop: the run's; close() closes it."""
         self.rewards = rewards
         self.weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)  # [F]
         self._logged: dict[str, list[float]] = {}
         self._failed: Counter[str] = Counter()
         self._begun: dict[int, dict[str, Future[Scores]]] = {}  # by group
-        self._calls = AsyncCalls()
+        self.loop = loop or EventLoop()
 
     def begin(self, problem: Problem, group: Sequence[Sample], state: Any) -> None:
         """The completions of one prompt are all there: the async functions set to work on them."""
         waiting = [reward for reward in self.rewards if reward.is_async]
         arguments = _arguments([problem] * len(group), group, state) if waiting else {}
         self._begun[group[0].group] = {
-            reward.name: self._calls.start(reward.score_async({**arguments, **reward.parameters}, len(group)))
+            reward.name: self.loop.submit(reward.score_async({**arguments, **reward.parameters}, len(group)))
             for reward in waiting
         }
 
@@ -248,6 +249,7 @@ class Rewarding:
                     self._logged.setdefault(name, []).extend(logged)
             self._failed[reward.name] += sum(part.failed for part in parts)
         self._begun.clear()
+        values[:, [sample.failed for sample in samples]] = math.nan
         return values
 
     def metrics(self) -> dict[str, float]:
@@ -263,11 +265,11 @@ class Rewarding:
         self._cancel()
         for reward in self.rewards:
             reward.close()
-        self._calls.close()
+        self.loop.close()
 
     def _result(self, group: int, reward: Reward, size: int, deadline: float | None) -> Scores:
         try:
-            return reward.result(self._begun[group][reward.name], size, self._calls, deadline)
+            return reward.result(self._begun[group][reward.name], size, self.loop, deadline)
         except RewardError:
             self._cancel()
             raise
@@ -283,11 +285,18 @@ def _arguments(problems: Sequence[Problem], samples: Sequence[Sample], state: An
     """What every function gets; problems: one a sample."""
     return {
         **columns_of(problems),
-        "prompts": [problem.prompt for problem in problems],
-        "completions": [as_reply(p.prompt, sample.text) for p, sample in zip(problems, samples, strict=True)],
-        "completion_ids": [sample.completion.token_ids for sample in samples],
+        "prompts": [sample.prompt(problem) for problem, sample in zip(problems, samples, strict=True)],
+        "completions": [sample.reply(problem) for problem, sample in zip(problems, samples, strict=True)],
+        "completion_ids": [sample.completion.sampled_ids for sample in samples],
         "trainer_state": state,
+        **environments_of(samples),
     }
+
+
+def environments_of(samples: Sequence[Sample]) -> dict[str, Any]:
+    """TRL's `environments`, for a run that has them."""
+    found = [sample.episode and sample.episode.environment for sample in samples]
+    return {"environments": found} if any(one is not None for one in found) else {}
 
 
 def _note(parts: Sequence[Scores], samples: Sequence[Sample]) -> None:
@@ -308,7 +317,7 @@ def load_reward(config: RewardConfig, given: Mapping[str, Function] | None = Non
         return Reward(config.label, own, config.weight, config.parameters, on_error=config.on_error)
     function = None if config.isolate or config.limits else find_reward(config.function)
     # Nothing but the end of its process stops a function that does not wait.
-    apart = function is None or (config.timeout is not None and not _is_async(function))
+    apart = function is None or (config.timeout is not None and not is_async(function))
     worker = Worker(config.function, config.limits) if apart else None
     return Reward(
         config.label, function, config.weight, config.parameters, config.timeout, config.on_error, worker

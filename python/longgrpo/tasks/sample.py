@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from longgrpo.rollout.protocol import Completion
-from longgrpo.tasks.data import Problem
+from longgrpo.tasks.data import Problem, Prompt, Reply, as_reply
+from longgrpo.tasks.episodes import Episode
 
 
 @dataclass
@@ -25,10 +26,24 @@ class Sample:
     text: str
     extra: dict[str, Any] = field(default_factory=dict)
     """Columns that reward functions log."""
+    episode: Episode | None = None
+    """Of a completion with tools or an environment."""
 
     def __len__(self) -> int:
-        """Tokens of the completion."""
-        return len(self.completion.token_ids)
+        """Sampled tokens of the completion."""
+        return len(self.completion.sampled_at)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is left out of its group, whatever it earns."""
+        return bool(self.episode and self.episode.failed)
+
+    def prompt(self, problem: Problem) -> Prompt:
+        return self.episode.prompt if self.episode else problem.prompt
+
+    def reply(self, problem: Problem) -> Reply:
+        """As the rewards get it."""
+        return self.episode.messages if self.episode else as_reply(problem.prompt, self.text)
 
 
 @dataclass
@@ -52,7 +67,7 @@ class Rollout:
             list(samples),
             rewards,
             torch.zeros(rewards.shape[1:]),
-            torch.tensor([token for completion in completions for token in completion.token_ids], dtype=torch.int64),
+            torch.tensor([token for completion in completions for token in completion.sampled_ids], dtype=torch.int64),
             torch.tensor([logp for completion in completions for logp in completion.logprobs], dtype=torch.float32),
             [0, *accumulate(map(len, samples))],
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from longgrpo.config.run import TrainConfig
 from longgrpo.rollout.protocol import Completion, RolloutEngine, seed_for
 from longgrpo.tasks.data import Problem, PromptStream, decode
+from longgrpo.tasks.episodes import Conversations, Episode, group_prompt, prompts_for
 from longgrpo.tasks.prompts import Prompts
 from longgrpo.tasks.rewards import Rewarding
 from longgrpo.tasks.sample import Rollout, Sample
@@ -31,6 +32,8 @@ class Collector:
     tokenizer: PreTrainedTokenizerBase
     rewarding: Rewarding
     stream: PromptStream
+    conversations: Conversations | None = None
+    """Of a run with tools or an environment."""
 
     def collect(self, number: int, clock: Clock) -> tuple[Rollout, dict[str, float]]:
         """Phases 1 to 3 of step `number`; again for the groups without spread, at most train.max_refills times: the
@@ -62,11 +65,16 @@ class Collector:
         }
         return _joined(sorted(chosen, key=lambda group: group.samples[0].group)), metrics
 
+    def close(self) -> None:
+        """Stops what rewards and conversations have started."""
+        if self.conversations:
+            self.conversations.close()
+        self.rewarding.close()
+
     @property
     def prompts(self) -> Prompts:
         """How a problem becomes tokens."""
-        config = self.config
-        return Prompts(self.tokenizer, config.task, self.engine.max_length(), config.rollout.max_completion_length)
+        return prompts_for(self.config, self.tokenizer, self.engine.max_length(), self.conversations)
 
     # ---- 1
     def sample_prompts(self, count: int) -> list[Problem]:
@@ -76,19 +84,27 @@ class Collector:
     def roll_out(self, problems: Sequence[Problem], number: int, first_group: int = 0) -> list[Sample]:
         """num_generations completions of each problem, each with a seed of its own, group after group. A group that is
         complete goes to the async reward functions at once."""
-        config = self.config.rollout
+        config, talks = self.config.rollout, self.conversations
         request = config.request()
         as_tokens = self.prompts
-        prompts = [as_tokens.encode(problem) for problem in problems]
         state, size = self._trainer_state(number), config.num_generations
         members = [(group, member) for group in range(len(problems)) for member in range(size)]
         samples: list[Sample | None] = [None] * len(members)
         seed = config.seed(self.config.train.seed)
+        episodes: list[Episode] = []
+        if talks:  # a group's environments have one seed: its episodes begin alike
+            seeds = [seed_for(seed, number, first_group + group, -1) for group, _ in members]
+            episodes = talks.begin([problems[group] for group, _ in members], seeds)
+            problems = [group_prompt(p, episodes[g * size : (g + 1) * size]) for g, p in enumerate(problems)]
+        prompts = [as_tokens.encode(problem) for problem in problems]
 
         def finished(i: int, completion: Completion) -> None:
             group = members[i][0]
             text = decode(self.tokenizer, [completion], request.skip_special_tokens)[0]
-            samples[i] = Sample(first_group + group, prompts[group], completion, text)
+            samples[i] = sample = Sample(first_group + group, prompts[group], completion, text)
+            if talks:
+                talks.end(episodes[i], completion)
+                sample.episode = episodes[i]
             mates = [sample for sample in samples[group * size : (group + 1) * size] if sample]
             if len(mates) == size:
                 self.rewarding.begin(problems[group], mates, state)
@@ -98,6 +114,7 @@ class Collector:
             request,
             [seed_for(seed, number, first_group + group, member) for group, member in members],
             finished,
+            talks.turns(episodes) if talks else None,
         )
         return [sample for sample in samples if sample]
 
@@ -106,8 +123,16 @@ class Collector:
         """[F, P, G] float64: every function's values; the columns that it logs go into the samples."""
         size = len(samples) // len(problems)
         asked = [problem for problem in problems for _ in range(size)]
-        values = self.rewarding.finish(asked, samples, self._trainer_state(number))  # [F, P G]
+        try:
+            values = self.rewarding.finish(asked, samples, self._trainer_state(number))  # [F, P G]
+        finally:
+            self.release(samples)
         return values.view(len(values), -1, size)
+
+    def release(self, samples: Sequence[Sample]) -> None:
+        """Closes the environments of the samples."""
+        if self.conversations:
+            self.conversations.close_episodes([sample.episode for sample in samples if sample.episode])
 
     def reward_metrics(self, rollout: Rollout) -> dict[str, float | None]:
         """Metrics of each function and of their weighted sum, and the values that the functions have logged."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longgrpo.errors import ConfigError
 from longgrpo.offload import OffloadEngine
+from longgrpo.tasks.episodes import FAILURES
 from longgrpo.tasks.rewards import Reward
 from longgrpo.tasks.sample import Rollout, Sample
 
@@ -139,13 +140,35 @@ def length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
+def turn_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Of a run with tools or an environment: turns of an episode, tokens given to it, the share of what later turns go
+    on from that was in the engine's cache, and calls, with their seconds and failures in all. Else nothing."""
+    pairs = [(sample, sample.episode) for sample in samples if sample.episode]
+    if not pairs:
+        return {}
+    turns = [len(sample.completion.turns) for sample, _ in pairs]
+    later = [(sample, turn) for sample, _ in pairs for turn in sample.completion.turns[1:]]
+    before = sum(len(sample.prompt_ids) + turn.begin for sample, turn in later)
+    answered = [one for _, episode in pairs for one in episode.answered]
+    return {
+        "turns/mean": fmean(turns),
+        "turns/max": max(turns),
+        "turns/given_tokens": fmean(len(sample.completion.token_ids) - len(sample) for sample, _ in pairs),
+        **({"turns/prefix_reuse": sum(turn.cached for _, turn in later) / before} if later else {}),
+        "calls/mean": len(answered) / len(pairs),
+        "calls/seconds": sum(one.seconds for one in answered),
+        **{f"calls/{kind}": sum(one.failure == kind for one in answered) for kind in FAILURES},
+        "calls/failed_episodes": sum(bool(episode.failed) for _, episode in pairs),
+    }
+
+
 def variety_metrics(rollout: Rollout) -> dict[str, float]:
     """How alike the completions are, by their tokens. alike: of a group, the share that is its most frequent
     completion. repetition: the share of 4-grams that stood earlier in the same completion (seq-rep-4,
     arXiv:1908.04319)."""
     groups: dict[int, Counter[tuple[int, ...]]] = {}
     for sample in rollout.samples:
-        groups.setdefault(sample.group, Counter())[tuple(sample.completion.token_ids)] += 1
+        groups.setdefault(sample.group, Counter())[tuple(sample.completion.sampled_ids)] += 1
     return {
         "completions/alike": fmean(max(seen.values()) / seen.total() for seen in groups.values()),
         "completions/repetition": _repetition(rollout.token_ids, rollout.bounds),
@@ -185,6 +208,7 @@ def step_metrics(
     offload_counts returned before it."""
     return {
         **length_metrics(rollout.samples),
+        **turn_metrics(rollout.samples),
         **variety_metrics(rollout),
         "tokens_per_second/rollout": rollout.bounds[-1] / seconds["roll_out"],
         "tokens_per_second/training": trained / (seconds["score"] + seconds["loss_and_backward"]),

@@ -18,12 +18,12 @@ from longgrpo.tasks.sample import Rollout, Sample
 
 @dataclass
 class MicroBatch:
-    """S samples in one packed row, M completion tokens in all, sample after sample."""
+    """S samples in one packed row, M sampled tokens in all, sample after sample."""
 
     samples: list[Sample]
     packed: PackedBatch
     rows: Tensor  # [M] int64: packed.input_ids[rows[i]] is the token before target[i]
-    target: Tensor  # [M] int64: the completion tokens
+    target: Tensor  # [M] int64: the sampled tokens
     tokens: LossTokens  # advantages [S], cu_seqlens [S+1], the rest [M]
 
     @property
@@ -60,8 +60,9 @@ def split(samples: Sequence[Sample], token_budget: int, share_prompts: bool) -> 
     used = 0
     for sample in samples:
         shares_prompt = share_prompts and bool(part) and part[-1].group == sample.group
-        alone = len(sample.prompt_ids) + len(sample)
-        cost = len(sample) if shares_prompt else alone
+        length = len(sample.completion.token_ids)
+        alone = len(sample.prompt_ids) + length
+        cost = length if shares_prompt else alone
         if part and used + cost > token_budget:
             yield part
             part, used, cost = [], 0, alone
@@ -75,7 +76,8 @@ def pack(rollout: Rollout, indices: Sequence[int], *, share_prompts: bool = True
     """One row: for each group its prompt once, then the completions that go on from it; a completion that has its
     prompt for itself continues in the same sequence.
 
-    A completion's last token predicts nothing and stays out; its first is predicted by the prompt's last row.
+    A completion's last token predicts nothing and stays out; its first is predicted by the prompt's last row. Tokens
+    that were given between its turns are read and never predicted.
     """
     samples = [rollout.samples[i] for i in indices]
     tokens = rollout.tokens_of(indices)
@@ -94,7 +96,7 @@ def pack(rollout: Rollout, indices: Sequence[int], *, share_prompts: bool = True
 
 
 def _packed(samples: Sequence[Sample], share_prompts: bool) -> tuple[PackedBatch, list[int]]:
-    """The packed row, and of each completion token the row that predicts it."""
+    """The packed row, and of each sampled token the row that predicts it."""
     ids: list[int] = []
     positions: list[int] = []
     starts: list[int] = [0]
@@ -108,14 +110,20 @@ def _packed(samples: Sequence[Sample], share_prompts: bool) -> tuple[PackedBatch
         _append(ids, positions, starts, first, first_position=0)
         prefix.append(-1)
         if not inputs:
-            rows += range(prompt_end, len(ids))
-        for tokens in inputs:
-            rows += [prompt_end, *range(len(ids), len(ids) + len(tokens))]
+            rows += _sampled(members[0], range(prompt_end, len(ids)))
+        for member, tokens in zip(members, inputs, strict=False):
+            rows += _sampled(member, [prompt_end, *range(len(ids), len(ids) + len(tokens))])
             if tokens:
                 _append(ids, positions, starts, tokens, first_position=len(prompt))
                 prefix.append(prompt_segment)
     shared = prefix if max(prefix) >= 0 else None
     return pack_sequences(torch.tensor(ids), torch.tensor(positions), starts, shared), rows
+
+
+def _sampled(sample: Sample, rows: Sequence[int]) -> Sequence[int]:
+    """Of the rows that predict its tokens, those of the sampled ones."""
+    completion = sample.completion
+    return [rows[place] for place in completion.sampled_at] if completion.turns else rows
 
 
 def _groups(samples: Sequence[Sample], share_prompts: bool) -> Iterator[list[Sample]]:

@@ -74,7 +74,7 @@ def in_loss(config: TrainConfig, rollout: Rollout) -> list[int]:
     """The samples that the loss counts."""
     masked = config.train.mask_truncated
     samples = rollout.samples
-    return [i for i, s in enumerate(samples) if not (masked and s.completion.finish_reason == "length")]
+    return [i for i, s in enumerate(samples) if not (s.failed or (masked and s.completion.finish_reason == "length"))]
 
 
 def _with_gradient(config: TrainConfig, rollout: Rollout, counted: Sequence[int]) -> list[int]:
