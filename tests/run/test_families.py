@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -64,6 +65,15 @@ def test_in_four_bits(name, tmp_path):
 def test_with_vllm(name, tmp_path):
     pytest.importorskip("vllm")
     trained(config_of(name, tmp_path, "vllm"), tmp_path, FAMILIES[name].vllm)
+
+
+@pytest.mark.long
+def test_vllm_with_a_head_of_its_own_under_a_config_that_says_tied(tmp_path):
+    pytest.importorskip("vllm")
+    config = config_of("Llama", tmp_path, "vllm")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    trained(config, tmp_path, "yes")
 
 
 def test_the_page_says_what_was_run():

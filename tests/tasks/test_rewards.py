@@ -1,3 +1,4 @@
+import asyncio
 import math
 import os
 
@@ -248,6 +249,22 @@ def test_an_async_function_works_while_others_are_sampled(tree, tmp_path, monkey
         [[{"content": s.text}] for s in result.rollout.samples]
     )
     rewarding.close()
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_training_and_evaluations_share_one_event_loop(tree, tmp_path, isolate):
+    """Also if the caller has a loop that runs, as a notebook has."""
+    from longgrpo.config.run import build_config
+    from longgrpo.run.trainer import Trainer
+
+    tree["rewards"] = [{"function": f"{OWN_REWARDS}:keeps_a_loop", "isolate": isolate}]
+    tree["task"] |= {"eval_n": 2, "eval_reward": None}
+    tree["train"]["steps"] = 1
+
+    async def notebook():
+        return Trainer(build_config(tree), tmp_path / "run").run()
+
+    assert asyncio.run(notebook())["eval_after"] > 0
 
 
 def test_an_object_with_an_async_call(at_work):

@@ -173,3 +173,12 @@ def logs_payloads(completions, log_extra, log_metric, **columns):
     log_extra(PAYLOADS[0], [PAYLOADS[i % len(PAYLOADS)] for i in range(len(completions))])
     log_metric(PAYLOADS[1], 1.0)
     return [None] * len(completions)
+
+
+async def keeps_a_loop(completions, **columns):
+    """As a client does: what it makes at its first call belongs to that call's event loop."""
+    if not hasattr(keeps_a_loop, "loop"):
+        keeps_a_loop.loop = asyncio.get_running_loop()
+    if asyncio.get_running_loop() is not keeps_a_loop.loop:
+        raise RuntimeError("bound to a different event loop")
+    return digits(completions)

@@ -44,18 +44,19 @@ def main() -> None:
         _write(answers, str(error) or type(error).__name__)
         return
     _write(answers, None)
+    loop = asyncio.new_event_loop()  # one for all calls: what a function keeps on it stays usable
     while (arguments := _read(requests)) is not None:
-        _write(answers, _called(function, arguments))
+        _write(answers, _called(function, arguments, loop))
 
 
-def _called(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def _called(function: Any, arguments: dict[str, Any], loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
     from longgrpo.tasks.isolated import Notes
 
     notes, here = Notes(), os.getpid()
     try:
         values = function(**arguments, **notes.arguments())
         if inspect.isawaitable(values):
-            values = asyncio.run(_awaited(values))
+            values = loop.run_until_complete(values)
         if values is not None and not isinstance(values, bool | int | float | str):
             values = list(values)
         answer = {"values": plain(values), "extra": plain(notes.extra), "metrics": plain(notes.metrics)}
@@ -64,10 +65,6 @@ def _called(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     if os.getpid() != here:
         os._exit(0)  # a child that the function forked, and that came back from it
     return answer
-
-
-async def _awaited(values: Any) -> Any:
-    return await values
 
 
 def plain(value: Any) -> Any:
