@@ -246,6 +246,7 @@ def count_step(config: TrainConfig, state: TrainState, rollout: Rollout, target:
     (twice,) = plan_updates(config, _rollout([*rollout.samples, *again]), device, parts=1)
     with LiveStorages(Internal(target)) as live:
         live.add([*state.model.parameters(), *state.model.buffers()], "weights")
+        live.add(state.parameters.values(), "masters")
         live.add(state.reference.tensors.values() if state.reference else [], "reference")
         score(config, state, [once, twice])
         optimizer_step(config, state, 1, once, loss_and_backward(loss, state, once)[0])
