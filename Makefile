@@ -102,8 +102,8 @@ first-run: setup $(STAMPS)/test  ## docs/first-run.md: the main job with three s
 docs: $(STAMPS)/docs  ## the guide, in build/docs; every link is checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-gpu:  ## build for the GPU that is here, test, benchmark; PYTHON's own torch (CUDA); STAGE: see bench/gpu.sh
-	bench/gpu.sh $(PYTHON) $(STAGE)
+gpu:  ## build for the GPU that is here, test, benchmark; PYTHON's own torch (CUDA); STAGE, RESULTS, WHEELS: see bench/gpu.py
+	@$(PYTHON) bench/gpu.py $(STAGE) $(if $(RESULTS),--results $(RESULTS)) $(if $(WHEELS),--wheels $(WHEELS))
 
 clean:
 	rm -rf $(VENV) build dist

@@ -1,6 +1,8 @@
 // Times the CUDA path without torch: the row kernels on a tile of logits, and the tile loop of the head with cuBLAS.
 //   bench_cuda [--tokens N] [--hidden H] [--vocabulary V] [--workspace MIB] [--cublas PATH] [--json FILE] [--about
-//   JSON]
+//   JSON] [--rows R --columns C] [--candidates K]
+// --rows and --columns force a tiling on every pass (columns are left out of whole rows). --candidates also times the K
+// best tilings of each pass by the model of waves, each beside its share of the floor.
 #include <cuda_runtime.h>
 
 #include <cstdlib>
@@ -11,6 +13,7 @@
 #include "cublas.h"
 #include "cuda/cuda_head.h"
 #include "cuda/device.h"
+#include "cuda/tiles.h"
 
 using namespace longgrpo;
 
@@ -20,14 +23,16 @@ namespace {
 constexpr double kReadFlops = 12, kSignFlops = 4;
 
 struct Options {
-  int64_t tokens = 8192, hidden = 4096, vocabulary = 151936, workspace = 256;
+  int64_t tokens = 8192, hidden = 4096, vocabulary = 151936, workspace = 256, rows = 0, columns = 0, candidates = 0;
   std::string cublas = "libcublas.so.13", json, about = "\"device\": \"cuda\"";
 };
 
 Options parse(int argc, char** argv) {
   Options o;
   const std::map<std::string, int64_t*> numbers = {
-      {"--tokens", &o.tokens}, {"--hidden", &o.hidden}, {"--vocabulary", &o.vocabulary}, {"--workspace", &o.workspace}};
+      {"--tokens", &o.tokens},        {"--hidden", &o.hidden}, {"--vocabulary", &o.vocabulary},
+      {"--workspace", &o.workspace},  {"--rows", &o.rows},     {"--columns", &o.columns},
+      {"--candidates", &o.candidates}};
   const std::map<std::string, std::string*> texts = {
       {"--cublas", &o.cublas}, {"--json", &o.json}, {"--about", &o.about}};
   for (int i = 1; i < argc; i += 2) {
@@ -98,11 +103,11 @@ struct CublasRuntime {
 
   const Chip& chip() const { return chip_; }
   Stream stream() const { return nullptr; }
-  CudaPlan plan(const CudaWish& wish, Tiling tiling, int64_t limit_bytes) const {
-    return best_tiles(wish, tiling, limit_bytes, chip_);
+  CudaPlan plan(const CudaWish& wish, Tiling tiling, int64_t limit_bytes) {
+    return tiles.plan(wish, tiling, limit_bytes, chip_);
   }
-  bool splits(const CudaWish& wish, int64_t limit_bytes, bool c_in_row) const {
-    return longgrpo::splits(wish, limit_bytes, chip_, c_in_row);
+  bool splits(const CudaWish& wish, int64_t limit_bytes, bool c_in_row) {
+    return tiles.splits(wish, limit_bytes, chip_, c_in_row);
   }
   std::optional<ScorePlan> score_plan(const HeadShape& shape, const HeadInputs& in, int64_t limit_bytes) const {
     if (!scores_itself || !can_score(in, chip_)) return {};
@@ -124,6 +129,7 @@ struct CublasRuntime {
     return {memory_->data()};
   }
 
+  Tiles tiles;
   bench::Cublas blas;
 
  private:
@@ -260,6 +266,33 @@ bench::Case head_case(CublasRuntime& runtime, const std::shared_ptr<HeadBuffers>
   return {name, gemm * (1 + gradient + trains_head), bytes, run, [](int) { flush_device(); }};
 }
 
+// add(case, about): a frozen head in each of its best tilings, and a trained one with each for its weight's gradient
+// and in each of whole rows.
+template <class Add>
+void time_candidates(const Options& o, CublasRuntime& runtime, const std::shared_ptr<HeadBuffers>& buffers, Add&& add) {
+  const int64_t workspace = o.workspace << 20;
+  const HeadKey head{o.hidden, o.vocabulary, Dtype::bf16, Dtype::bf16};
+  for (const Tiling tiling : {Tiling::chunks, Tiling::weight, Tiling::whole_rows}) {
+    const bool trained = tiling != Tiling::chunks;
+    const CudaWish wish{buffers->shape, Dtype::bf16, Dtype::bf16, false, true, trained, false};
+    if (tiling == Tiling::whole_rows && tile_bytes(wish, tiling, kMinTileRows, logits_columns(wish.shape)) > workspace)
+      continue;
+    std::vector<CudaPlan> plans = candidate_tiles(wish, tiling, workspace, runtime.chip());
+    plans.resize(std::min(plans.size(), size_t(o.candidates)));
+    for (const CudaPlan& plan : plans) {
+      TileChoice choice;
+      choice.tiles[size_t(tiling)] = {plan.tile_rows, plan.chunk};
+      choice.passes = tiling == Tiling::whole_rows ? 1 : 2;
+      runtime.tiles.choose(head, choice);
+      const std::string tile = std::to_string(plan.tile_rows) + " x " + std::to_string(plan.chunk);
+      add(head_case(runtime, buffers, (trained ? "head, trained, " : "head, frozen, ") + tile, true, trained,
+                    workspace),
+          ", \"rows\": " + std::to_string(plan.tile_rows) + ", \"columns\": " + std::to_string(plan.chunk));
+    }
+  }
+  runtime.tiles.choose(head, {});
+}
+
 }  // namespace
 
 int main(int argc, char** argv) try {
@@ -278,12 +311,19 @@ int main(int argc, char** argv) try {
   for (const bench::Case& c : row_cases(o, runtime.chip())) report.add(c, measure(c), top, o.about);
   const auto buffers = std::make_shared<HeadBuffers>(o);
   const int64_t workspace = o.workspace << 20;
+  TileChoice forced;
+  if (o.rows > 0) forced.tiles.fill({o.rows, o.columns});
+  runtime.tiles.choose({o.hidden, o.vocabulary, Dtype::bf16, Dtype::bf16}, forced);
   std::vector<bench::Case> cases = {head_case(runtime, buffers, "head, scoring", false, false, workspace),
                                     head_case(runtime, buffers, "head, frozen", true, false, workspace),
                                     head_case(runtime, buffers, "head, trained", true, true, workspace)};
   if (runtime.chip().capability >= kScoreCapability)
     cases.push_back(head_case(runtime, buffers, "head, scoring, tensor cores", false, false, workspace, true));
   for (const bench::Case& c : cases) report.add(c, measure(c), top, o.about);
+  if (o.candidates > 0)
+    time_candidates(o, runtime, buffers, [&](const bench::Case& c, const std::string& about) {
+      report.add(c, measure(c), top, o.about + about);
+    });
   return 0;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "bench_cuda: %s\n", error.what());

@@ -104,6 +104,7 @@ struct HostRuntime {
 #endif
 
   int64_t threads() { return omp_get_max_threads(); }
+  int64_t chosen_rows(const longgrpo::HeadKey&) { return 0; }
 
   // Kept between calls, as torch's allocator keeps what is freed.
   struct Scratch {

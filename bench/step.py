@@ -1,7 +1,7 @@
 """An 8B-shaped LoRA step with random weights on a GPU: the allocator's peak against the plan, and the step's time with
 offload, with plain checkpointing and without offload's tiling. Part of `make gpu`:
 
-    python bench/step.py [--json FILE]
+    python bench/step.py [--json FILE] [--dry-run]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from longgrpo.checks.counted import NOT_TRAINERS, longest_rollout, rows_of
 from longgrpo.config.run import TrainConfig, build_config
 from longgrpo.memory.cards import GIB
 from longgrpo.memory.dryrun import MetaEngine
-from longgrpo.memory.internal import Target
+from longgrpo.memory.internal import Internal, Target
+from longgrpo.memory.live import LiveStorages
 from longgrpo.memory.plan import plan_memory
 from longgrpo.memory.shape import model_shape
 from longgrpo.offload import OffloadEngine
@@ -45,46 +47,48 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--dry-run", action="store_true", help="on tensors without storage: does it run")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not (options.dry_run or torch.cuda.is_available()):
         print("bench/step.py needs a GPU", file=sys.stderr)
         return 2
-    kinds = [None, *(["nf4"] if importlib.util.find_spec("bitsandbytes") else [])]
-    results = [
-        measure(kind, name, memory, sequences, options.tokens, options.layers)
-        for kind in kinds
-        for sequences in (1, 8)
-        for name, memory in MODES.items()
-    ]
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+    device = torch.device("meta" if options.dry_run else "cuda")
+    kinds = [None, *(["nf4"] if importlib.util.find_spec("bitsandbytes") and not options.dry_run else [])]
+    for kind in kinds:
+        for sequences in (1,) if options.dry_run else (1, 8):
+            for name, memory in MODES.items():
+                result = measure(device, kind, name, memory, sequences, options.tokens, options.layers)
+                if options.json:
+                    with options.json.open("a") as file:
+                        file.write(json.dumps(result) + "\n")
     return 0
 
 
 def measure(
-    kind: str | None, name: str, memory: dict[str, Any], sequences: int, tokens: int, layers: int
+    device: torch.device, kind: str | None, name: str, memory: dict[str, Any], sequences: int, tokens: int, layers: int
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         config = run_config(Path(directory), kind, memory, sequences, tokens, layers)
         shape = model_shape(config.model.path)
         rollout = longest_rollout(config, shape.context)
-        target = Target(torch.cuda.get_device_properties().multi_processor_count)
+        on_gpu = device.type == "cuda"
+        target = Target(torch.cuda.get_device_properties().multi_processor_count if on_gpu else 132)
         phase = plan_memory(config, shape, rows_of(config, rollout), target).training
-        state = random_state(config)
+        state = random_state(config, device)
     loss = PolicyLoss(config)
-    (once,) = plan_updates(config, rollout, torch.device("cuda"), parts=1)
+    (once,) = plan_updates(config, rollout, device, parts=1)
     update = replace(once, batches=once.batches * sequences)
     seconds = []
-    for number in range(1, 5):
-        if number == 2:  # the optimizer's state is there
-            torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        norm, _ = loss_and_backward(loss, state, update)
-        optimizer_step(config, state, number, update, norm)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated()
+    clock = Clock() if on_gpu else DryClock(target, state)
+    with clock:
+        for number in range(1, 5 if on_gpu else 3):
+            if number == 2:  # the optimizer's state is there
+                clock.reset_peak()
+            start = clock.now()
+            norm, _ = loss_and_backward(loss, state, update)
+            optimizer_step(config, state, number, update, norm)
+            seconds.append(clock.now() - start)
+    peak = clock.peak()
     planned = phase.device_bytes - sum(phase.terms.get(term, 0) for term in NOT_TRAINERS)
     result = {
         "weights": kind or "bfloat16", "mode": name, "sequences": sequences, "tokens": tokens, "peak_bytes": peak,
@@ -96,8 +100,52 @@ def measure(
         flush=True,
     )
     del state
-    torch.cuda.empty_cache()
+    if on_gpu:
+        torch.cuda.empty_cache()
     return result
+
+
+class Clock(AbstractContextManager["Clock"]):
+    """The GPU's time, and the allocator's peak."""
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def now(self) -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        return int(torch.cuda.max_memory_allocated())
+
+
+class DryClock(Clock):
+    """The peak of storages that are not there; its time says nothing."""
+
+    def __init__(self, target: Target, state: TrainState) -> None:
+        self.live = LiveStorages(Internal(target))
+        self.state = state
+
+    def __enter__(self) -> DryClock:
+        self.live.__enter__()
+        self.live.add([*self.state.model.parameters(), *self.state.model.buffers()], "weights")
+        self.live.add(self.state.parameters.values(), "masters")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.live.__exit__(*error)
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def reset_peak(self) -> None:
+        self.live.reset_peak()
+
+    def peak(self) -> int:
+        return self.live.peak
 
 
 def run_config(
@@ -121,9 +169,12 @@ def run_config(
     )  # fmt: skip
 
 
-def random_state(config: TrainConfig) -> TrainState:
-    """The model in training on the GPU, its weights small random numbers."""
+def random_state(config: TrainConfig, device: torch.device) -> TrainState:
+    """The model in training, its weights small random numbers; without storage on `meta`."""
     engine: Any = MetaEngine(Path(config.model.path), torch.bfloat16, config.model.quantization)
+    if device.type == "meta":
+        counting = OffloadEngine(backend="count", host_bytes=1 << 44) if config.memory.offload else None
+        return make_state(config, engine, counting)
     engine.model.to_empty(device="cuda")
     for parameter in engine.model.parameters():
         if parameter.is_floating_point():

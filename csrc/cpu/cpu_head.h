@@ -3,6 +3,7 @@
 //   runtime.gemm(a, b, c)                 c = a b, fp32, any strides
 //   runtime.parallel_for(n, f)            f(i) for i in [0, n)
 //   runtime.threads()
+//   runtime.chosen_rows(head)             rows of a tile if they were chosen (tile_choice.h), else 0
 //   auto memory = runtime.scratch(bytes)  memory.data(), freed with `memory`
 #pragma once
 
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "../head/head_pass.h"
+#include "../head/tile_choice.h"
 #include "convert.h"
 #include "gemm_bf16.h"
 #include "rows.h"
@@ -50,13 +52,16 @@ inline int64_t staging_bytes(const HeadShape& shape, const HeadInputs& in, bool 
   return alignment + (staged ? 4 * weight_chunk(shape) * shape.hidden : 0);
 }
 
-// The tiles of a pass over so many rows, of which the first `active` may have a gradient.
+// The tiles of a pass over so many rows, of which the first `active` may have a gradient. chosen_rows: of a tile, where
+// they fit into the limit; 0: as many as do.
 inline HeadPlan plan_cpu(const HeadShape& shape, const HeadInputs& in, int64_t rows, int64_t active,
                          bool hidden_gradient, bool weight_gradient, bool reference, int64_t threads,
-                         int64_t limit_bytes) {
+                         int64_t limit_bytes, int64_t chosen_rows = 0) {
   const HeadPlan plan{
       rows, active, 0, staging_bytes(shape, in, weight_gradient, threads), hidden_gradient, weight_gradient, reference};
-  return plan_tiles(plan, shape, limit_bytes);
+  HeadPlan tiles = plan_tiles(plan, shape, limit_bytes);
+  if (chosen_rows > 0) tiles.tile_rows = std::min(tiles.tile_rows, chosen_rows);
+  return tiles;
 }
 
 template <class Runtime>
@@ -331,8 +336,10 @@ class CpuDevice {
   // -> whether any row had a gradient
   bool tiles(const HeadInputs& in, const HeadOutputs& out, const RowLoss& loss, const std::vector<int64_t>& rows,
              int64_t active) const {
-    const HeadPlan plan = plan_cpu(shape_, in, int64_t(rows.size()), active, out.direction, out.dweight || out.dbias,
-                                   in.reference(), runtime_.threads(), workspace_);
+    const HeadPlan plan =
+        plan_cpu(shape_, in, int64_t(rows.size()), active, out.direction, out.dweight || out.dbias, in.reference(),
+                 runtime_.threads(), workspace_,
+                 runtime_.chosen_rows({shape_.hidden, shape_.vocabulary, in.hidden_dtype, in.weight_dtype}));
     const auto memory = runtime_.scratch(workspace_bytes(plan, shape_, plan.tile_rows) + 4);
     CpuHead<Runtime> head(runtime_, shape_, plan, in, out, rows, loss, static_cast<float*>(memory.data()));
     head_pass(head, plan);

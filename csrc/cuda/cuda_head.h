@@ -4,7 +4,7 @@
 //                                          runtime.stream()
 //   runtime.chip()                         of the device that the pass runs on
 //   runtime.plan(wish, tiling, limit_bytes), runtime.splits(wish, limit_bytes, c_in_row)
-//                                          best_tiles and splits of plan.h, unless a test wants tiles of its own
+//                                          those of a Tiles, unless a test wants tiles of its own
 //   runtime.score_plan(shape, inputs, limit_bytes)   nothing, unless score.h's kernel was asked for and can_score
 //   auto memory = runtime.scratch(bytes)   memory.data(), freed with `memory` in the order of the stream
 //

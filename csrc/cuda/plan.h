@@ -8,7 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
+#include <vector>
 
 #include "../head/head_pass.h"
 #include "launch.h"
@@ -118,12 +118,18 @@ struct WaveModel {
   }
 };
 
+inline CudaPlan plan_of(const CudaWish& wish, Tiling tiling, int64_t rows, int64_t columns) {
+  const int64_t stride = tiling == Tiling::whole_rows ? logits_columns(wish.shape) : columns;
+  return {tiling, rows, columns, stride, tile_bytes(wish, tiling, rows, columns)};
+}
+
 // ---- the choice ----
 
-// The tiles of the least time that the limit allows. Scoring and a frozen head's gradient take the same ones, both as
-// if there were a gradient, and calls of more than kTokens tokens those of kTokens: so the library's GEMM rounds their
-// logits alike.
-inline CudaPlan best_tiles(const CudaWish& asked, Tiling tiling, int64_t limit_bytes, const Chip& chip) {
+// The tiles that the limit allows, the best number of columns for each number of rows, those of the least time first.
+// Scoring and a frozen head's gradient take the same ones, both as if there were a gradient, and calls of more than
+// kTokens tokens those of kTokens: so the library's GEMM rounds their logits alike.
+inline std::vector<CudaPlan> candidate_tiles(const CudaWish& asked, Tiling tiling, int64_t limit_bytes,
+                                             const Chip& chip) {
   CudaWish wish = asked;
   if (tiling == Tiling::chunks) wish.hidden_gradient = true, wish.weight_gradient = false;
   const auto [n, h, v] = wish.shape;
@@ -135,31 +141,45 @@ inline CudaPlan best_tiles(const CudaWish& asked, Tiling tiling, int64_t limit_b
   CudaWish timed = wish;
   timed.shape.tokens = std::min(n, kTokens);
 
-  int64_t best_rows = 0, best_columns = 0;
-  double best = std::numeric_limits<double>::infinity();
-  const auto consider = [&](int64_t rows, int64_t columns) {
-    const double time = model.pass(timed, tiling, rows, std::min(columns, v));
-    if (time < best) best = time, best_rows = rows, best_columns = columns;
+  struct Candidate {
+    double time;
+    int64_t rows, columns;
   };
+  std::vector<Candidate> found;
+  // -> whether any columns fit
   const auto consider_rows = [&](int64_t rows) {
     if (tile_bytes(wish, tiling, rows, least) > limit_bytes) return false;
-    if (tile_bytes(wish, tiling, rows, all) <= limit_bytes) consider(rows, all);
-    if (least == all) return true;
-    const int64_t one = tile_bytes(wish, tiling, rows, kSegment), two = tile_bytes(wish, tiling, rows, 2 * kSegment);
-    const int64_t fit = kSegment + (limit_bytes - one) / ((two - one) / kSegment);
-    const int64_t most = std::min(all, fit / kSegment * kSegment), fewest = ceil_divide(v, most);
-    for (int64_t chunks = fewest; chunks < fewest + kTries; ++chunks)
-      consider(rows, std::min(most, ceil_divide(ceil_divide(v, chunks), kSegment) * kSegment));
+    Candidate best{};
+    const auto consider = [&](int64_t columns) {
+      const double time = model.pass(timed, tiling, rows, std::min(columns, v));
+      if (best.rows == 0 || time < best.time) best = {time, rows, columns};
+    };
+    if (tile_bytes(wish, tiling, rows, all) <= limit_bytes) consider(all);
+    if (least < all) {
+      const int64_t one = tile_bytes(wish, tiling, rows, kSegment), two = tile_bytes(wish, tiling, rows, 2 * kSegment);
+      const int64_t fit = kSegment + (limit_bytes - one) / ((two - one) / kSegment);
+      const int64_t most = std::min(all, fit / kSegment * kSegment), fewest = ceil_divide(v, most);
+      for (int64_t chunks = fewest; chunks < fewest + kTries; ++chunks)
+        consider(std::min(most, ceil_divide(ceil_divide(v, chunks), kSegment) * kSegment));
+    }
+    found.push_back(best);
     return true;
   };
   const int64_t rows = std::max(timed.shape.tokens, kMinTileRows);
   for (int64_t r = kGemmRows; r < rows; r += kGemmRows)
     if (!consider_rows(r)) break;
   consider_rows(rows);
-  for (int64_t r = kMinTileRows; best_rows == 0 || (best_rows < kGemmRows && r < std::min(rows, kGemmRows)); r *= 2)
-    if (!consider_rows(r)) break;  // not even one GEMM tile of rows fits
-  return {tiling, best_rows, best_columns, tiling == Tiling::whole_rows ? all : best_columns,
-          tile_bytes(asked, tiling, best_rows, best_columns)};
+  if (found.empty() || rows < kGemmRows)  // less than one GEMM tile of rows
+    for (int64_t r = kMinTileRows; r < std::min(rows, kGemmRows) || found.empty(); r *= 2)
+      if (!consider_rows(r)) break;
+  std::stable_sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.time < b.time; });
+  std::vector<CudaPlan> plans;
+  for (const auto& c : found) plans.push_back(plan_of(asked, tiling, c.rows, c.columns));
+  return plans;
+}
+
+inline CudaPlan best_tiles(const CudaWish& wish, Tiling tiling, int64_t limit_bytes, const Chip& chip) {
+  return candidate_tiles(wish, tiling, limit_bytes, chip).front();
 }
 
 inline Tiling tiling_of(const CudaWish& wish) {
@@ -181,27 +201,36 @@ inline CudaPlan plan_weight(const CudaWish& wish, int64_t limit_bytes, const Chi
 }
 
 // Whether a trained head takes two passes, 4 GEMMs, or one over whole rows, 3 GEMMs if c is known in the row: a
-// small workspace has too few whole rows, and dW is read and written for each tile of them.
-inline bool splits(const CudaWish& wish, int64_t limit_bytes, const Chip& chip, bool c_in_row) {
+// small workspace has too few whole rows, and dW is read and written for each tile of them. plan(wish, tiling): tiles.
+template <class Plan>
+bool splits(const CudaWish& wish, int64_t limit_bytes, const Chip& chip, bool c_in_row, const Plan& plan) {
   if (!wish.weight_gradient || !wish.can_chunk()) return false;
   const int64_t all = logits_columns(wish.shape);
   if (!c_in_row || tile_bytes(wish, Tiling::whole_rows, kMinTileRows, all) > limit_bytes) return true;
   const WaveModel model{double(chip.multiprocessors)};
-  const auto time = [&](const CudaWish& w, const CudaPlan& plan) {
-    return model.pass(w, plan.tiling, plan.tile_rows, std::min(plan.chunk, w.shape.vocabulary));
+  const auto time = [&](const CudaWish& w, Tiling tiling) {
+    const CudaPlan tiles = plan(w, tiling);
+    return model.pass(w, tiling, tiles.tile_rows, std::min(tiles.chunk, w.shape.vocabulary));
   };
   CudaWish frozen = without_weight(wish);
   frozen.hidden_gradient = true;
-  return time(frozen, plan_cuda(frozen, limit_bytes, chip)) + time(wish, plan_weight(wish, limit_bytes, chip)) <
-         time(wish, plan_cuda(wish, limit_bytes, chip));
+  return time(frozen, tiling_of(frozen)) + time(wish, Tiling::weight) < time(wish, tiling_of(wish));
 }
 
-// Bytes of the largest pass of a loss.
+inline bool splits(const CudaWish& wish, int64_t limit_bytes, const Chip& chip, bool c_in_row) {
+  return splits(wish, limit_bytes, chip, c_in_row,
+                [&](const CudaWish& w, Tiling tiling) { return best_tiles(w, tiling, limit_bytes, chip); });
+}
+
+// Bytes of the largest pass of a loss, and of the fp32 dW in which the tiles of whole rows add up a bf16 one.
 inline int64_t cuda_workspace(const CudaWish& wish, int64_t limit_bytes, const Chip& chip) {
-  if (!wish.weight_gradient || !wish.can_chunk()) return plan_cuda(wish, limit_bytes, chip).bytes;
+  if (!wish.weight_gradient) return plan_cuda(wish, limit_bytes, chip).bytes;
+  const int64_t summed = wish.weight_dtype == Dtype::bf16 ? 4 * wish.shape.vocabulary * wish.shape.hidden : 0;
+  if (!wish.can_chunk()) return plan_cuda(wish, limit_bytes, chip).bytes + summed;
   const int64_t split =
       std::max(plan_cuda(without_weight(wish), limit_bytes, chip).bytes, plan_weight(wish, limit_bytes, chip).bytes);
-  return splits(wish, limit_bytes, chip, true) ? split : std::max(split, plan_cuda(wish, limit_bytes, chip).bytes);
+  if (splits(wish, limit_bytes, chip, true)) return split;
+  return std::max(split, plan_cuda(wish, limit_bytes, chip).bytes + summed);
 }
 
 }  // namespace longgrpo

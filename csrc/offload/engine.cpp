@@ -34,7 +34,6 @@ Engine::Engine(std::unique_ptr<Backend> backend, Options options, DeviceAlloc de
 
 Engine::~Engine() {
   backend_->drain();
-  for (auto& slot : ring_) backend_->block(slot->read);
   for (auto& [id, record] : records_)
     if (record->host) retire(*record);
   reap();
@@ -114,9 +113,9 @@ void Engine::release(Record& record, Releases& releases) {
   record.source = nullptr;
 }
 
-// The source's memory is reused in the order of its own stream, so it is enough that this stream waits for the copy.
+// The memory is reused in the order of its own stream, so it is enough that this stream waits for the copy.
 void Engine::settle(Releases& releases) {
-  for (auto& r : releases) backend_->wait(r.stream, r.out, &Times::stall_forward);
+  for (auto& r : releases) backend_->wait(r.stream, r.last, &Times::stall_forward);
   releases.clear();
 }
 
@@ -134,8 +133,7 @@ void Engine::drop(Id id) {
 }
 
 void Engine::forget(Record& record, Releases& releases) {
-  if (record.slot)
-    record.slot->record = nullptr;  // its filling is ordered before the next one: both are on the in lane
+  unstage(record, releases);
   release(record, releases);
   if (record.host) retire(record);
   auto is_this = [&](const auto& other) { return other.get() == &record; };
@@ -160,139 +158,151 @@ void Engine::reap() {
 // ---- in ----
 
 Loan Engine::unpack(Id id) {
-  Event ready;
-  Loan loan;
-  Stream compute = backend_->compute();
+  const Stream compute = backend_->compute();
+  Releases releases;
+  Staged staged;
+  Loan loan{};
+  Order at;
+  size_t bytes;
   {
     std::lock_guard lock(mutex_);
-    auto it = records_.find(id);
-    if (it == records_.end()) throw std::invalid_argument("offload: record " + std::to_string(id) + " was dropped");
-    Record& record = *it->second;
+    Record& record = find(id);
+    at = order(record), bytes = record.bytes;
     if (record.source) {
-      loan = {const_cast<void*>(record.data), record.source, true};
-      ready = record.ready;
       ++stats_.resident;
-    } else {
-      Slot* slot = record.slot;
-      ++(slot ? stats_.hits : stats_.misses);
-      if (!slot) slot = load(record, take_slot(record.bytes, {}, true));
-      slot->record = nullptr;
-      record.slot = nullptr;
-      slot->lent = true;
-      slot->stream = compute;
-      ready = slot->filled;
-      loan = {slot->memory.get(), {slot, [self = shared_from_this()](Slot* s) { self->give_back(s); }}, false};
+      loan = {const_cast<void*>(record.data), record.source, true};
+      staged.filled = record.ready;
+    } else if (record.staged.memory && record.staged.stream == compute) {
+      ++stats_.hits;
+      staged = lend(record);
+    } else {  // nothing is there, or it would be freed in the order of a stream that is not the borrower's
+      ++stats_.misses;
+      unstage(record, releases);
     }
-    cursor_ = order(record);
-    prefetch(cursor_);
   }
-  backend_->wait(compute, ready, &Times::stall_backward);
+  settle(releases);
+  if (!loan.is_source && !staged.memory) {
+    Staged fresh = allocate(bytes, true);
+    std::unique_lock lock(mutex_);
+    Record& record = find(id);
+    unstage(record, releases);  // another thread may have looked ahead to it meanwhile
+    load(record, fresh);
+    staged = lend(record);
+    lock.unlock();
+    settle(releases);
+  }
+  prefetch(at);
+  backend_->wait(compute, staged.filled, &Times::stall_backward);
+  if (!loan.is_source) loan = {staged.memory.get(), staged.memory, false};
   return loan;
 }
 
-Engine::Slot* Engine::load(Record& record, Slot* slot) {
-  Stream in = backend_->lane(Lane::in);
+Engine::Record& Engine::find(Id id) {
+  auto it = records_.find(id);
+  if (it == records_.end()) throw std::invalid_argument("offload: record " + std::to_string(id) + " was dropped");
+  return *it->second;
+}
+
+// Without the lock. If the device is full the engine stops looking ahead; on demand it also gives up what it has
+// staged.
+Engine::Staged Engine::allocate(size_t bytes, bool demand) {
+  std::shared_ptr<void> memory = device_alloc_(bytes);
+  if (!memory) {
+    Releases releases;
+    {
+      std::lock_guard lock(mutex_);
+      options_.prefetch = 0;
+      if (!demand) return {};
+      for (auto& [id, record] : records_) unstage(*record, releases);
+    }
+    settle(releases);
+    memory = device_alloc_(bytes);
+    if (!memory)
+      throw std::runtime_error("offload: out of device memory while bringing back a tensor of " + count(bytes));
+  }
+  const Stream compute = backend_->compute();
+  return {std::move(memory), compute, backend_->record(compute), nullptr};
+}
+
+void Engine::load(Record& record, Staged& staged) {
+  const Stream in = backend_->lane(Lane::in);
+  char* const memory = static_cast<char*>(staged.memory.get());
   try {
     backend_->wait(in, record.out);
-    backend_->wait(in, slot->read);
-    backend_->poison(in, slot->memory.get(), slot->bytes);
-    copy_pieces(Lane::in, record.host, record.bytes, [&](char* host, size_t offset, size_t n) {
-      backend_->copy(in, static_cast<char*>(slot->memory.get()) + offset, host, n);
-    });
-    slot->filled = record.in = backend_->record(in);
+    backend_->wait(in, staged.allocated);
+    backend_->poison(in, memory, record.bytes);
+    copy_pieces(Lane::in, record.host, record.bytes,
+                [&](char* host, size_t offset, size_t n) { backend_->copy(in, memory + offset, host, n); });
+    staged.filled = record.in = backend_->record(in);
   } catch (...) {
-    backend_->drain();  // what was queued before the failure still writes into the slot
+    backend_->drain();  // what was queued before the failure still writes into the memory
     throw;
   }
   stats_.bytes_in += record.bytes;
-  return slot;
+  account(record.bytes);
+  ++staged_, staged_bytes_ += record.bytes;
+  if (staged_bytes_ > most_staged_bytes_) most_staged_bytes_ = staged_bytes_, ++stats_.allocations;
+  record.staged = std::move(staged);
 }
 
-// The rest of this group and the next `prefetch` groups come in while compute works on what was unpacked last.
-void Engine::prefetch(Order after) {
-  std::vector<Record*> wanted;
+// The engine forgets the memory: whoever has it frees it.
+Engine::Staged Engine::lend(Record& record) {
+  account(-int64_t(record.bytes));
+  --staged_, staged_bytes_ -= record.bytes;
+  return std::exchange(record.staged, {});
+}
+
+void Engine::unstage(Record& record, Releases& releases) {
+  if (!record.staged.memory) return;
+  Staged staged = lend(record);
+  releases.push_back({staged.stream, staged.filled, std::move(staged.memory)});
+}
+
+// The rest of this group and the next `prefetch` groups, where they are not on the device.
+std::vector<Engine::Id> Engine::wanted(Order after) const {
+  std::vector<Id> ids;
   int groups = 0;
   for (auto it = order_.upper_bound(after); it != order_.end() && options_.prefetch > 0; ++it) {
-    Record* record = it->second;
-    if (!record->host || record->source) continue;
-    if (-record->group != after.first && ++groups > options_.prefetch) break;
-    after.first = -record->group;
-    wanted.push_back(record);
+    const Record& record = *it->second;
+    if (!record.host || record.source) continue;
+    if (-record.group != after.first && ++groups > options_.prefetch) break;
+    after.first = -record.group;
+    ids.push_back(record.id);
   }
-  for (Record* record : wanted) {
-    if (record->slot) continue;
-    Slot* slot = take_slot(record->bytes, wanted, false);
-    if (!slot) return;
-    record->slot = load(*record, slot);
-    slot->record = record;
-  }
+  return ids;
 }
 
-// In order of preference: the smallest free slot that is large enough, a new one while the ring may grow, a free one
-// that must grow itself, one staged for a record that is not wanted next; on demand also memory beside the ring.
-Engine::Slot* Engine::take_slot(size_t bytes, const std::vector<Record*>& wanted, bool demand) {
-  enum Choice { fitting, fresh, too_small, staged, none };
-  Choice choice = ring_.size() < size_t(options_.prefetch + 1) * group_size_ ? fresh : none;
-  Slot* best = nullptr;
-  for (auto& slot : ring_) {
-    if (slot->lent || std::find(wanted.begin(), wanted.end(), slot->record) != wanted.end()) continue;
-    Choice c = slot->record ? staged : slot->bytes < bytes ? too_small : fitting;
-    bool is_better = c < choice || (c == choice && (c == fitting) == (slot->bytes < best->bytes));
-    if (is_better) best = slot.get(), choice = c;
-  }
-  if (choice == none && !demand) return nullptr;
-  if (!best) best = ring_.emplace_back(std::make_unique<Slot>()).get();
-  if (best->record) best->record->slot = nullptr, best->record = nullptr;
-  best->extra = choice == none;
-  if (fit(*best, bytes)) return best;
+// With what is lent now, prefetch + 1 groups are on the device at most. A backward that takes another order leaves
+// staged records behind: they go first.
+void Engine::make_room(const std::vector<Id>& wanted, Releases& releases) {
+  const size_t most = size_t(options_.prefetch + 1) * group_size_ - 1;
+  for (auto it = order_.begin(); it != order_.end() && staged_ >= most; ++it)
+    if (std::find(wanted.begin(), wanted.end(), it->second->id) == wanted.end()) unstage(*it->second, releases);
+}
 
-  ring_.erase(std::find_if(ring_.begin(), ring_.end(), [&](auto& slot) { return slot.get() == best; }));
-  options_.prefetch = 0;  // out of device memory: stop looking ahead, then make do with one slot
-  if (!demand) return nullptr;
-  for (auto& slot : ring_)
-    if (!slot->lent) {
-      if (slot->record) slot->record->slot = nullptr, slot->record = nullptr;
-      fit(*slot, 0);
+// They come in while compute works on what was unpacked last.
+void Engine::prefetch(Order after) {
+  std::vector<Id> ids;
+  {
+    std::lock_guard lock(mutex_);
+    ids = wanted(after);
+  }
+  for (Id id : ids) {
+    Releases releases;
+    size_t bytes = 0;
+    {
+      std::lock_guard lock(mutex_);
+      auto it = records_.find(id);
+      if (it == records_.end() || it->second->staged.memory) continue;
+      make_room(ids, releases);
+      bytes = it->second->bytes;
     }
-  ring_.erase(std::remove_if(ring_.begin(), ring_.end(), [](auto& slot) { return !slot->lent; }), ring_.end());
-  auto last = std::make_unique<Slot>();
-  if (!fit(*last, bytes))
-    throw std::runtime_error("offload: out of device memory while bringing back a tensor of " + count(bytes));
-  last->extra = !ring_.empty();
-  return ring_.emplace_back(std::move(last)).get();
-}
-
-// Gives the slot at least `bytes` (0: none). Memory is freed, and may have been freed by others, in the compute
-// stream's order.
-bool Engine::fit(Slot& slot, size_t bytes) {
-  if (bytes && slot.bytes >= bytes) return true;
-  Stream compute = backend_->compute();
-  backend_->wait(compute, slot.read);
-  backend_->wait(compute, slot.filled);
-  slot.memory = nullptr;
-  account(-int64_t(slot.bytes));
-  slot.bytes = 0;
-  if (!bytes) return true;
-  slot.memory = device_alloc_(bytes);
-  if (!slot.memory) return false;
-  slot.bytes = bytes;
-  account(bytes);
-  ++stats_.allocations;
-  slot.read = backend_->record(compute);
-  return true;
-}
-
-void Engine::give_back(Slot* slot) noexcept {
-  std::lock_guard lock(mutex_);
-  slot->lent = false;
-  try {
-    slot->read = backend_->record(slot->stream);
-    if (slot->extra) {
-      account(-int64_t(slot->bytes));  // compute is its last user, and its memory is freed in compute's order
-      ring_.erase(std::find_if(ring_.begin(), ring_.end(), [&](auto& other) { return other.get() == slot; }));
-    }
-    prefetch(cursor_);  // there may have been no slot for it before
-  } catch (...) {       // nobody to tell here; the next load meets the same error and reports it
+    settle(releases);
+    Staged fresh = allocate(bytes, false);
+    if (!fresh.memory) return;
+    std::lock_guard lock(mutex_);  // let go before `fresh`, which another thread may have made superfluous
+    auto it = records_.find(id);
+    if (it != records_.end() && !it->second->staged.memory) load(*it->second, fresh);
   }
 }
 
@@ -337,12 +347,11 @@ void Engine::copy_pieces(Lane lane, char* host, size_t bytes, Copy&& copy) {
     piece(0, bytes, false);
 }
 
-// Null if the driver refuses. Pinned, for a copy from pageable memory may read it at once, and not when the stream's
-// own host function has filled it.
+// Null if the machine or the driver refuses. Pinned, for a copy from pageable memory may read it at once, and not when
+// the stream's own host function has filled it.
 std::shared_ptr<char> Engine::pinned_buffer(size_t bytes) {
   std::unique_ptr<char, decltype(&std::free)> memory(static_cast<char*>(std::aligned_alloc(4096, bytes)), &std::free);
-  if (!memory) throw std::bad_alloc();
-  if (!backend_->pin(memory.get(), bytes)) return nullptr;
+  if (!memory || !backend_->pin(memory.get(), bytes)) return nullptr;
   return {memory.release(), [this](char* p) {
             backend_->unpin(p);
             std::free(p);

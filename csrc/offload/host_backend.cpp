@@ -16,7 +16,7 @@ HostBackend::HostBackend(Schedule schedule, uint64_t seed, bool poison, bool asy
     : schedule_(schedule), random_(seed), poison_(poison), async_compute_(async_compute) {
   if (schedule == Schedule::threaded)
     for (Queue& q : queues_)
-      if (async_compute || &q != &queues_[kCompute]) q.worker = std::thread([this, &q] { work(q); });
+      if (runs(q)) q.worker = std::thread([this, &q] { work(q); });
 }
 
 HostBackend::~HostBackend() {
@@ -119,7 +119,8 @@ void HostBackend::block(const Event& event) {
 }
 
 void HostBackend::drain() noexcept {
-  for (Queue& q : queues_) block(record(&q == &queues_[kCompute] ? compute() : &q));
+  for (Queue& q : queues_)
+    if (runs(q)) block(record(&q));
 }
 
 void HostBackend::copy(Stream stream, void* to, const void* from, size_t bytes) {

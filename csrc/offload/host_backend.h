@@ -3,7 +3,7 @@
 //   threaded  a worker thread for each lane, in real time
 //   lazy      nothing runs until something waits for it: the worst legal order, and a deterministic one
 //   seeded    a random legal order, the same for the same seed and calls
-// With poison every slot handed out is filled with NaN first, so that a missing order between two streams shows as one.
+// With poison all memory handed out is filled with NaN first, so that a missing order between two streams shows as one.
 #pragma once
 
 #include <condition_variable>
@@ -29,6 +29,7 @@ class HostBackend : public Backend {
 
   Stream compute() override { return async_compute_ ? &queues_[kCompute] : nullptr; }
   Stream lane(Lane lane) override { return &queues_[int(lane)]; }
+  Stream side() { return &queues_[kSide]; }  // with async_compute: another stream that computes
 
   Event record(Stream) override;
   void wait(Stream, const Event&, Clock stall = nullptr) override;
@@ -47,7 +48,7 @@ class HostBackend : public Backend {
   Times times() override;
 
  private:
-  enum { kOut, kIn, kCompute, kQueues };
+  enum { kOut, kIn, kCompute, kSide, kQueues };
   struct Queue;
   struct Mark {  // what an Event points to
     Queue* queue;
@@ -64,6 +65,7 @@ class HostBackend : public Backend {
     bool running = false;
   };
 
+  bool runs(const Queue& q) const { return async_compute_ || &q < &queues_[kCompute]; }
   void push(Stream, Task);
   bool ready(const Queue& q) const {
     return !q.tasks.empty() && !q.running && (!q.tasks.front().wait || q.tasks.front().wait->done);

@@ -13,6 +13,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(longgrpo, m) {
       "head_workspace(int tokens, int hidden, int vocabulary, ScalarType hidden_dtype, ScalarType weight_dtype, "
       "bool hidden_gradient, bool weight_gradient, bool reference, bool beyond_logp, int workspace, "
       "int multiprocessors) -> int");
+  // (rows, columns) of the tiles that a measurement may choose among for one Tiling of cuda/plan.h, the device's own
+  // choice first. The CPU has whole rows only.
+  m.def(
+      "candidate_tiles(int tokens, int hidden, int vocabulary, ScalarType hidden_dtype, ScalarType weight_dtype, "
+      "bool weight_gradient, int tiling, int most, int workspace, int multiprocessors) -> int[]");
   // Token-level losses: the tokens [M] in the order of a pass, first the `active` ones that may have a gradient.
   m.def(
       "visited_rows(Tensor token_weight, Tensor advantages, int[] options, float[] constants, bool report) -> "
@@ -38,6 +43,30 @@ int64_t head_workspace(int64_t tokens, int64_t hidden, int64_t vocabulary, Scala
   return workspace_bytes(plan, shape, plan.tile_rows);
 }
 
+std::vector<int64_t> tiles_to_try(int64_t tokens, int64_t hidden, int64_t vocabulary, ScalarType hidden_dtype,
+                                  ScalarType weight_dtype, bool weight_gradient, int64_t tiling, int64_t most,
+                                  int64_t workspace, int64_t multiprocessors) {
+  const HeadShape shape{tokens, hidden, vocabulary};
+  const Dtype h = dtype_of(hidden_dtype), w = dtype_of(weight_dtype);
+  std::vector<int64_t> tiles;
+  const auto add = [&](int64_t rows, int64_t columns) {
+    if (int64_t(tiles.size()) < 2 * most) tiles.insert(tiles.end(), {rows, columns});
+  };
+  if (multiprocessors > 0) {
+    const CudaWish wish{shape, h, w, false, true, weight_gradient, false};
+    for (const CudaPlan& plan : candidate_tiles(wish, Tiling(tiling), workspace, {int(multiprocessors), 0}))
+      add(plan.tile_rows, plan.tiling == Tiling::whole_rows ? 0 : plan.chunk);
+    return tiles;
+  }
+  HeadInputs in{};
+  in.hidden_dtype = h, in.weight_dtype = w;
+  const int64_t rows =
+      plan_cpu(shape, in, tokens, tokens, true, weight_gradient, false, torch::stable::get_num_threads(), workspace)
+          .tile_rows;
+  for (int64_t r = rows; r >= kMinTileRows; r /= 2) add(r, 0);
+  return tiles;
+}
+
 std::tuple<Tensor, int64_t> visited_rows(const Tensor& token_weight, const Tensor& advantages,
                                          const std::vector<int64_t>& options, const std::vector<double>& constants,
                                          bool report) {
@@ -54,5 +83,6 @@ std::tuple<Tensor, int64_t> visited_rows(const Tensor& token_weight, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(longgrpo, CompositeExplicitAutograd, m) {
   m.impl("head_workspace", TORCH_BOX(&longgrpo::head_workspace));
+  m.impl("candidate_tiles", TORCH_BOX(&longgrpo::tiles_to_try));
   m.impl("visited_rows", TORCH_BOX(&longgrpo::visited_rows));
 }

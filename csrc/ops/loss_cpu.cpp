@@ -1,6 +1,9 @@
 // The loss ops on the CPU: torch's fp32 GEMM, threads and memory.
 #include <sys/mman.h>
 
+#include <map>
+#include <mutex>
+
 #include "../cpu/cpu_head.h"
 #include "loss_ops.h"
 #include "torch_runtime.h"
@@ -41,6 +44,16 @@ class CpuRuntime {
 
   int64_t threads() const { return torch::stable::get_num_threads(); }
 
+  static void choose(const HeadKey& head, const TileChoice& choice) {
+    std::lock_guard lock(choices_mutex());
+    choices().insert_or_assign(head, choice.tiles[0].rows);
+  }
+  int64_t chosen_rows(const HeadKey& head) const {
+    std::lock_guard lock(choices_mutex());
+    const auto chosen = choices().find(head);
+    return chosen == choices().end() ? 0 : chosen->second;
+  }
+
   template <class F>
   void parallel_for(int64_t n, F&& f) const {
     torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
@@ -57,6 +70,15 @@ class CpuRuntime {
   static Tensor view(const Matrix& m) {
     return torch::stable::from_blob(m.data, {m.rows, m.columns}, {m.row_stride, m.column_stride},
                                     torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float);
+  }
+
+  static std::mutex& choices_mutex() {
+    static std::mutex mutex;
+    return mutex;
+  }
+  static std::map<HeadKey, int64_t>& choices() {
+    static std::map<HeadKey, int64_t> rows;
+    return rows;
   }
 
   const Tensor like_;

@@ -6,6 +6,7 @@
 
 #include "../cuda/cublas.h"
 #include "../cuda/cuda_head.h"
+#include "../cuda/tiles.h"
 #include "loss_ops.h"
 #include "torch_runtime.h"
 
@@ -51,11 +52,12 @@ class CudaRuntime {
   const Chip& chip() const { return chip_; }
   Stream stream() const { return stream_; }
   CudaPlan plan(const CudaWish& wish, Tiling tiling, int64_t limit_bytes) const {
-    return best_tiles(wish, tiling, limit_bytes, chip_);
+    return tiles().plan(wish, tiling, limit_bytes, chip_);
   }
   bool splits(const CudaWish& wish, int64_t limit_bytes, bool c_in_row) const {
-    return longgrpo::splits(wish, limit_bytes, chip_, c_in_row);
+    return tiles().splits(wish, limit_bytes, chip_, c_in_row);
   }
+  static void choose(const HeadKey& head, const TileChoice& choice) { tiles().choose(head, choice); }
   std::optional<ScorePlan> score_plan(const HeadShape&, const HeadInputs&, int64_t) const { return {}; }
 
   // fp32 operands follow torch's own setting of TF32 (off unless torch.backends.cuda.matmul.allow_tf32 says so).
@@ -73,6 +75,11 @@ class CudaRuntime {
  private:
   Tensor view(void* data, Dtype dtype, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) const {
     return torch::stable::from_blob(data, {rows, columns}, {row_stride, column_stride}, device_, scalar_type_of(dtype));
+  }
+
+  static Tiles& tiles() {
+    static Tiles all;
+    return all;
   }
 
   const Tensor like_;

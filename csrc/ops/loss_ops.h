@@ -4,12 +4,14 @@
 //   runtime.dweight(size, dtype of the weight)   as HeadOutputs::dweight wants it
 //   runtime.device(shape, workspace, active)     fused_loss.h's Device
 //   runtime.check(inputs, shape)                 what the device can see without a wait
+//   Runtime::choose(head, choice)                the tiles of this head from now on, in this process
 #pragma once
 
 #include <tuple>
 #include <vector>
 
 #include "../head/fused_loss.h"
+#include "../head/tile_choice.h"
 #include "arguments.h"
 
 namespace longgrpo {
@@ -157,6 +159,11 @@ struct LossOps {
             gradients.scale, gradients.dweight, gradients.dbias};
   }
 
+  static void choose_tiles(const Tensor&, int64_t hidden, int64_t vocabulary, ScalarType hidden_dtype,
+                           ScalarType weight_dtype, const std::vector<int64_t>& choice) {
+    Runtime::choose({hidden, vocabulary, dtype_of(hidden_dtype), dtype_of(weight_dtype)}, TileChoice::unpack(choice));
+  }
+
   static void scale_rows_(const Tensor& x, const Tensor& scale) { scale_rows_into(x, scale, x); }
 
   static Tensor scale_rows(const Tensor& x, const Tensor& scale) {
@@ -175,7 +182,7 @@ struct LossOps {
       out.logp = data(logp), out.normalizer = reinterpret_cast<RowNormalizer*>(data(normalizer));
       device.weight_pass(head.in, out, c, {head.shape.tokens});
     } else {
-      STD_TORCH_CHECK(false, "longgrpo: no pass for the weight's gradient alone on this device");
+      STD_TORCH_CHECK(false, "longgrpo: no pass for only the weight's gradient on this device");
     }
   }
 
@@ -191,6 +198,7 @@ struct LossOps {
   m.impl("linear_logprob", TORCH_BOX(&ops::linear_logprob));                   \
   m.impl("linear_logprob_backward", TORCH_BOX(&ops::linear_logprob_backward)); \
   m.impl("token_loss", TORCH_BOX(&ops::token_loss));                           \
+  m.impl("choose_tiles", TORCH_BOX(&ops::choose_tiles));                       \
   m.impl("linear_grpo_loss", TORCH_BOX(&ops::linear_grpo_loss));               \
   m.impl("scale_rows", TORCH_BOX(&ops::scale_rows));                           \
   m.impl("scale_rows_", TORCH_BOX(&ops::scale_rows_))

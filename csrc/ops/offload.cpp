@@ -54,11 +54,16 @@ int64_t host_backend(std::string schedule, int64_t seed, bool poison) {
 
 int64_t count_backend() { return reinterpret_cast<int64_t>(static_cast<Backend*>(new CountingBackend)); }
 
-// Slots come from torch's own allocator, so that they compete with nothing and are seen by its statistics.
+struct TorchMemory {  // what keeps memory of torch_alloc
+  Tensor bytes;
+  void operator()(void*) const {}
+};
+
+// From torch's own allocator, so that it competes with nothing, is seen by its statistics, and is taken back only after
+// the streams that record_stream names.
 std::shared_ptr<void> torch_alloc(size_t bytes, Device device) try {
   auto memory = torch::stable::empty({int64_t(bytes)}, ScalarType::Byte, std::nullopt, device);
-  void* data = memory.data_ptr();
-  return {data, [memory](void*) {}};
+  return {memory.data_ptr(), TorchMemory{memory}};
 } catch (const std::exception&) {
   return nullptr;
 }
@@ -80,7 +85,6 @@ int64_t create(int64_t backend, int64_t host_bytes, std::vector<int64_t> depths,
 
 bool unified(int64_t engine) { return find(engine)->backend().unified(); }
 
-// The last reference may be a loan that lives longer: then the memory goes with it.
 void destroy(int64_t handle) {
   std::shared_ptr<Engine> last;
   std::lock_guard lock(registry_mutex);
@@ -100,14 +104,27 @@ int64_t pack(int64_t engine, const Tensor& source, int64_t group) {
   return find(engine)->pack(source.data_ptr(), span(source), owner, group);
 }
 
+using torch::stable::detail::from;
+
+// Calls an op of ATen; the first of `arguments` is replaced by what it returns.
+template <size_t n>
+Tensor call(const char* op, const char* overload, std::array<StableIValue, n> arguments) {
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, arguments.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(arguments[0]);
+}
+
 Tensor empty_strided(const std::vector<int64_t>& size, const std::vector<int64_t>& stride, ScalarType dtype,
                      Device device) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{
-      from(size),        from(stride), from(std::optional(dtype)), from(std::nullopt), from(std::optional(device)),
-      from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call<6>("aten::empty_strided", "",
+                 {from(size), from(stride), from(std::optional(dtype)), from(std::nullopt), from(std::optional(device)),
+                  from(std::nullopt)});
+}
+
+// The bytes as a tensor of this size, stride and dtype. It shares their storage, and so torch's allocator knows it.
+Tensor as_tensor(const Tensor& bytes, const std::vector<int64_t>& size, const std::vector<int64_t>& stride,
+                 ScalarType dtype) {
+  const Tensor typed = call<2>("aten::view", "dtype", {from(bytes), from(dtype)});
+  return call<4>("aten::as_strided", "", {from(typed), from(size), from(stride), from(std::nullopt)});
 }
 
 Tensor unpack(int64_t handle, int64_t record, std::vector<int64_t> size, std::vector<int64_t> stride, ScalarType dtype,
@@ -116,7 +133,7 @@ Tensor unpack(int64_t handle, int64_t record, std::vector<int64_t> size, std::ve
   Loan loan = engine->unpack(record);
   if (loan.is_source) return *std::static_pointer_cast<Tensor>(loan.owner);
   if (!engine->backend().touches_memory()) return empty_strided(size, stride, dtype, device);
-  return torch::stable::from_blob(loan.data, size, stride, device, dtype, [owner = std::move(loan.owner)](void*) {});
+  return as_tensor(std::get_deleter<TorchMemory>(loan.owner)->bytes, size, stride, dtype);
 }
 
 void drop(int64_t engine, int64_t record) { find(engine)->drop(record); }

@@ -28,6 +28,10 @@ STABLE_TORCH_LIBRARY(longgrpo, m) {
         ", bool need_hidden, bool need_weight, bool need_bias, bool metrics, int workspace, int active=-1) -> "
         "(Tensor loss, Tensor metrics, Tensor logp, Tensor entropy, Tensor direction, Tensor scale, "
         "Tensor weight_grad, Tensor bias_grad)");
+  // Tiles of a head on `like`'s device from now on (TileChoice::unpack); none: by the device's own rule.
+  m.def(
+      "choose_tiles(Tensor like, int hidden, int vocabulary, ScalarType hidden_dtype, ScalarType weight_dtype, "
+      "int[] choice) -> ()");
   m.def("scale_rows(Tensor x, Tensor scale) -> Tensor");
   m.def("scale_rows_(Tensor(a!) x, Tensor scale) -> ()");
   m.def("loss_tables() -> (str loss_types, str kl_estimators, str corrections)");

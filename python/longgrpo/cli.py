@@ -1,5 +1,6 @@
 """The command line: `longgrpo train CONFIG.yaml [--group.key VALUE ...]`, `longgrpo train --resume RUN`, and the
-commands around it, `selftest CONFIG`, `eval CONFIG or RUN`, `export RUN DIRECTORY`, `report RUN [RUN ...]`."""
+commands around it, `selftest CONFIG`, `autotune CONFIG`, `eval CONFIG or RUN`, `export RUN DIRECTORY`,
+`report RUN [RUN ...]`."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from longgrpo.visible import visible
 
 OPTIONS = (
     "--help", "--resume", "--print-config", "--force", "--checkpoint", "--as", "--dtype", "--output", "--card",
-    "--prompt-length", "--dry-run", "--json",
+    "--prompt-length", "--dry-run", "--json", "--tokens", "--any-bits",
 )  # fmt: skip
 EPILOG = """any key of the config can be overridden: --train.steps 5 --rewards.1.weight 0.5
 exit status: 0 done, 1 the self-test failed, 2 a user error, 128 + n stopped by signal n (the run is saved)"""
@@ -86,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--prompt-length", type=int, help="tokens of the longest prompt")
     plan.add_argument("--dry-run", action="store_true", help="also count it, on a step that runs without storage")
     plan.add_argument("--json", action="store_true", help="print JSON")
+    tune = command("autotune", _autotune, "time the tiles of a model's head here, and keep the fastest for its runs")
+    tune.add_argument("config", type=Path)
+    tune.add_argument("--tokens", type=int, help="of the calls that are timed; default: 8192 on a GPU, 1024 on the CPU")
+    tune.add_argument(
+        "--any-bits", action="store_true", help="on the CPU: also tiles whose results differ in last bits"
+    )
     test = command("selftest", _selftest, "can this run learn? checks one update from outside")
     test.add_argument("config", type=Path)
     evaluation = command("eval", _eval, "accuracy on the held-out problems, with 95 %% intervals")
@@ -117,6 +124,27 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
         for name, phase in counted.items():
             print(f"dry run, {name}: {phase.device_bytes / 2**30:.2f} GiB without KV cache and CUDA context")
     return 0 if forecast.fits() else 1
+
+
+def _autotune(options: argparse.Namespace, overrides: list[str]) -> int:
+    import torch
+
+    from longgrpo.config.run import load_config
+    from longgrpo.loss import autotune
+    from longgrpo.memory.shape import model_shape
+
+    config = load_config(options.config, overrides)
+    try:
+        shape = model_shape(config.model.path)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+    tuning = autotune(
+        hidden_size=shape.hidden, vocab_size=shape.vocabulary, dtype=getattr(torch, config.model.dtype),
+        trained=config.lora is None, tokens=options.tokens, any_bits=options.any_bits, cached=not options.any_bits,
+    )  # fmt: skip
+    print(tuning.table())
+    print(tuning.text())
+    return 0
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:

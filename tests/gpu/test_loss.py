@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -14,7 +16,7 @@ from testing.cases import DTYPES, batches, configs, heads, make_batch, make_head
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 MIB = 1 << 20
-DEVICE = "cuda"
+DEVICE = os.environ.get("LONGGRPO_GPU_TESTS_ON", "cuda")  # bench/gpu_dryrun.py: the CPU, whose ops are simulated
 
 
 def rounds_its_rows(head, train_head: bool) -> bool:

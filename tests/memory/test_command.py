@@ -123,3 +123,14 @@ def test_train_refuses_what_cannot_fit(tmp_path, capsys):
     assert "does not fit" in err
     assert "--force trains all the same" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_autotune(capsys, monkeypatch, tmp_path):
+    """On the CPU a small head; the second time it is taken from the cache."""
+    monkeypatch.setenv("LONGGRPO_CACHE", str(tmp_path))
+    command = ["autotune", str(EXAMPLES / "qwen2.5-1.5b-5gb.yaml"), "--tokens", "16"]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert first.splitlines()[-1].startswith("tiles of the head (1536 x 151936 bfloat16, ")
+    assert main(command) == 0
+    assert capsys.readouterr().out == first

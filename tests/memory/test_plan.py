@@ -65,6 +65,14 @@ def test_the_planner_agrees_with_the_dry_run(model, name, length, lora, memory):
     agree(run_config(model(name, LAYERS), length, lora=lora, dtype=dtype, memory=memory | tiles))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("length", [512, 8000])
+def test_a_trained_head_in_bf16(model, length, tied):
+    """Its gradient is written in bf16, and is half of what an fp32 one takes."""
+    path = model("qwen2.5-1.5b", 2, tie_word_embeddings=tied)
+    agree(run_config(path, length, lora=False, memory={"checkpoint": True}))
+
+
 @pytest.mark.parametrize("name", ["phi-4", "qwen3-8b-128k", "gemma-7b", "mistral-7b"])
 def test_every_family(model, name):
     agree(run_config(model(name, LAYERS), 8192, memory=BOTH | {"tile_rows": 2048}, beta=0.1))

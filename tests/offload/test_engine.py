@@ -52,13 +52,28 @@ def tensors():
 def test_round_trip(engine, tensor):
     want, shape = tensor.clone(), (tensor.shape, tensor.stride(), tensor.dtype)
     record = engine.pack(tensor)
-    for _ in range(4):
-        engine.pack(torch.randn(300))  # past keep_last and inflight: the source is let go
+    others = [engine.pack(torch.randn(300)) for _ in range(4)]  # past keep_last and inflight: the source is let go
     del tensor
+    assert len(others) == 4
     for _ in range(2):
         back = record.unpack()
         assert (back.shape, back.stride(), back.dtype) == shape
         assert torch.equal(back.view(torch.uint8) if back.dtype.itemsize == 1 else back, want.view(torch.uint8) if want.dtype.itemsize == 1 else want)  # fmt: skip  # noqa: E501
+
+
+def test_what_comes_back_is_memory_of_torchs_allocator(engine):
+    """record_stream does nothing for other memory, and then a borrower on another stream is unprotected."""
+    tensor = torch.randn(40, 30).t()
+    want, record = tensor.clone(), engine.pack(tensor)
+    others = [engine.pack(torch.randn(300)) for _ in range(4)]
+    del tensor
+    first, second = record.unpack(), record.unpack()
+    assert first.untyped_storage().resizable()  # a blob's is not
+    assert first.untyped_storage().nbytes() == want.nbytes
+    assert first.data_ptr() != second.data_ptr()
+    second.zero_()
+    assert torch.equal(first, want)
+    assert len(others) == 4
 
 
 # ---- invariants ----

@@ -61,8 +61,8 @@ def test_sanitizer(sanitizer, tmp_path):
     assert code == 0, output
 
 
-def test_there_are_seven_faults():
-    assert len(FAULTS) == 7
+def test_there_are_nine_faults():
+    assert len(FAULTS) == 9
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda path: path.stem)

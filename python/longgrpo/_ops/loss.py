@@ -28,13 +28,13 @@ def _f32(like: Tensor, *size: int | torch.SymInt) -> Tensor:
 
 
 def _weight_grad(weight: Tensor, *size: int | torch.SymInt) -> Tensor:
-    """As the runtimes of csrc/ops make it."""
-    half = weight_by_itself(weight) and weight.dtype == torch.bfloat16
+    """As the runtimes of csrc/ops make it; `meta` stands in for a GPU."""
+    half = weight.device.type != "cpu" and weight.dtype == torch.bfloat16
     return weight.new_empty(size, dtype=torch.bfloat16 if half else torch.float32)
 
 
 def weight_by_itself(operand: Tensor) -> bool:
-    """Whether the device has a pass for the weight's gradient alone (Device::kWeightByItself in csrc/head)."""
+    """Whether the device has a pass for only the weight's gradient (Device::kWeightByItself in csrc/head)."""
     return operand.device.type == "cuda"
 
 

@@ -153,6 +153,8 @@ class MemoryConfig:
     """Run the MLPs and the norms on one tile of the sequence at a time (longgrpo.model.tiled_mlp)."""
     tile_rows: int | None = None
     """Tokens per tile; default: the hidden size."""
+    autotune: bool | None = None
+    """Measure the head's tiles before step 1, for the whole run (longgrpo.autotune); default: on a GPU."""
 
     def __post_init__(self) -> None:
         require(self.tile_rows is None or self.tile_rows >= 1, f"tile_rows = {self.tile_rows}: must be at least 1")

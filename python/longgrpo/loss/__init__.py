@@ -5,6 +5,7 @@ from longgrpo.loss.grpo import GRPOLoss, LinearGRPOLoss, grpo_loss, linear_grpo_
 from longgrpo.loss.inputs import LossInputs
 from longgrpo.loss.linear import LogProb, linear_logprob
 from longgrpo.loss.tokens import LossTokens
+from longgrpo.loss.tuner import Tuning, autotune
 from longgrpo.loss.types import LossType, loss_type
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "LossTokens",
     "LossType",
     "OffPolicyCorrection",
+    "Tuning",
+    "autotune",
     "grpo_loss",
     "linear_grpo_loss",
     "linear_logprob",

@@ -356,22 +356,35 @@ class Formulas:
         )  # fmt: skip
 
     @property
+    def _head_elements(self) -> int:
+        return self.shape.vocabulary * self.shape.hidden
+
+    @property
     def _head_gradient(self) -> int:
-        return FP32 * self.shape.vocabulary * self.shape.hidden
+        """Bytes of dW as its op returns it: a GPU writes that of a bf16 head in bf16."""
+        half = self.target.is_cuda and _dtype(self.config) == torch.bfloat16
+        return (self.element if half else FP32) * self._head_elements
+
+    @property
+    def _handover(self) -> int:
+        """A gradient of the head's size, and the fp32 copy that goes to its master."""
+        return (self.element + (FP32 if self.element < FP32 else 0)) * self._head_elements
 
     def _embedding_backward(self) -> int:
         """A dense gradient; if the head is the embedding, the head's and their sum as well."""
         if not self.full:
             return 0
-        return (3 if self.shape.tied else 1) * self._head_gradient + self.h
+        dense = self.element * self._head_elements
+        return max((3 if self.shape.tied else 1) * dense + self.h, self._handover)
 
     def _loss(self) -> int:
-        """The last norm, its output, the rows of the loss (for an exact KL the reference's too) and their direction; a
-        trained head's gradient is in fp32."""
+        """The last norm, its output, the rows of the loss (for an exact KL the reference's too), their direction, and a
+        trained head's gradient."""
         rows = (3 if self.config.loss.exact_kl else 2) * self.loss_rows
         if self.full:
             backward = self._head(hidden_gradient=True, weight_gradient=True) + self._head_gradient
-            return self._norm() + rows + max(backward, self.h)
+            after = self.h + (0 if self.shape.tied else self._handover)
+            return self._norm() + rows + max(backward, after)
         return self._norm() + self.h + rows + self._head(hidden_gradient=True)
 
     def _optimizer(self) -> int:

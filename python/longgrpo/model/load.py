@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import importlib.metadata
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from longgrpo.cache import cache_directory
 from longgrpo.config.model import Dtype, Quantization
 from longgrpo.errors import ConfigError
 from longgrpo.model import nf4
@@ -270,7 +270,7 @@ def _from_gguf(file: Path, name: str | None = None) -> Path:
         raise ValueError(f"model.path = {str(file)!r} needs: pip install gguf") from None
     files = gguf.shards(file)
     name = name or f"{file.stem}-{_fingerprint(files)}"
-    cache = Path(os.environ.get("LONGGRPO_CACHE", "~/.cache/longgrpo")).expanduser()
+    cache = cache_directory()
     target = cache / name
     if target.is_dir():
         return target

@@ -35,6 +35,7 @@ from longgrpo.run.progress import Progress
 from longgrpo.run.signals import StopRequest
 from longgrpo.run.summary import summary_of
 from longgrpo.run.tracking import Tracker, check_installed
+from longgrpo.run.tuning import tune_run
 from longgrpo.run.watching import Watched
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.episodes import make_conversations, prompts_for
@@ -184,6 +185,7 @@ class Trainer:
 
     def _run(self, tracker: Tracker) -> dict[str, Any] | None:
         progress, steps, every = self.progress, self.config.train.steps, self.config.train.save_steps
+        tune_run(self.directory, self.loop.state, self.config.memory.autotune, tracker.say)
         if progress.step == 0:
             self._look_at_untrained(tracker)
             seed_everything(self.config.train.seed)  # whatever was looked at, step 1 begins alike

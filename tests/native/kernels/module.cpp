@@ -185,6 +185,7 @@ PYBIND11_MODULE(longgrpo_kernels, m) {
   m.def("force_tiles", [](int64_t rows, int64_t chunk) { forced_rows = rows, forced_chunk = chunk; });
   m.def("multiply_adds", [] { return multiply_adds; });
   m.def("launches", [] { return sim::launches; });
+  m.def("launched", [] { return sim::launched; });
   m.def("rows", rows);
   m.def("plan", [](int64_t n, int64_t h, int64_t v, int dtype, bool trains, int64_t workspace) {
     const CudaWish wish{{n, h, v}, Dtype(dtype), Dtype(dtype), false, true, trains, false};

@@ -3,7 +3,10 @@
 --simulated-tiles ROWS,CHUNK forces a tiling: rows of a tile, and columns of a chunk (0: whole rows).
 --simulated-score: calls without a gradient are scored by the tensor-core kernel where it can.
 --simulated-schedule forward, reverse or shuffled. --simulated-examples caps what hypothesis tries.
+--simulated-launched FILE: the names of the kernels that were launched.
 """
+
+from pathlib import Path
 
 import simulated
 import torch
@@ -31,6 +34,7 @@ def pytest_addoption(parser):
     parser.addoption("--simulated-score", action="store_true")
     parser.addoption("--simulated-schedule", default="forward", choices=simulated.SCHEDULES)
     parser.addoption("--simulated-examples", type=int, default=50)
+    parser.addoption("--simulated-launched", help="a file for the names of the kernels that were launched")
 
 
 def pytest_configure(config):
@@ -57,3 +61,5 @@ def pytest_sessionfinish(session):
     """A run that never reached the simulator would prove nothing."""
     if session.testscollected and not simulated.kernels().launches():
         session.exitstatus = 1
+    if path := session.config.getoption("--simulated-launched"):
+        Path(path).write_text("\n".join(sorted(simulated.kernels().launched())) + "\n")

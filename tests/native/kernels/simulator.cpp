@@ -38,6 +38,7 @@ namespace longgrpo::sim {
 
 Schedule schedule = Schedule::forward;
 uint64_t launches = 0;
+std::set<std::string> launched;
 
 namespace {
 
@@ -297,6 +298,7 @@ void run(const char* name, int64_t grid, int threads, int64_t shared, const std:
   if (grid < 1 || grid > 0x7fffffff || threads < 1 || threads > kMaxThreads || shared > use_device(0).shared_memory)
     throw std::runtime_error(std::string(name) + ": no card takes this launch");
   ++launches;
+  launched.insert(name);
   block.name = name;
   block.body = &body;
   gridDim.x = unsigned(grid), blockDim.x = unsigned(threads);

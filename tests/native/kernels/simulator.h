@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <set>
+#include <string>
 #include <type_traits>
 
 #define KERNEL(...) void
@@ -33,6 +35,7 @@ struct Index {
 enum class Schedule { forward, reverse, shuffled };
 extern Schedule schedule;
 extern uint64_t launches;  // so far
+extern std::set<std::string> launched;  // and of which kernels
 
 int new_site();
 void* shared_memory(int site, size_t bytes);  // the block's own, the same for all its threads

@@ -1,5 +1,5 @@
 // Random and fixed programs against the offload core under every schedule; no Python. `stress [programs]` says what
-// broke and exits 1. tests/offload/test_faults.py builds it with each planted fault, tests/offload/test_native.py under
+// broke and exits 1. tests/offload/test_native.py builds it with each planted fault, and under
 // ThreadSanitizer and AddressSanitizer.
 #include <cstdio>
 #include <cstdlib>
@@ -66,6 +66,49 @@ void retain_graph(Schedule schedule, uint64_t seed) {
       world.give_back(ids[i]);
       world.give_back(ids[i]);
     }
+  require_clean(world);
+}
+
+// Streams beside the one that unpacks read what it was lent; and now and then another stream unpacks.
+void borrowers(Schedule schedule, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  World world({size_t(1) << 20, 1 + int(seed % 2)}, schedule, seed);
+  for (int step = 0; step < 3; ++step) {
+    std::vector<int64_t> ids;
+    for (int i = 0; i < 9; ++i) ids.push_back(world.pack(2000 + random() % 2000));
+    for (; !ids.empty(); ids.pop_back()) {
+      world.backend->on_side = random() % 3 == 0;
+      if (random() % 2) {
+        world.borrow(ids.back());
+      } else {
+        world.unpack(ids.back());
+        world.give_back(ids.back());
+      }
+      world.drop(ids.back());
+    }
+    world.backend->on_side = false;
+  }
+  require_clean(world);
+}
+
+// An allocator under pressure lets go of a graph, and so of records of the engine that asks for memory.
+void let_go_while_allocating(Schedule schedule, uint64_t seed) {
+  World world({size_t(1) << 20, 2}, schedule, seed);
+  std::vector<int64_t> ids, graph;
+  for (int i = 0; i < 12; ++i) (i % 3 == 1 ? graph : ids).push_back(world.pack(1000 + 100 * i));
+  world.settle();
+  world.backend->under_pressure = [&] {
+    require(world.engine->stats().records > 0, "no record is left");
+    if (graph.empty()) return;
+    world.drop(graph.back());
+    graph.pop_back();
+  };
+  for (; !ids.empty(); ids.pop_back()) {
+    world.unpack(ids.back());
+    world.give_back(ids.back());
+    world.drop(ids.back());
+  }
+  require(graph.empty(), "nothing was let go while memory was allocated");
   require_clean(world);
 }
 
@@ -157,6 +200,8 @@ int main(int argc, char** argv) {
       if (seed < programs / 4 + 1) {
         run("in order", in_order);
         run("retain graph", retain_graph);
+        run("borrowers", borrowers);
+        run("let go while allocating", let_go_while_allocating);
       }
       run("random program", random_program);
     }
