@@ -309,6 +309,6 @@ def test_a_directory_is_written_by_one(tmp_path):
 
 
 def test_a_full_disk_leaves_the_mark_of_what_was_made(quick, tmp_path):
-    with limited_file_size(20), pytest.raises(UserError, match="cannot be written"):
+    with limited_file_size(1500), pytest.raises(UserError, match="cannot be written"):
         Trainer(build_config(quick), tmp_path / "run")
     assert Trainer(build_config(quick), tmp_path / "run").run()["steps"] == 3
