@@ -149,7 +149,7 @@ def test_a_terminal_that_closes_loses_nothing(config_file, tmp_path):
     process.stderr.close()
     process.stdout.close()
     process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=120) == 128 + signal.SIGHUP
+    assert process.wait(timeout=400) == 128 + signal.SIGHUP
     assert len(saved_steps(run)) == 1
 
 
@@ -160,7 +160,7 @@ def test_a_reader_that_has_gone_does_not_end_the_run(config_file, tmp_path):
     )
     process.stderr.close()  # as `| head` does
     process.stdout.close()
-    assert process.wait(timeout=120) in (0, 128 + signal.SIGPIPE)
+    assert process.wait(timeout=400) in (0, 128 + signal.SIGPIPE)
     assert json.loads((run / "summary.json").read_text())["steps"] == 3
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from longgrpo.config.model import LoraConfig, ModelConfig
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import NEED_TOKENIZER, Sampling
@@ -21,6 +23,9 @@ from longgrpo.rollout.protocol import Completion, Finished, batched_tokens, chec
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+CALIBRATION = 256  # tokens
 
 
 class VllmEngine:
@@ -60,6 +65,9 @@ class VllmEngine:
                 f"{error}"
             ) from error
         vllm_private.accurate_logprobs(self.llm)
+        if config.kv_cache_dtype == "fp8":
+            with vllm_private.no_dynamo():
+                vllm_private.calibrate_kv_cache(self.llm, self._some_tokens())
         views = vllm_private.weight_views(vllm_private.engine_module(self.llm), self._vocabulary)
         self.model: PreTrainedModel = model_on(views, self.directory)
         self._repacked = config.repack_weights and vllm_private.is_cpu()
@@ -69,6 +77,12 @@ class VllmEngine:
         self._adapter_request: Any = None
         # At exit as well, for an engine that is left to the interpreter's own teardown crashes there now and then.
         self._shut_down = weakref.finalize(self, vllm_private.shut_down, self.llm)
+
+    def _some_tokens(self) -> list[int]:
+        """A prompt that is the same whenever the engine is built: a resumed run has the scales that it had."""
+        generator = torch.Generator().manual_seed(0)
+        count = min(CALIBRATION, self._max_length - 1)
+        return torch.randint(self._vocabulary, (count,), generator=generator).tolist()
 
     def _check_sampling(self) -> None:
         """Raises ValueError now for what vLLM would refuse at the first rollout."""
