@@ -23,6 +23,7 @@ from longgrpo.rollout.protocol import Completion
 from longgrpo.run.tracking import Tracker
 from longgrpo.run.trainer import Trainer
 from longgrpo.tasks.data import Problem
+from longgrpo.tasks.rewards import is_trainers
 from longgrpo.tasks.sample import Rollout, Sample
 from testing import OWN_REWARDS, ROOT
 from testing.own_rewards import PAYLOADS
@@ -139,6 +140,11 @@ def test_every_logged_number_has_a_place(report, two_runs, browse):
             in_a_table = name.startswith(("seconds/", "predicted_bytes/", "measured_bytes/"))
             elsewhere = in_a_table or name.endswith(("/std", "_bytes"))  # nowhere; in GiB
             assert elsewhere or tuple(r[name] for r in metrics_of(run) if name in r) in drawn, name
+
+
+def test_every_metric_is_known_as_the_trainers(two_runs):
+    """A reward function may log none of these names."""
+    assert [name for run in two_runs for name in read_run(run).names if not is_trainers(name)] == [PAYLOADS[1]]
 
 
 def _lines(page):
