@@ -39,6 +39,10 @@ def test_what_can_be_seen_stays():
     assert visible(text) == text
 
 
+def test_an_error_quotes_with_signs():
+    assert str(ConfigError("a\u202eb")) == f"{ConfigError(chr(0x202E))}".join("ab")
+
+
 def test_errors_and_logs_of_the_command_line(monkeypatch, capsys):
     def fails(options, overrides):
         logging.getLogger("longgrpo").warning("a column %s", "x\u202ey")
