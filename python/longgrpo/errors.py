@@ -12,8 +12,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class UserError(Exception):
-    """An error that the user can correct: the message names the value and the remedy. What of it cannot be seen is shown
-    as signs: it quotes files, models and functions of others."""
+    """An error that the user can correct: the message names the value and the remedy. It quotes what others wrote: what
+    cannot be seen of that is shown as signs."""
 
     def __str__(self) -> str:
         return visible(super().__str__())
