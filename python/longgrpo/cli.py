@@ -5,6 +5,7 @@ commands around it, `selftest CONFIG`, `autotune CONFIG`, `eval CONFIG or RUN`, 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import logging
@@ -15,9 +16,10 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from longgrpo.errors import ConfigError, UserError
-from longgrpo.visible import visible
+from longgrpo.visible import listening, visible
 
 OPTIONS = (
     "--help", "--resume", "--print-config", "--force", "--checkpoint", "--as", "--dtype", "--output", "--card",
@@ -28,6 +30,8 @@ exit status: 0 done, 1 the self-test failed, 2 a user error, 128 + n stopped by 
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if arguments is None:
+        sys.stderr = _Heard(sys.stderr)
     rest, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(rest)
     handler = logging.StreamHandler()
@@ -50,6 +54,33 @@ def main(arguments: list[str] | None = None) -> int:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+class _Heard(io.TextIOBase):
+    """stderr, whose reader may go (`| head` has ended, a connection is closed): then it is written to no more, also by
+    the libraries that show a bar, and the run goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with listening():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with listening():
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
 
 
 class _Shown(logging.Formatter):

@@ -6,11 +6,17 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from longgrpo.visible import visible
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class UserError(Exception):
-    """An error that the user can correct: the message names the value and the remedy."""
+    """An error that the user can correct: the message names the value and the remedy. It quotes what others wrote: what
+    cannot be seen of that is shown as signs."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class ConfigError(UserError):

@@ -6,7 +6,11 @@ hide an instruction, or make a line read as another. Everything that reaches a t
 
 from __future__ import annotations
 
+import os
+import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 # Invisible, and in a category of what can be seen: fillers, variation selectors, an accent of no letter, blank Braille.
 _FILLERS = (0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0)
@@ -37,3 +41,13 @@ _SIGNS = _Signs()
 def visible(text: str) -> str:
     """The text with signs in place of what cannot be seen: \u241b, \u27e8U+200B\u27e9. Line ends and tabs stay."""
     return text.translate(_SIGNS)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Once nobody reads the terminal any more (`| head` has ended, a connection is closed), nothing goes there."""
+    try:
+        yield
+    except (OSError, ValueError):  # ValueError: it was closed in this process
+        with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stderr.fileno())

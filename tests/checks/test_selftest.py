@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
@@ -81,7 +82,33 @@ def test_small_and_large_rates_pass(start, tree, rate):
     assert not failed(start())
 
 
+def noisy(loop, seed, scale=0.25):
+    """The engine's logprobs are off by as much as in a cache of 8 bits."""
+    generate, draw = loop.collector.engine.generate, random.Random(seed)
+
+    def with_noise(*arguments):
+        found = generate(*arguments)
+        return [replace(one, logprobs=[logp + draw.gauss(0, scale) for logp in one.logprobs]) for one in found]
+
+    loop.collector.engine.generate = with_noise
+    loop.probe.tolerance = 0.5
+    return loop
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_engine_with_noise_of_its_own_passes(start, seed):
+    """The update is lengthened until it stands out from the noise."""
+    assert not failed(noisy(start(), seed))
+
+
 # ---- planted faults
+@pytest.mark.parametrize("seed", range(2))
+def test_an_adapter_that_never_reaches_an_engine_with_noise_of_its_own(start, seed):
+    loop = noisy(start(), seed)
+    loop.collector.engine._attached = copy.deepcopy(loop.collector.engine._attached)
+    assert "engine" in failed(loop)
+
+
 def test_an_adapter_that_never_reaches_the_engine(start):
     loop = start()
     loop.collector.engine._attached = copy.deepcopy(loop.collector.engine._attached)

@@ -96,6 +96,17 @@ def test_a_run_from_before_the_mark_is_resumed(quick, tmp_path):
     assert Trainer.resume(tmp_path / "run", ["--train.steps", "2"]).run()["steps"] == 2
 
 
+def test_a_run_from_before_the_mark_does_not_own_the_model_that_it_reads(quick, tmp_path, tiny_model):
+    del quick["lora"]
+    run = tmp_path / "run"
+    Trainer(build_config(quick), run).run()
+    (run / MARK).unlink()
+    before = content(run / "model")
+    with pytest.raises(ConfigError, match="model exists, this run has not made it"):
+        Trainer.resume(run, ["--model.path", str(run / "model"), "--train.steps", "2"])
+    assert content(run / "model") == before
+
+
 def test_a_config_called_config_yaml_is_no_run(quick, tmp_path, no_engine):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(quick))
     before = content(tmp_path)

@@ -123,3 +123,18 @@ def test_what_is_shown(tree, tmp_path, capfd):
     )
     assert all(shown.fullmatch(line) for line in lines)
     assert lines[-1].endswith("0:00:00 left")
+
+
+def test_values_that_a_table_does_not_hold_are_text(tree, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "def odd(completions, log_extra, **columns):\n"
+        "    log_extra('large', [2**70] * len(completions))\n"
+        "    log_extra('half', ['\\ud800'] * len(completions))\n"
+        "    return [float(i % 2) for i in range(len(completions))]\n"
+    )
+    tree["rewards"], tree["train"]["steps"] = [{"function": f"{own}:odd"}], 1
+    tree["train"]["probe_prompts"] = 0
+    row = completions_of(run(tree, tmp_path / "run"))[0]
+    assert row["extra/large"] == str(2**70)
+    assert row["extra/half"] == "\\ud800"

@@ -70,6 +70,15 @@ def test_a_role_that_the_template_refuses(tokenizer):
         render(tokenizer, [{"role": "system", "content": "s"}, USER])
 
 
+@pytest.mark.parametrize(
+    "template", ["{% for", "{{ messages[9].role }}", "{{ 1 // 0 }}", "{{ messages.nothing() }}", "{{ {}['no'].x }}"]
+)
+def test_a_template_that_does_not_parse_or_raises(tokenizer, template):
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match="the chat template refuses a conversation of user"):
+        encode(tokenizer, [USER])
+
+
 def test_content_parts_of_text_are_text(tokenizer):
     tokenizer.chat_template = PLAIN
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]

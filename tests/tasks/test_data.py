@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from longgrpo.config.task import TaskConfig
@@ -103,6 +104,28 @@ def test_rows_that_cannot_be_used(tmp_path, text, message):
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(DataError, match=message):
         problems(TaskConfig(str(tmp_path / "rows.jsonl")))[0]
+
+
+@pytest.mark.parametrize("prompt", ["a\ud800b", [{"role": "user", "content": "\udfff"}]])
+def test_half_a_pair_of_surrogates_is_no_text(tmp_path, prompt):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "fine"}) + "\n" + json.dumps({"prompt": prompt}) + "\n")
+    with pytest.raises(DataError, match=r"row 1 of the task: its prompt has a lone surrogate"):
+        questions(problems(TaskConfig(str(path))))
+
+
+def test_a_sampler_changes_nothing_of_what_is_trained_on(rows_file):
+    class Spoils(Sampler):
+        def observe(self, problems, rewards):
+            rewards.zero_()
+            problems[0].columns.clear()
+
+    source = problems(TaskConfig(str(rows_file)))
+    prompts = PromptStream(source, set(), Spoils(source, 0))
+    taken, rewards = prompts.take(2), torch.ones(2, 4)
+    prompts.observe(taken, rewards)
+    assert rewards.eq(1).all()
+    assert taken[0].columns["answer"] == "0"
 
 
 def test_sources_that_are_not_there(tmp_path):

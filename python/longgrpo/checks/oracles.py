@@ -107,6 +107,12 @@ def rewards_have_spread(groups: Sequence[bool]) -> Check:
     )
 
 
+def engine_noise(batches: Sequence[MicroBatch], logp: Tensor) -> float:
+    """Nats a token between the engine and the trainer, on weights that both have: its kernels' and its cache's. logp
+    [T]: the trainer's."""
+    return _gap(batches, logp)
+
+
 def agree(loop: Loop, batches: Sequence[MicroBatch], logp: Tensor) -> Check:
     gap, limit = _gap(batches, logp), loop.probe.tolerance
     return Check(
@@ -210,14 +216,16 @@ def weights_move(state: TrainState, weights: dict[str, Tensor], touched: Sequenc
     )
 
 
-def make_visible(loop: Loop, weights: dict[str, Tensor], batches: Sequence[MicroBatch], old: Tensor) -> Tensor:
-    """Lengthens the update until it shows; returns the logprobs [T] after it."""
+def make_visible(
+    loop: Loop, weights: dict[str, Tensor], batches: Sequence[MicroBatch], old: Tensor, visible: float = VISIBLE
+) -> Tensor:
+    """Lengthens the update until it moves the logprobs by `visible` nats a token; returns the logprobs [T] after it."""
     new = logprobs(loop, loop.state.model, batches)
     for _ in range(4):
         change = _mean_change(old, new)
-        if not 0 < change < VISIBLE:
+        if not 0 < change < visible:
             break
-        set_weights(loop.state, weights, scale=min(1.2 * VISIBLE / change, 1000.0))
+        set_weights(loop.state, weights, scale=min(1.2 * visible / change, 1000.0))
         new = logprobs(loop, loop.state.model, batches)
     return new
 

@@ -25,6 +25,7 @@ from longgrpo.train.loop import Loop, advantage, loss_and_backward, optimizer_st
 from longgrpo.train.update import batches_of, plan_updates
 
 ROUNDS = 4  # rollouts until a group has spread
+ABOVE_NOISE = 3  # times the engine's own noise: so far the update is lengthened
 GROUPS = 4  # of those with spread, that are trained on
 
 
@@ -121,6 +122,7 @@ def _update(loop: Loop, rollout: Rollout, weights: dict[str, Tensor]) -> Iterato
     yield oracles.agree(loop, batches, old)
     if any(len(sample.completion.turns) > 1 for sample in rollout.samples):
         yield oracles.later_turns_agree(loop, rollout, batches, old)
+    noise = oracles.engine_noise(batches, old)
     yield oracles.advantages_follow_rewards(loop, rollout)
     (update,) = plan_updates(config, rollout, state.model.device)
     yield (trains := oracles.something_trains(state, rollout, update))
@@ -139,6 +141,8 @@ def _update(loop: Loop, rollout: Rollout, weights: dict[str, Tensor]) -> Iterato
         return
     new = oracles.make_visible(loop, weights, update.batches, old)
     yield oracles.update_follows_advantages(config, update.batches, old, new)
+    if noise > oracles.VISIBLE / ABOVE_NOISE:  # the engine is to be told apart from the one before the update
+        new = oracles.make_visible(loop, weights, update.batches, old, ABOVE_NOISE * noise)
     yield oracles.engine_follows(loop, rollout, weights)
     if state.reference:
         yield (differs := oracles.reference_differs(loop, update.batches, old, new))

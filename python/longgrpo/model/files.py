@@ -33,13 +33,13 @@ def reading(path: Path, load: Callable[[], Loaded]) -> Loaded:
     try:
         return load()
     except Exception as error:
-        if isinstance(error, ValueError) and str(path) in str(error):
-            raise  # it says all of this itself
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{path}: asks for code from the model's own repository (auto_map), which is never run: take a model "
                 "that transformers knows by itself"
             ) from error
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise  # it says all of this itself
         raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error}); {AGAIN}") from error
 
 

@@ -30,6 +30,7 @@ from longgrpo.run.files import write_file
 from longgrpo.visible import visible
 from longgrpo.watch.watch import PREFIX as WATCHED
 
+SIGNATURE = "· longgrpo</title>".encode()  # of page.html
 MOST_RUNS = 8  # as many as colors can distinguish
 LONGEST_TEXT = 4000  # characters of a completion; a longer one loses its middle
 GIB = 2**30
@@ -113,7 +114,9 @@ SECONDS, WITHIN = "seconds/", ("seconds/step", "seconds/offload_stall")  # the w
 
 def write_report(runs: Sequence[Run], path: Path) -> None:
     """Writes one self-contained HTML file. Raises DataError for more runs than MOST_RUNS, and UserError if the
-    file cannot be written."""
+    file cannot be written, or is there and no report."""
+    if path.is_file() and SIGNATURE not in path.read_bytes()[: 1 << 16]:
+        raise DataError(f"{path} exists and is no report of longgrpo: name another file, with --output")
     if len(runs) > MOST_RUNS:
         raise DataError(f"{len(runs)} runs: a page compares at most {MOST_RUNS}; name fewer")
     environment = jinja2.Environment(

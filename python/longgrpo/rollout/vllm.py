@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from longgrpo.config.model import LoraConfig, ModelConfig
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import NEED_TOKENIZER, Sampling
@@ -22,6 +24,9 @@ from longgrpo.rollout.turns import Episodes
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+CALIBRATION = 256  # tokens
 
 
 class VllmEngine:
@@ -59,6 +64,9 @@ class VllmEngine:
         except Exception as error:  # of a model's own loader, too: vLLM's KeyErrors among them
             raise ValueError(self._not_started(f"{type(error).__name__}: {error}")) from error
         vllm_private.accurate_logprobs(self.llm)
+        if config.kv_cache_dtype == "fp8":
+            with vllm_private.no_dynamo():
+                vllm_private.calibrate_kv_cache(self.llm, self._some_tokens())
         views = vllm_private.weight_views(vllm_private.engine_module(self.llm), self._vocabulary)
         try:
             self.model: PreTrainedModel = model_on(views, self.directory)
@@ -82,6 +90,12 @@ class VllmEngine:
         words = ("max_model_len", "max seq len", "kv cache", "kv_cache")
         named = cache if any(word in error.lower() for word in words) else f" for {self._architecture}"
         return f"vLLM does not start{named}: {error}"
+
+    def _some_tokens(self) -> list[int]:
+        """A prompt that is the same whenever the engine is built: a resumed run has the scales that it had."""
+        generator = torch.Generator().manual_seed(0)
+        count = min(CALIBRATION, self._max_length - 1)
+        return torch.randint(self._vocabulary, (count,), generator=generator).tolist()
 
     def _check_sampling(self) -> None:
         """Raises ValueError now for what vLLM would refuse at the first rollout."""

@@ -88,10 +88,15 @@ class Claim:
         os.close(descriptor)
         return None
 
-    def adopt(self, names: Iterable[str]) -> None:
-        """Makes the names that there are of a run from before the mark its own."""
-        if all((self.directory / name).is_file() for name in UNMARKED):
-            self._write([name for name in names if os.path.lexists(self.directory / name)])
+    def adopt(self, config: TrainConfig) -> None:
+        """Makes the names that there are of a run from before the mark its own, but for what the run reads."""
+        if not all((self.directory / name).is_file() for name in UNMARKED):
+            return
+        begun, ended = names_of(config)
+        lora = [config.lora.path, config.lora.merged] if config.lora else []
+        read = [Path(path).resolve() for path in (config.model.path, *lora) if path]
+        there = [self.directory / name for name in (*begun, *ended) if os.path.lexists(self.directory / name)]
+        self._write([own.name for own in there if not any(path.is_relative_to(own.resolve()) for path in read)])
 
     def add(self, names: Iterable[str]) -> None:
         """Makes names the run's own, before what they name is made. Raises ConfigError as check() does."""

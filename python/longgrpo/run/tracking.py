@@ -27,7 +27,7 @@ from longgrpo.errors import ConfigError
 from longgrpo.run.files import write_file, writing
 from longgrpo.run.notebook import LivePlots, in_notebook
 from longgrpo.tasks.sample import Rollout, Sample
-from longgrpo.visible import visible
+from longgrpo.visible import listening, visible
 
 log = logging.getLogger(__name__)
 
@@ -130,16 +130,6 @@ class Tracker:
             f"{rewards}  length {metrics['completion_length/mean']:.1f}  "
             f"{metrics['seconds/step']:.1f} s ({phases})  {tokens:.0f} tokens/s  {left} left"
         )
-
-
-@contextmanager
-def listening() -> Iterator[None]:
-    """Once nobody reads the terminal any more (`| head` has ended, a connection is closed), nothing goes there."""
-    try:
-        yield
-    except (OSError, ValueError):  # ValueError: it was closed in this process
-        with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
 
 def _short(value: float | None) -> str:

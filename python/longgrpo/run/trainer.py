@@ -124,7 +124,7 @@ class Trainer:
             config = load_config(directory / "config.yaml", overrides)
             begun, ended = names_of(config_with(config, given))
             if "config.yaml" not in trainer.claim.made:
-                trainer.claim.adopt([*begun, *ended])
+                trainer.claim.adopt(config)
             trainer.claim.check([*begun, *ended])
             saved = checkpoint.checkpoints(directory)
             if saved:

@@ -106,12 +106,25 @@ class Problems:
 def _text(content: Any, index: int) -> str:
     """The prompt as one text; raises DataError if it is neither text nor messages, or empty."""
     if is_talk(content):
-        return "\n".join(str(plain_content(message.get("content")) or "") for message in content)
+        talk = "\n".join(str(plain_content(message.get("content")) or "") for message in content)
+        _require_text(talk, index)
+        return talk
     if not isinstance(content, str):
         raise DataError(f"row {index} of the task: a prompt is text or a list of messages with roles, not {content!r}")
     if not content.strip():
         raise DataError(f"row {index} of the task has an empty prompt")
+    _require_text(content, index)
     return content
+
+
+def _require_text(text: str, index: int) -> None:
+    """JSON can hold half of a pair of surrogates, which is no text for a tokenizer."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"row {index} of the task: its prompt has a lone surrogate at {error.start}: correct it"
+        ) from None
 
 
 def _messages(content: Messages) -> Messages:
