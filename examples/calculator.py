@@ -4,7 +4,7 @@ import random
 import re
 import zlib
 
-SYSTEM = "You have a calculator: write calculator(EXPRESSION) and its result follows."
+SYSTEM = "You have a calculator: write [calc: EXPRESSION] and its result follows."
 EXAMPLE = (214, "+", 571)
 ARITHMETIC = re.compile(r"\s*(-?\d{1,9})\s*([-+*])\s*(-?\d{1,9})\s*")
 
@@ -38,10 +38,10 @@ def row(a: int, operator: str, b: int) -> dict:
     result = calculator(one)
     turns = [
         ("system", SYSTEM),
-        ("user", f"Use the calculator: {one}"),
-        ("assistant", f"calculator({one})"),
+        ("user", f"What is {one}?"),
+        ("assistant", f"[calc: {one}]"),
         ("tool", result),
         ("assistant", result),
-        ("user", f"Use the calculator: {two}"),
+        ("user", f"What is {two}?"),
     ]
     return {"prompt": [{"role": role, "content": text} for role, text in turns], "answer": calculator(two)}

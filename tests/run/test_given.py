@@ -88,3 +88,41 @@ def test_arguments_that_there_are_not(tree, tmp_path):
     Trainer(build_config(tree), tmp_path / "run")
     with pytest.raises(ConfigError, match="has no argument 'reward_funcs': it takes reward_functions"):
         Trainer.resume(tmp_path / "run", reward_funcs=[digits])
+
+
+def double(x: int) -> int:
+    """Doubles a digit.
+
+    Args:
+        x: the digit
+    """
+    return 2 * x
+
+
+class Game:
+    """As TRL takes it."""
+
+    def reset(self, **row):
+        self.count = 0
+        return f" ({row['answer']})"
+
+    def get_reward(self):
+        return float(self.count)
+
+
+def test_tools_and_environments_as_objects(bare, tmp_path):
+    bare["task"] = {"tool_pattern": r"(?P<x>\d)", "eval_n": 0}
+    bare["rewards"] = [{"function": "environment_reward"}]
+    bare["rollout"] |= {"max_completion_length": 80, "turn_tokens": 10, "max_turns": 3}
+    bare["train"]["probe_prompts"] = 0
+    given = {"train_dataset": ROWS, "tools": [double], "environment_factory": Game}
+    Trainer(bare, tmp_path / "run", **given).run()
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["task"]["tools"] == ["given:tool-double"]
+    assert config["task"]["environment"] == "given:environment_factory"
+    rows = pyarrow.parquet.read_table(tmp_path / "run/completions").to_pylist()
+    assert any(len(json.loads(row["messages"])) > 1 for row in rows)
+    assert {row["reward/environment_reward"] for row in rows} == {0.0}
+    Trainer.resume(tmp_path / "run", ["--train.steps", "3"], **given).run()
+    with pytest.raises(ConfigError, match="give it again"):
+        Trainer.resume(tmp_path / "run", ["--train.steps", "4"], train_dataset=ROWS)

@@ -105,3 +105,11 @@ def letters(completions, **columns):
     """A reward with spread, of the last message."""
     texts = [completion[-1]["content"] for completion in completions]
     return [len(set(text)) / 10 for text in texts]
+
+
+def letters_by_turn(completions, **columns):
+    """The same, of each of the assistant's messages."""
+    return [
+        [len(set(message["content"])) / 10 for message in completion if message["role"] == "assistant"]
+        for completion in completions
+    ]

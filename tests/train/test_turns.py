@@ -14,6 +14,8 @@ from longgrpo.rollout import Completion
 from longgrpo.rollout.protocol import Turn
 from longgrpo.run.trainer import Trainer
 from longgrpo.tasks.sample import Sample
+from longgrpo.train import loop as loop_module
+from longgrpo.train.loop import advantage_of_turns
 from longgrpo.train.losses import logprob
 from longgrpo.train.packing import micro_batches, pack
 from longgrpo.train.update import plan_updates
@@ -179,3 +181,28 @@ def test_a_run_and_the_same_run_resumed(talking, tmp_path, environment):
     assert max(len(talk) for talk in messages) >= 3
     assert {message["role"] for talk in messages for message in talk} <= {"assistant", "tool", "user"}
     assert sum(len(json.loads(row["calls"])) for row in rows) / len(rows) == last["calls/mean"]
+
+
+def test_the_gradient_by_turn_is_the_dense_ones(talking, tmp_path, reference):
+    talking["train"]["advantage_level"] = "turn"
+    talking["rewards"] = [{"function": f"{OWN_TOOLS}:letters_by_turn"}]
+    trainer = Trainer(build_config(talking), tmp_path / "run")
+    loop = trainer.loop
+    rollout, _ = rolled_out(loop)
+    rollout.turn_advantages = advantage_of_turns(loop.config, rollout, loop.collector.rewarding.rewards)
+    assert max(map(len, rollout.turn_advantages)) > 2
+    (update,) = plan_updates(loop.config, rollout, torch.device("cpu"), parts=1)
+    loop_module.loss_and_backward(loop.loss, loop.state, update)
+    total = torch.zeros((), dtype=torch.float64)
+    for sample, own in zip(rollout.samples, rollout.turn_advantages, strict=True):
+        logp = dense(reference, sample)
+        for turn, advantage in zip(sample.completion.turns, own.tolist(), strict=True):
+            part = logp[turn.begin : turn.end]
+            total = total - ((part - part.detach()).exp() * advantage).sum() / update.normalizer
+    total.backward()
+    expected = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    got = loop.state.gradients
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert norm > 0
+    assert torch.stack([(got[name] - expected[name]).norm() for name in got]).norm() / norm < 1e-5
+    trainer.close()

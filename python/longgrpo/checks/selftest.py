@@ -57,8 +57,13 @@ def _trial(config: TrainConfig) -> TrainConfig:
     """One update, with only the policy term in its loss, and a fixed reference."""
     loss = replace(config.loss, entropy_coef=0.0, entropy_target=None)
     train = replace(
-        config.train, reference_sync_steps=0, num_iterations=1, minibatches=1, off_policy_threshold=None
-    )  # fmt: skip
+        config.train,
+        advantage_level="episode",
+        reference_sync_steps=0,
+        num_iterations=1,
+        minibatches=1,
+        off_policy_threshold=None,
+    )
     return replace(config, loss=loss, train=train)
 
 

@@ -96,6 +96,16 @@ class TrainConfig:
             "sample without top_p, top_k, min_p, allowed_token_ids and logit_bias",
         )
         require(
+            self.train.advantage_level == "episode"
+            or (
+                self.task.takes_turns
+                and not self.loss.needs_sequences
+                and self.train.aggregation == "sum_then_normalize"
+            ),
+            "train.advantage_level: turn is about episodes with tools or an environment, a loss of tokens "
+            "(importance_level: token, not vespo or gmpo) and aggregation: sum_then_normalize",
+        )
+        require(
             not (self.loss.function and self.loss.exact_kl),
             f"loss.function takes the reference's logprobs, and loss.kl = {self.loss.kl!r} has none: take kl: k3",
         )

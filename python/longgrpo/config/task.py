@@ -185,7 +185,7 @@ class RewardConfig:
 
     function: str | None = None
     """A built-in (exact_answer, numeric_answer, math_answer, score_answer, graded_error, matches_format, target_length,
-    soft_overlong), package.module:function or path/to/file.py:function."""
+    soft_overlong, environment_reward), package.module:function or path/to/file.py:function."""
     weight: float = 1.0
     """0: the function is only logged."""
     name: str | None = None

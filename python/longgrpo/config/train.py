@@ -48,6 +48,9 @@ class LoopConfig:
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """Whether several rewards are summed before they are normalized in their groups, or after it. normalize_then_sum
     normalizes the sums once more over the step (GDPO, arXiv:2601.05242)."""
+    advantage_level: Literal["episode", "turn"] = "episode"
+    """Of a run with tools or an environment. turn: a turn's advantage compares what was earned from it on, its own and
+    later turns' values of the functions that return one a turn, with the same turn of the group's other episodes."""
     max_refills: int = 0
     """Dynamic sampling (DAPO, arXiv:2503.14476): groups without spread are replaced by groups of new prompts, in at
     most this many further rollouts per step."""

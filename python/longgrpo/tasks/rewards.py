@@ -61,7 +61,9 @@ def is_trainers(metric: str) -> bool:
 class Scores:
     """What a function returns for the B completions of one call."""
 
-    values: Tensor  # [B] float64, NaN if the function does not apply
+    values: Tensor  # [B] float64, NaN if the function does not apply; of values by turn their sum
+    turns: list[list[float] | None] = field(default_factory=list)
+    """Of each completion the values of its turns, from a function that returns one each."""
     notes: Notes = field(default_factory=Notes)
     failed: bool = False
 
@@ -121,7 +123,8 @@ class Reward:
 
     def score(self, arguments: dict[str, Any], count: int) -> Scores:
         try:
-            arguments, process = _own(arguments), os.getpid()
+            given, process = arguments["completions"], os.getpid()
+            arguments = _own(arguments)
             if self.worker:
                 arguments.pop("environments", None)  # they are of this process
                 values, notes = self.worker.call(arguments, self.timeout)
@@ -129,7 +132,7 @@ class Reward:
                 assert self.function
                 notes = Notes()
                 values = self.function(**arguments, **notes.arguments())
-            return self._scores(values, notes, count)
+            return self._scores(values, notes, given)
         except (Exception, SystemExit) as error:  # sys.exit(0) would end the run as if it were done
             if os.getpid() != process:
                 os._exit(0)  # a child that the function forked: the run is not its own
@@ -141,11 +144,12 @@ class Reward:
         try:
             call = self.function(**_own(arguments), **notes.arguments())
             values = await asyncio.wait_for(call, self.timeout)
-            return self._scores(values, notes, count)
+            return self._scores(values, notes, arguments["completions"])
         except (Exception, SystemExit) as error:
             return self._failed(error, count)
 
-    def _scores(self, values: Any, notes: Notes, count: int) -> Scores:
+    def _scores(self, values: Any, notes: Notes, completions: Sequence[Reply]) -> Scores:
+        count = len(completions)
         try:
             values = list(values)
         except TypeError:
@@ -156,6 +160,16 @@ class Reward:
         for what, entries in {"returned": values, **{f"logged as {k!r}": v for k, v in notes.extra.items()}}.items():
             if len(entries) != count:
                 raise RewardError(f"reward function {self.name} {what} {len(entries)} values for {count} completions")
+        turns = [list(value) if isinstance(value, list | tuple) else None for value in values]
+        for i, (own, completion) in enumerate(zip(turns, completions, strict=True)):
+            if own is None:
+                continue
+            if len(own) != (of_turns := _turns(completion)) or None in own or not all(map(_usable, own)):
+                raise RewardError(
+                    f"reward function {self.name} returned {own!r:.80} for completion {i}: values by turn are "
+                    f"{of_turns} finite numbers, one for each message of the assistant"
+                )
+            values[i] = sum(own)
         for i, value in enumerate(values):
             if not _usable(value):
                 raise RewardError(
@@ -167,7 +181,7 @@ class Reward:
                 f"reward function {self.name} logs the metric {taken[0]!r}, which is the trainer's: take another name"
             )
         numbers = [math.nan if value is None else float(value) for value in values]
-        return Scores(torch.tensor(numbers, dtype=torch.float64), notes)
+        return Scores(torch.tensor(numbers, dtype=torch.float64), turns, notes)
 
     def _failed(self, error: BaseException, count: int) -> Scores:
         if isinstance(error, (TimeoutError, asyncio.TimeoutError, FutureTimeoutError)) and self.timeout:
@@ -196,6 +210,11 @@ def _own(arguments: dict[str, Any]) -> dict[str, Any]:
         else copy.deepcopy(value)
         for name, value in arguments.items()
     }
+
+
+def _turns(completion: Reply) -> int:
+    """The assistant's messages."""
+    return 1 if isinstance(completion, str) else sum(message["role"] == "assistant" for message in completion)
 
 
 def _usable(value: Any) -> bool:
@@ -244,6 +263,10 @@ class Rewarding:
                 parts = [reward.score({**arguments, **reward.parameters}, len(samples))]
             row.copy_(torch.cat([part.values for part in parts]))
             _note(parts, samples)
+            by_turn = [own for part in parts for own in part.turns or [None] * len(part.values)]
+            for sample, own in zip(samples, by_turn, strict=True):
+                if own is not None:
+                    sample.turn_rewards[reward.name] = own
             for part in parts:
                 for name, logged in part.notes.metrics.items():
                     self._logged.setdefault(name, []).extend(logged)
@@ -297,6 +320,23 @@ def environments_of(samples: Sequence[Sample]) -> dict[str, Any]:
     """TRL's `environments`, for a run that has them."""
     found = [sample.episode and sample.episode.environment for sample in samples]
     return {"environments": found} if any(one is not None for one in found) else {}
+
+
+def turn_returns(sample: Sample, values: Sequence[float], rewards: Sequence[Reward]) -> list[float]:
+    """What a sample has earned from each of its turns on: of a function with values by turn the turn's own and those of
+    later turns, of another its whole value. values: of each function, NaN if it does not apply; empty if none does."""
+    applies = [(reward, value) for reward, value in zip(rewards, values, strict=True) if not math.isnan(value)]
+    if not applies:
+        return []
+    turns = range(len(sample.completion.turns))
+    return [
+        sum(
+            reward.weight
+            * (sum(sample.turn_rewards[reward.name][turn:]) if reward.name in sample.turn_rewards else value)
+            for reward, value in applies
+        )
+        for turn in turns
+    ]
 
 
 def _note(parts: Sequence[Scores], samples: Sequence[Sample]) -> None:

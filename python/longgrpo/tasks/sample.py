@@ -26,6 +26,8 @@ class Sample:
     text: str
     extra: dict[str, Any] = field(default_factory=dict)
     """Columns that reward functions log."""
+    turn_rewards: dict[str, list[float]] = field(default_factory=dict)
+    """By function, of those that return one value a turn."""
     episode: Episode | None = None
     """Of a completion with tools or an environment."""
 
@@ -57,6 +59,7 @@ class Rollout:
     token_ids: Tensor  # [T] int64
     sampling_logp: Tensor  # [T] float32: the engine's
     bounds: list[int]  # P G + 1: sample i has the tokens [bounds[i], bounds[i+1])
+    turn_advantages: list[Tensor] | None = None  # P G, of each sample float32, one a turn; None: `advantages` are used
 
     @classmethod
     def of(cls, problems: Sequence[Problem], samples: Sequence[Sample], rewards: Tensor) -> Rollout:

@@ -21,7 +21,7 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
     if spec.startswith(GIVEN):
         raise ConfigError(
             f"{what} {spec!r} was given to Trainer as an object: give it again, with "
-            "Trainer.resume(directory, reward_functions=..., train_dataset=..., eval_dataset=...)"
+            "Trainer.resume(directory, reward_functions=..., train_dataset=..., tools=..., ...)"
         )
     function: Callable[..., Any] | None = getattr(_module(where, f"{what} {spec!r}"), name, None)
     if not callable(function):

@@ -45,6 +45,25 @@ def group_advantages(rewards: Tensor, scale: Scale = "group", unknown: float = 0
     return centered.masked_fill(rewards.isnan(), unknown).float()
 
 
+def turn_advantages(returns: list[list[list[float]]], scale: Scale) -> list[list[Tensor]]:
+    """returns: of each group, member and turn what was earned from that turn on; a member without a known reward has no
+    turns -> f32 advantages in the same form.
+
+    A turn is compared with the same turn of the other members that have one; one that only a single member has is 0.
+    """
+    everything = torch.tensor([value for group in returns for member in group for value in member], dtype=torch.float64)
+    divisor = _deviation(everything) + EPSILON if scale == "batch" and len(everything) else None
+    found = []
+    for group in returns:
+        most = max(map(len, group), default=0)
+        rows = [member + [torch.nan] * (most - len(member)) for member in group]
+        table = torch.tensor(rows, dtype=torch.float64).view(len(group), most).T  # [turns, members]
+        own = group_advantages(table, "group" if scale == "group" else "none")
+        own = own / divisor if divisor is not None else own
+        found.append([own[: len(member), i].float() for i, member in enumerate(group)])
+    return found
+
+
 def groups_with_spread(values: Tensor, weights: Tensor, aggregation: Aggregation) -> Tensor:
     """[P] bool: whether a group's rewards differ in what the advantages are made of."""
     if aggregation == "sum_then_normalize":

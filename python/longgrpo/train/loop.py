@@ -15,8 +15,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from longgrpo.config.run import TrainConfig
 from longgrpo.errors import WeightSyncError
 from longgrpo.rollout.probe import EngineMismatch, Probe
+from longgrpo.tasks.rewards import Reward, turn_returns
 from longgrpo.tasks.sample import Rollout
-from longgrpo.train.advantages import advantages
+from longgrpo.train.advantages import advantages, turn_advantages
 from longgrpo.train.collect import Collector
 from longgrpo.train.loss_scale import loss_scales
 from longgrpo.train.losses import PolicyLoss, logprob
@@ -61,6 +62,7 @@ def step(loop: Loop, number: int) -> StepResult:
         rollout, groups = loop.collector.collect(number, clock)
         with clock("advantage"):
             rollout.advantages = advantage(config, rollout, loop.collector.rewarding.weights)
+            rollout.turn_advantages = advantage_of_turns(config, rollout, loop.collector.rewarding.rewards)
             updates = plan_updates(config, rollout, state.model.device)
         with clock("score"):
             score(config, state, updates)
@@ -90,6 +92,19 @@ def step(loop: Loop, number: int) -> StepResult:
 def advantage(config: TrainConfig, rollout: Rollout, weights: Tensor) -> Tensor:
     """[P, G] float32, from the rewards [F, P, G] and the weights [F] of their functions."""
     return advantages(rollout.rewards, weights, config.train.scale_rewards, config.train.aggregation)
+
+
+def advantage_of_turns(config: TrainConfig, rollout: Rollout, rewards: Sequence[Reward]) -> list[Tensor] | None:
+    """Of each sample one a turn, with train.advantage_level: turn."""
+    if config.train.advantage_level == "episode":
+        return None
+    size = rollout.rewards.shape[2]
+    values = rollout.rewards.flatten(1).T.tolist()  # P G of F
+    returns = [turn_returns(sample, own, rewards) for sample, own in zip(rollout.samples, values, strict=True)]
+    groups = [returns[i : i + size] for i in range(0, len(returns), size)]
+    found = [member for group in turn_advantages(groups, config.train.scale_rewards) for member in group]
+    pairs = zip(found, rollout.samples, strict=True)
+    return [own if len(own) else torch.zeros(len(sample.completion.turns)) for own, sample in pairs]
 
 
 # ---- 5

@@ -24,7 +24,7 @@ class MicroBatch:
     packed: PackedBatch
     rows: Tensor  # [M] int64: packed.input_ids[rows[i]] is the token before target[i]
     target: Tensor  # [M] int64: the sampled tokens
-    tokens: LossTokens  # advantages [S], cu_seqlens [S+1], the rest [M]
+    tokens: LossTokens  # advantages [S] (by turn: [M]), cu_seqlens [S+1], the rest [M]
 
     @property
     def support(self) -> list[list[int]] | None:
@@ -88,11 +88,22 @@ def pack(rollout: Rollout, indices: Sequence[int], *, share_prompts: bool = True
         torch.tensor(rows),
         rollout.token_ids[tokens],
         LossTokens(
-            advantages=rollout.advantages.flatten()[list(indices)],
+            advantages=_advantages(rollout, indices),
             cu_seqlens=torch.tensor([0, *accumulate(map(len, samples))], dtype=torch.int32),
             sampling_logp=rollout.sampling_logp[tokens],
         ),
     )
+
+
+def _advantages(rollout: Rollout, indices: Sequence[int]) -> Tensor:
+    """[S], or [M] of advantages by turn."""
+    if rollout.turn_advantages is None:
+        return rollout.advantages.flatten()[list(indices)]
+    parts = []
+    for i in indices:
+        lengths = torch.tensor([turn.end - turn.begin for turn in rollout.samples[i].completion.turns])
+        parts.append(rollout.turn_advantages[i].repeat_interleave(lengths))
+    return torch.cat(parts)
 
 
 def _packed(samples: Sequence[Sample], share_prompts: bool) -> tuple[PackedBatch, list[int]]:

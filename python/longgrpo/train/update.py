@@ -81,5 +81,7 @@ def _with_gradient(config: TrainConfig, rollout: Rollout, counted: Sequence[int]
     loss = config.loss
     if loss.beta != 0 or loss.has_entropy_bonus or loss.function:  # these reach samples of advantage 0 as well
         return list(counted)
+    if rollout.turn_advantages is not None:
+        return [i for i in counted if rollout.turn_advantages[i].any()]
     advantages = rollout.advantages.flatten().tolist()
     return [i for i in counted if advantages[i] != 0]
