@@ -14,7 +14,8 @@ from longgrpo.errors import ConfigError
 from longgrpo.memory.dryrun import MetaEngine
 from longgrpo.memory.internal import Internal, Target
 from longgrpo.memory.live import LiveStorages
-from longgrpo.memory.plan import Formulas, Phase, Plan, Rows, check
+from longgrpo.memory.phases import Phase, Plan, Rows
+from longgrpo.memory.plan import Formulas, check
 from longgrpo.memory.shape import ModelShape, UnknownArchitecture, config_file
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.protocol import Completion

@@ -17,7 +17,8 @@ from longgrpo.memory.cards import GIB, card
 from longgrpo.memory.internal import CPU, Internal, Target
 from longgrpo.memory.ladder import Change, cheapest_changes
 from longgrpo.memory.live import LiveStorages
-from longgrpo.memory.plan import Phase, Plan, plan_memory
+from longgrpo.memory.phases import Phase, Plan
+from longgrpo.memory.plan import plan_memory
 from longgrpo.memory.shape import UnknownArchitecture, model_shape
 from longgrpo.model.lora import with_adapter
 from longgrpo.rollout.protocol import RolloutEngine

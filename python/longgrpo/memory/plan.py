@@ -7,14 +7,14 @@ the vocabulary. Every formula of this module is in bytes and next to what it cou
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from longgrpo.loss.linear import DEFAULT_WORKSPACE
 from longgrpo.memory.cards import CONTEXT, GIB
 from longgrpo.memory.internal import Target, attention_workspace, head_workspace, ring_bytes
+from longgrpo.memory.phases import Phase, Plan, Rows
 from longgrpo.memory.shape import ModelShape
 from longgrpo.rollout.protocol import batched_tokens
 
@@ -25,52 +25,6 @@ NF4_BYTES = 0.5 + 4 / 64  # a weight: 4 bits, and a float32 for each 64
 FP32 = 4
 KEPT_RECORDS = 3  # sources that the offload engine still holds when the backward begins: keep_last + inflight
 MIN_RECORD = 1 << 20  # smaller layer inputs stay on the device (OffloadEngine's min_bytes)
-
-
-class Rows(NamedTuple):
-    """The longest micro-batch."""
-
-    tokens: int  # N
-    attention: int  # K
-    loss: int  # M
-    longest: int  # tokens of its longest sequence
-
-
-@dataclass(frozen=True)
-class Phase:
-    """terms: what lives on the device at the phase's peak; host_terms: in host memory. Bytes."""
-
-    name: str
-    terms: dict[str, int]
-    host_terms: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def device_bytes(self) -> int:
-        return sum(self.terms.values())
-
-    @property
-    def host_bytes(self) -> int:
-        return sum(self.host_terms.values())
-
-
-@dataclass(frozen=True)
-class Plan:
-    rollout: Phase
-    scoring: Phase
-    training: Phase
-    rows: Rows
-
-    @property
-    def phases(self) -> tuple[Phase, Phase, Phase]:
-        return self.rollout, self.scoring, self.training
-
-    @property
-    def device_bytes(self) -> int:
-        return max(phase.device_bytes for phase in self.phases)
-
-    @property
-    def host_bytes(self) -> int:
-        return max(phase.host_bytes for phase in self.phases)
 
 
 def plan_memory(config: TrainConfig, shape: ModelShape, rows: Rows, target: Target) -> Plan:

@@ -241,7 +241,7 @@ class Trainer:
         self.progress.step = number
         difference = result.metrics["engine_trainer_logprob_diff_max"] or 0.0  # None: not finite
         self.progress.logprob_diff_max = max(self.progress.logprob_diff_max, difference)
-        self.progress.skipped_updates = self.loop.state.skipped_updates
+        self.progress.skipped_updates = trained.skipped_updates
         self.callbacks.step_end(number, stream.epoch)
         every, evaluated, failed, better = self.config.task.eval_steps, {}, None, False
         if (every and number % every == 0) or self.callbacks.control.should_evaluate:
@@ -299,9 +299,7 @@ class Trainer:
         held_out, stream = problems_of(config, as_tokens, objects)
         self.evaluations = Evaluations(config, directory, held_out, rewards[0])
         self.evaluations.check()
-        start = stream.state
-        first = stream.take(config.train.prompts_per_step)
-        stream.state = start
+        first = stream.peek(config.train.prompts_per_step)
         problems = [*first, *(problem for problems in held_out.values() for problem in problems)]
         prompts = [as_tokens.encode(problem) for problem in problems]
         self._forecast = forecast_run(config, max(map(len, prompts)), force)
@@ -309,10 +307,9 @@ class Trainer:
             engine = make_engine(config.rollout, config.model, config.lora)
         except (ValueError, NotImplementedError, ImportError) as error:
             raise ConfigError(str(error)) from error
-        offload = OffloadEngine() if config.memory.offload else None
         probe = Probe(prompts[0], engine, config.rollout, config.model.dtype)
         try:
-            state = make_state(config, engine, offload)
+            state = make_state(config, engine, OffloadEngine() if config.memory.offload else None)
         except (ValueError, NotImplementedError) as error:
             engine.close()
             raise ConfigError(str(error)) from error

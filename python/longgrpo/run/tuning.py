@@ -11,7 +11,7 @@ from torch import Tensor
 from longgrpo._ops.tiles import HeadShape, Tiles, choose_tiles
 from longgrpo.loss.tuner import Tuning, autotune, card_of, facts_of
 from longgrpo.model.head import head_of
-from longgrpo.run import checkpoint
+from longgrpo.run.files import write_file
 from longgrpo.train.state import TrainState
 
 FILE = "tiles.json"
@@ -32,7 +32,7 @@ def tune_run(
         return choose_tiles(head, Tiles(), weight.device)  # another run of this process may have chosen
     tuning = shared(_chosen(directory, weight, head, say))
     choose_tiles(head, tuning.tiles, weight.device)
-    checkpoint.write_file(directory / FILE, tuning.json())
+    write_file(directory / FILE, tuning.json())
 
 
 def _chosen(directory: Path, weight: Tensor, head: HeadShape, say: Callable[[str], None]) -> Tuning:

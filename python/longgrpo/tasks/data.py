@@ -238,6 +238,13 @@ class PromptStream:
         problems = (self._source[index] for index in indices)
         return [problem for problem in problems if problem.question not in self._held_out]
 
+    def peek(self, count: int) -> list[Problem]:
+        """What take() would return, without taking it."""
+        state = self.state
+        problems = self.take(count)
+        self.state = state
+        return problems
+
     def take(self, count: int) -> list[Problem]:
         """The next `count` problems. Raises DataError if every problem of the task is held out."""
         problems: list[Problem] = []
