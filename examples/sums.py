@@ -24,9 +24,9 @@ def is_held_out(a: int, operator: str, b: int) -> bool:
 def row(a: int, operator: str, b: int) -> dict:
     example, answer = solved(EXAMPLE[0], operator, EXAMPLE[1])
     question, right = solved(a, operator, b)
-    turns = [("user", example), ("assistant", answer), ("user", question)]
+    turns = [("system", "You add numbers."), ("user", example), ("assistant", answer), ("user", question)]
     prompt = [{"role": role, "content": text} for role, text in turns]
-    return {"prompt": prompt, "answer": right, "number": right.rpartition(" ")[2]}
+    return {"prompt": prompt, "answer": right}
 
 
 def solved(a: int, operator: str, b: int) -> tuple[str, str]:

@@ -39,6 +39,7 @@ def test_the_tag_holds(wheel):
     verdict = " ".join(subprocess.run(show, check=True, capture_output=True, text=True).stdout.split())
     tag = re.search(r"manylinux_2_\d+_\w+", wheel.name)[0]
     assert f'constrains the platform tag to "{tag}"' in verdict
+    assert int(re.search(r"manylinux_2_(\d+)", tag)[1]) <= 34, "RHEL 9 has glibc 2.34"
 
 
 def test_the_wheel_is_complete(wheel):

@@ -62,10 +62,14 @@ void HostBackend::step_any(std::unique_lock<std::mutex>& lock) {
   if (!candidates.empty()) step(*candidates[random_() % candidates.size()], lock);
 }
 
+// condition_variable::wait of GCC 12 is a symbol of its own libstdc++ (GLIBCXX_3.4.30), which RHEL 9 does not have;
+// wait_for is inline.
+void HostBackend::wait(std::unique_lock<std::mutex>& lock) { changed_.wait_for(lock, std::chrono::hours(1)); }
+
 void HostBackend::work(Queue& q) {
   std::unique_lock lock(mutex_);
   for (;;) {
-    changed_.wait(lock, [&] { return ready(q) || (closing_ && q.tasks.empty()); });
+    while (!ready(q) && !(closing_ && q.tasks.empty())) wait(lock);
     if (q.tasks.empty()) return;
     step(q, lock);
   }
@@ -77,7 +81,7 @@ void HostBackend::finish(Mark& mark, std::unique_lock<std::mutex>& lock) {
   while (!mark.done) {
     Queue& q = *mark.queue;
     if (schedule_ == Schedule::threaded || q.running) {
-      changed_.wait(lock);
+      wait(lock);
     } else if (schedule_ == Schedule::seeded) {
       step_any(lock);
     } else if (ready(q)) {

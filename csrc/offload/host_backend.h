@@ -6,6 +6,7 @@
 // With poison all memory handed out is filled with NaN first, so that a missing order between two streams shows as one.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -73,6 +74,7 @@ class HostBackend : public Backend {
   void step(Queue&, std::unique_lock<std::mutex>&);
   void finish(Mark&, std::unique_lock<std::mutex>&);
   void step_any(std::unique_lock<std::mutex>&);
+  void wait(std::unique_lock<std::mutex>&);
   void work(Queue&);
 
   Schedule schedule_;
