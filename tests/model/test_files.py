@@ -64,8 +64,8 @@ DAMAGES = {
     "cut off in its header": (lambda d: cut(weights(d), 100), r"model\.safetensors: cannot be read"),
     "empty": (lambda d: cut(weights(d), 0), r"model\.safetensors: cannot be read"),
     "foreign": (lambda d: weights(d).write_bytes(b"\xff" * 4000), r"model\.safetensors: cannot be read"),
-    "none": (lambda d: weights(d).unlink(), "has no weights"),
-    "only pickle": (pickled, r"has only pytorch_model\.bin: pickle, which is never loaded"),
+    "none": (lambda d: weights(d).unlink(), "cannot be read, it has no safetensors"),
+    "only pickle": (pickled, r"cannot be read, it has only pytorch_model\.bin: pickle, which is never loaded"),
     "a shard gone": (shard_gone, r"names model-2\.safetensors, which is not there"),
     "an index that names a pickle": (
         lambda d: in_shards(d, "pytorch_model.bin"), r"index\.json: names 'pytorch_model\.bin', and only safetensors"),

@@ -43,6 +43,13 @@ def test_the_gap_of_an_fp8_cache_is_seen(directory):
         completions = sample(engine)
         gap = (trainer_logprobs(model, PROMPTS, completions) - sampled_logprobs(completions)).abs().mean()
         assert 1e-4 < gap < 0.3
+        context = engine.llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        scales = [(layer._k_scale_float, layer._v_scale_float) for layer in context.values()]
+        assert all(scale not in (0.0, 1.0) for pair in scales for scale in pair)
+        vllm_private.calibrate_kv_cache(engine.llm, engine._some_tokens())  # as another process would, on a resume
+        again = [(layer._k_scale_float, layer._v_scale_float) for layer in context.values()]
+        assert again == [pytest.approx(pair, rel=0.2) for pair in scales]  # now of keys out of an fp8 cache
+        assert not any("do_kv_cache_update" in vars(layer.impl) for layer in context.values())
 
 
 def test_an_fp8_cache_that_the_processor_cannot_keep(directory, monkeypatch):

@@ -73,8 +73,8 @@ def weight_files(directory: Path) -> list[Path]:
     found = sorted(directory.glob("*.safetensors"))
     if not found:
         pickled = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
-        what = f"only {', '.join(pickled[:3])}: pickle, which is never loaded" if pickled else "no weights"
-        raise ValueError(f"{directory}: has {what}; take the model in safetensors")
+        what = f"only {', '.join(pickled[:3])}: pickle, which is never loaded" if pickled else "no safetensors"
+        raise ValueError(f"{directory}: its weights cannot be read, it has {what}; take the model in safetensors")
     return found
 
 
