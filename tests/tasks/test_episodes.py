@@ -238,6 +238,23 @@ def test_a_dead_environment_takes_its_episode_out_of_the_group_and_earns_nothing
     assert values.isnan().tolist() == [[False, True, False, True]]
 
 
+def test_a_run_that_stops_closes_its_environments(converse):
+    """Whatever stops it: here a fifth turn that nobody wrote."""
+    converse(["1"], tools=(), environment="Guess", turns=1)
+    (episode,) = converse.talks.begin([converse.problem], [0])
+    with pytest.raises(EpisodeError), converse.talks.closing_on_error([episode]):
+        raise EpisodeError("stopped")
+    assert episode.environment.closed
+
+
+def test_hundreds_of_environments_are_made_a_few_at_a_time(converse):
+    converse(["1"], tools=(), environment="Slow", turns=1)
+    own_tools.Slow.most = 0
+    episodes = converse.talks.begin([converse.problem] * 200, range(200))
+    assert len({id(episode.environment) for episode in episodes}) == 200
+    assert 1 < own_tools.Slow.most <= 64
+
+
 def test_trl_environments_are_taken_as_they_are(converse):
     pairs = converse(
         ["[increase 4]", "[increase 5]", "9"], ["done"], tools=("double",), environment="Counter", columns={"level": 1}

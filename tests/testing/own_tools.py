@@ -71,6 +71,21 @@ class Guess:
         self.closed = True
 
 
+class Slow(Guess):
+    """Counts how many are being made at a time."""
+
+    making, most, lock = 0, 0, threading.Lock()
+
+    def __init__(self, **columns):
+        with Slow.lock:
+            Slow.making += 1
+            Slow.most = max(Slow.most, Slow.making)
+        time.sleep(0.02)
+        super().__init__(**columns)
+        with Slow.lock:
+            Slow.making -= 1
+
+
 class Dies(Guess):
     """An environment that dies in the first turn of every other episode."""
 

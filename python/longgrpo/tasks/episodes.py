@@ -6,8 +6,8 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -93,8 +93,7 @@ class Conversations:
                 self.between.check("tool")
             if self._environment and not self._environment.tools:
                 self.between.check("user")
-        if self._environment:
-            self._stack.enter_context(redirected())
+        self._begun = False
 
     @property
     def template(self) -> dict[str, Any]:
@@ -103,6 +102,9 @@ class Conversations:
 
     def begin(self, problems: Sequence[Problem], seeds: Sequence[int]) -> list[Episode]:
         """An episode each, its environment made with its seed. Raises EpisodeError with task.on_error: raise."""
+        if self._environment and not self._begun:
+            self._begun = True
+            self._stack.enter_context(redirected())
         work = [self._begin(problem, seed) for problem, seed in zip(problems, seeds, strict=True)]
         return self.loop.submit(_together(work)).result()
 
@@ -114,6 +116,15 @@ class Conversations:
                 return await self._goes_on(episodes[i], completion)
 
         return Turns(goes_on, self.loop.submit, rollout.max_turns, rollout.turn_tokens, rollout.turns_in_rounds)
+
+    @contextmanager
+    def closing_on_error(self, episodes: Sequence[Episode]) -> Iterator[None]:
+        """Closes the environments if what is in here fails."""
+        try:
+            yield
+        except BaseException:
+            self.close_episodes(episodes)
+            raise
 
     def end(self, episode: Episode, completion: Completion) -> None:
         """The episode has ended: its messages are those whose tokens it has."""
@@ -330,5 +341,12 @@ def _no_calls(text: str) -> tuple[str, list[Call]]:
     return text, []
 
 
-async def _together(work: Sequence[Any]) -> list[Any]:
-    return list(await asyncio.gather(*work))
+async def _together(work: Sequence[Coroutine[Any, Any, Any]], most: int = 64) -> list[Any]:
+    """The results of all, `most` at a time: a plain function takes a thread."""
+    room = asyncio.Semaphore(most)
+
+    async def one(part: Coroutine[Any, Any, Any]) -> Any:
+        async with room:
+            return await part
+
+    return list(await asyncio.gather(*map(one, work)))

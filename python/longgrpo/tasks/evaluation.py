@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import comb
 from statistics import fmean
@@ -107,7 +108,8 @@ def evaluate(
             episodes = begun = talks.begin([problem for problem, _ in asked], games)
             asked = [(group_prompt(problem, [e]), "") for (problem, _), e in zip(asked, begun, strict=True)]
         encoded = [prompts.encode(problem, prefix) for problem, prefix in asked]
-        completions = engine.generate(encoded, sampling, seeds, None, talks.turns(begun) if talks else None)
+        with talks.closing_on_error(begun) if talks else nullcontext():
+            completions = engine.generate(encoded, sampling, seeds, None, talks.turns(begun) if talks else None)
         replies = decode(prompts.tokenizer, completions, sampling.skip_special_tokens)
         answered = zip(encoded, completions, replies, episodes, strict=True)
         samples = [Sample(i, *sample[:3], episode=sample[3]) for i, sample in enumerate(answered)]

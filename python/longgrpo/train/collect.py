@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -109,13 +110,14 @@ class Collector:
             if len(mates) == size:
                 self.rewarding.begin(problems[group], mates, state)
 
-        self.engine.generate(
-            [prompts[group] for group, _ in members],
-            request,
-            [seed_for(seed, number, first_group + group, member) for group, member in members],
-            finished,
-            talks.turns(episodes) if talks else None,
-        )
+        with talks.closing_on_error(episodes) if talks else nullcontext():
+            self.engine.generate(
+                [prompts[group] for group, _ in members],
+                request,
+                [seed_for(seed, number, first_group + group, member) for group, member in members],
+                finished,
+                talks.turns(episodes) if talks else None,
+            )
         return [sample for sample in samples if sample]
 
     # ---- 3
