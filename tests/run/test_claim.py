@@ -93,6 +93,8 @@ def test_a_run_from_before_the_mark_is_resumed(quick, tmp_path):
     Trainer(build_config(quick), tmp_path / "run").run()
     (tmp_path / "run" / MARK).unlink()
     (tmp_path / "run/checkpoints/step-000001/SHA256SUMS").unlink()
+    with pytest.raises(ConfigError, match="holds a run already: resume it"):
+        Trainer(build_config(quick), tmp_path / "run")
     assert Trainer.resume(tmp_path / "run", ["--train.steps", "2"]).run()["steps"] == 2
 
 

@@ -88,9 +88,15 @@ class Claim:
         os.close(descriptor)
         return None
 
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has begun in the directory."""
+        unmarked = all((self.directory / name).is_file() for name in UNMARKED)
+        return unmarked or ("config.yaml" in self.made and (self.directory / "config.yaml").exists())
+
     def adopt(self, config: TrainConfig) -> None:
         """Makes the names that there are of a run from before the mark its own, but for what the run reads."""
-        if not all((self.directory / name).is_file() for name in UNMARKED):
+        if not self.holds_run:
             return
         begun, ended = names_of(config)
         lora = [config.lora.path, config.lora.merged] if config.lora else []

@@ -97,7 +97,7 @@ class Trainer:
         self.claim = Claim(Path(place)) if place else claim_new(Path("runs"), name)
         try:
             begun, ended = names_of(config)
-            if "config.yaml" in self.claim.made and (self.claim.directory / "config.yaml").exists():
+            if self.claim.holds_run:
                 raise ConfigError(
                     f"{place} holds a run already: resume it with `longgrpo train --resume {place}`, or set another "
                     "output_dir"
