@@ -83,7 +83,7 @@ class CudaHead {
     head_pass(*this, plan);
   }
 
-  // The weight's gradient alone, from c = dL/d(logp) [tokens] and what an earlier pass left of every row.
+  // Only the weight's gradient, from c = dL/d(logp) [tokens] and what an earlier pass left of every row.
   void run_weight(const float* c) {
     const auto [n, h, v] = wish_.shape;
     c_ = normalized_;
@@ -166,7 +166,7 @@ class CudaHead {
                   chunks_, {in_.weight, in_.weight_dtype, out_.direction, in_.hidden_dtype}, runtime_.stream());
   }
 
-  // ---- the weight's gradient alone ----
+  // ---- only the weight's gradient ----
 
   void weight_rows(int64_t begin, int64_t rows, int64_t column, int64_t columns) {
     const int64_t h = wish_.shape.hidden;

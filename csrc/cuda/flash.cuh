@@ -112,7 +112,7 @@ finish_kernel(RowTile tile, RowOutputs out, Chunks chunks, const Weight* weight,
   const bool inside = target < tile.transform.vocabulary;
   Base2Statistics row = finish(rest, factor2, inside ? state.target_x : 0.0f);
   if (!inside) row.softmax.logp = NAN;  // no way to raise an error from here
-  // 0 if the target alone is possible: exp(-offset) may be infinite then, and meets sums of 0.
+  // 0 if only the target is possible: exp(-offset) may be infinite then, and meets sums of 0.
   const float inverse = rest.sum == 0 ? 0.0f : expf(-row.softmax.offset);
   if (threadIdx.x == 0) {
     if (out.logp) out.logp[token] = row.softmax.logp;

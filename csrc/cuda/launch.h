@@ -86,7 +86,7 @@ struct Direction {
 void launch_finish(const RowTile& tile, const RowOutputs& out, const Chunks& chunks, const Direction& direction,
                    Stream stream);
 
-// A pass for the weight's gradient alone: the logits of the columns [column, column + columns) become
+// A pass for only the weight's gradient: the logits of the columns [column, column + columns) become
 // dL/d(logit before the transform), with c [tokens] = dL/d(logp), in `dtype`.
 void launch_weight_rows(const RowTile& tile, int64_t column, int64_t columns, const float* c, const float* logp,
                         const RowNormalizer* normalizer, Dtype dtype, Stream stream);

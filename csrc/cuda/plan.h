@@ -32,7 +32,7 @@ struct CudaWish {
 enum class Tiling {
   whole_rows,  // head_pass.h
   chunks,      // flash_pass.h
-  weight       // the weight's gradient alone: chunks of the vocabulary outside, tiles of rows inside
+  weight       // only the weight's gradient: chunks of the vocabulary outside, tiles of rows inside
 };
 
 struct CudaPlan {

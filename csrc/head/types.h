@@ -55,7 +55,7 @@ struct HeadOutputs {          // null if not wanted
   void* dweight = nullptr;
   Dtype dweight_dtype = Dtype::f32;
   float* dbias = nullptr;               // [vocabulary], zeroed
-  RowNormalizer* normalizer = nullptr;  // [tokens], for a pass for the weight's gradient alone
+  RowNormalizer* normalizer = nullptr;  // [tokens], for a pass for only the weight's gradient
 
   bool scores() const { return logp || entropy || kl; }
   bool gradient() const { return direction || dweight || dbias; }

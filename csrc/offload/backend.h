@@ -20,7 +20,7 @@ struct Times {                                    // nanoseconds
 
 using Clock = int64_t Times::*;
 
-// Thread safe. Work on one stream runs in order; two streams are ordered by record and wait alone.
+// Thread safe. Work on one stream runs in order; two streams are ordered only by record and wait.
 class Backend {
  public:
   virtual ~Backend() = default;

@@ -146,7 +146,7 @@ class _FirstOrder(torch.autograd.Function):
 
 
 def _first_order(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    if not torch.is_grad_enabled():  # grad mode is on in a backward with create_graph alone
+    if not torch.is_grad_enabled():  # grad mode is on only in a backward with create_graph
         return gradients
     anchor = torch.empty((), requires_grad=True)
     return tuple(

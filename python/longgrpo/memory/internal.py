@@ -46,6 +46,11 @@ def head_workspace(
     return int(held)
 
 
+def head_gradient(target: Target, vocabulary: int, hidden: int, dtype: torch.dtype) -> int:
+    """Bytes of a trained head's gradient as its op returns it: a GPU writes that of a bf16 head in bf16."""
+    return (2 if target.is_cuda and dtype == torch.bfloat16 else 4) * vocabulary * hidden
+
+
 def attention_workspace(target: Target, rows: int, heads: int, kv_heads: int, head_dim: int, element: int) -> int:
     """Bytes of attention's backward over `rows` tokens: FlashAttention 2 sums dQ in fp32, and writes dK and dV for
     each query head before it adds up those of a key head."""
@@ -57,7 +62,7 @@ def attention_workspace(target: Target, rows: int, heads: int, kv_heads: int, he
 
 
 def ring_bytes(record: int, prefetch: int = 1) -> int:
-    """Bytes of the slots that the offload engine brings records back into, of `record` bytes each. They stay."""
+    """Bytes of what the offload engine lends and brings back ahead, records of `record` bytes, as if they stayed."""
     return (prefetch + 1) * record
 
 

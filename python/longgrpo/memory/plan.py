@@ -13,7 +13,7 @@ import torch
 
 from longgrpo.loss.linear import DEFAULT_WORKSPACE
 from longgrpo.memory.cards import CONTEXT, GIB
-from longgrpo.memory.internal import Target, attention_workspace, head_workspace, ring_bytes
+from longgrpo.memory.internal import Target, attention_workspace, head_gradient, head_workspace, ring_bytes
 from longgrpo.memory.phases import Phase, Plan, Rows
 from longgrpo.memory.shape import ModelShape
 from longgrpo.rollout.protocol import batched_tokens
@@ -310,35 +310,26 @@ class Formulas:
         )  # fmt: skip
 
     @property
-    def _head_elements(self) -> int:
-        return self.shape.vocabulary * self.shape.hidden
-
-    @property
     def _head_gradient(self) -> int:
-        """Bytes of dW as its op returns it: a GPU writes that of a bf16 head in bf16."""
-        half = self.target.is_cuda and _dtype(self.config) == torch.bfloat16
-        return (self.element if half else FP32) * self._head_elements
+        return head_gradient(self.target, self.shape.vocabulary, self.shape.hidden, _dtype(self.config))
 
     @property
-    def _handover(self) -> int:
-        """A gradient of the head's size, and the fp32 copy that goes to its master."""
-        return (self.element + (FP32 if self.element < FP32 else 0)) * self._head_elements
+    def _dense(self) -> tuple[int, int]:
+        """Bytes of a gradient of the embedding's size, and with the fp32 copy that goes to its master."""
+        elements = self.shape.vocabulary * self.shape.hidden
+        return self.element * elements, (self.element + FP32 * (self.element < FP32)) * elements
 
     def _embedding_backward(self) -> int:
         """A dense gradient; if the head is the embedding, the head's and their sum as well."""
-        if not self.full:
-            return 0
-        dense = self.element * self._head_elements
-        return max((3 if self.shape.tied else 1) * dense + self.h, self._handover)
+        dense, handed_over = self._dense
+        return max((3 if self.shape.tied else 1) * dense + self.h, handed_over) if self.full else 0
 
     def _loss(self) -> int:
-        """The last norm, its output, the rows of the loss (for an exact KL the reference's too), their direction, and a
-        trained head's gradient."""
+        """The last norm, the loss's rows (an exact KL's reference too) and direction, a trained head's gradient."""
         rows = (3 if self.config.loss.exact_kl else 2) * self.loss_rows
         if self.full:
             backward = self._head(hidden_gradient=True, weight_gradient=True) + self._head_gradient
-            after = self.h + (0 if self.shape.tied else self._handover)
-            return self._norm() + rows + max(backward, after)
+            return self._norm() + rows + max(backward, self.h + (0 if self.shape.tied else self._dense[1]))
         return self._norm() + self.h + rows + self._head(hidden_gradient=True)
 
     def _optimizer(self) -> int:

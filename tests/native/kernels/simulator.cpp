@@ -31,7 +31,7 @@ sim_switch:
   ret
 )");
 #else
-#error "the simulator switches stacks on x86-64 alone"
+#error "the simulator switches stacks only on x86-64"
 #endif
 
 namespace longgrpo::sim {

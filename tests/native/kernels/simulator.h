@@ -34,7 +34,7 @@ struct Index {
 
 enum class Schedule { forward, reverse, shuffled };
 extern Schedule schedule;
-extern uint64_t launches;  // so far
+extern uint64_t launches;               // so far
 extern std::set<std::string> launched;  // and of which kernels
 
 int new_site();
