@@ -11,6 +11,7 @@ CUDA, which are unpacked into build/gpu. Needs torch >= 2.11 (CUDA), nvcc, cmake
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -52,7 +53,7 @@ def build(results: Path) -> list[list[str]]:
         ["cmake", "-S", ".", "-B", str(BUILD), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
          "-DLONGGRPO_BENCH_CUDA=ON", f"-DLONGGRPO_CUDA_ARCHITECTURES={architecture()}"],
         ["cmake", "--build", str(BUILD)],
-        python(__file__, "--install"),
+        python(Path(__file__).resolve(), "--install"),
     ]  # fmt: skip
 
 
@@ -253,10 +254,9 @@ def query(what: str) -> str:
 def record(results: Path) -> None:
     """RESULTS/record.json: the card, and what every stage has left."""
     whole: dict[str, object] = {
-        "card": query("name"),
-        "driver": query("driver_version"),
-        "python": sys.version.split()[0],
-    }
+        "card": query("name"), "driver": query("driver_version"), "python": sys.version.split()[0],
+        "torch": importlib.metadata.version("torch"),  # with its CUDA: 2.13.0+cu130
+    }  # fmt: skip
     if shutil.which("git"):
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
         whole["commit"] = found.stdout.strip() or None

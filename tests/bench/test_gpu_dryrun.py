@@ -64,6 +64,12 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path):
     assert time.monotonic() - start < 30  # torch alone takes seconds to import on a busy machine
 
 
+def test_train_is_about_vllm():
+    """Without its wheel the stage is skipped, as `apart` below."""
+    assert [name for name, stage in gpu.STAGES.items() if stage.optional] == ["train"]
+    assert gpu.STAGES["train"].optional == "vllm"
+
+
 def test_an_unknown_stage_is_named():
     done = make_gpu("biuld")
     assert done.returncode == 2
@@ -82,6 +88,7 @@ def test_a_stage_ends_with_one_line_and_the_record_grows(card, capsys):
     record = json.loads((card / "record.json").read_text())
     assert (record["card"], record["driver"]) == ("NVIDIA Test", "580.1")
     assert record["stages"] == stages
+    assert record["torch"]
     assert "3 passed" in (card / "good.log").read_text()
 
 
@@ -111,11 +118,6 @@ def test_a_wheel_of_the_folder_is_on_the_path(card, capsys, tmp_path):
     code, out, stages = outcome(capsys, card, "apart", "--wheels", str(wheels))
     assert code == 0
     assert stages[-1]["last"] == "apart"
-
-
-def test_train_without_vllm_is_skipped(card, capsys, monkeypatch):
-    monkeypatch.undo()
-    assert gpu.STAGES["train"].optional == "vllm"
 
 
 @pytest.mark.parametrize("stage", gpu_dryrun.STAGES)

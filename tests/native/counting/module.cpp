@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cuda/cuda_head.h"
+#include "cuda/tiles.h"
 #include "head/fused_loss.h"
 
 namespace py = pybind11;
@@ -23,6 +24,7 @@ struct Count {
 Count count;
 Chip chip{132, 227 << 10};
 int64_t held = 0;
+Tiles tiles;
 
 void launched(double bytes) { ++count.launches, count.bytes += bytes; }
 
@@ -44,11 +46,11 @@ struct CountingRuntime {
   Stream stream() const { return nullptr; }
   Scratch scratch(int64_t bytes) const { return Scratch(bytes); }
   CudaPlan plan(const CudaWish& wish, Tiling tiling, int64_t limit) const {
-    return best_tiles(wish, tiling, limit, ::chip);
+    return tiles.plan(wish, tiling, limit, ::chip);
   }
   std::optional<ScorePlan> score_plan(const HeadShape&, const HeadInputs&, int64_t) const { return {}; }
   bool splits(const CudaWish& wish, int64_t limit, bool c_in_row) const {
-    return longgrpo::splits(wish, limit, ::chip, c_in_row);
+    return tiles.splits(wish, limit, ::chip, c_in_row);
   }
   void gemm(const Operand& a, const Operand& b, float*, int64_t, bool add) const {
     const double m = double(a.rows), n = double(b.columns), k = double(a.columns);
@@ -120,6 +122,11 @@ void launch_token_loss(const LossArguments& a, LossSums*, const LossOutputs&, St
 
 PYBIND11_MODULE(longgrpo_counting, m) {
   m.def("set_chip", [](int multiprocessors) { chip.multiprocessors = multiprocessors; });
+
+  // TileChoice::unpack's numbers for a head; none: the rule's.
+  m.def("choose", [](int64_t h, int64_t v, int dtype, const std::vector<int64_t>& choice) {
+    tiles.choose({h, v, Dtype(dtype), Dtype(dtype)}, TileChoice::unpack(choice));
+  });
 
   // One call of linear_grpo_loss, or without a gradient of linear_logprob. dtype: 0 f32, 1 bf16, 2 f16.
   m.def(

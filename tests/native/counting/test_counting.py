@@ -76,3 +76,51 @@ def test_a_large_workspace_takes_a_trained_head_in_one_pass():
     assert counted["multiply_adds"] == 3 * 1024 * 1024 * 8192
     with_entropy = module().loss(8192, H, V, weight=True, entropy_coef=0.01)
     assert with_entropy["multiply_adds"] == 3 * 8192 * H * V
+
+
+@pytest.fixture
+def choose():
+    """choose(whole_rows=, chunks=, weight=, passes=): the tiles of the head [V, H]."""
+
+    def to(whole_rows=(0, 0), chunks=(0, 0), weight=(0, 0), passes=0):
+        module().choose(H, V, 1, [*whole_rows, *chunks, *weight, passes])
+
+    yield to
+    module().choose(H, V, 1, [])
+
+
+@pytest.mark.parametrize("name", ["scoring", "frozen"])
+@pytest.mark.parametrize("tokens", [8192, 5000, 300])
+def test_chosen_chunks_serve_scoring_and_the_gradient_at_any_length(choose, name, tokens):
+    """GEMMs: one or two for each tile of 1024 rows and 16,384 columns."""
+    choose(chunks=(1024, 16_384))
+    counted = module().loss(tokens, H, V, **PASSES[name])
+    gemms = 1 if name == "scoring" else 2
+    assert counted["gemms"] == gemms * -(-tokens // 1024) * -(-V // 16_384)
+    assert counted["multiply_adds"] == gemms * tokens * H * V
+
+
+@pytest.mark.parametrize(("passes", "gemms"), [(1, 3), (2, 4)])
+def test_chosen_passes_of_a_trained_head(choose, passes, gemms):
+    choose(passes=passes)
+    counted = module().loss(8192, H, V, weight=True)
+    assert counted["multiply_adds"] == gemms * 8192 * H * V
+    counted = module().loss(8192, H, V, weight=True, sequence_level=True)  # c is not known in the row
+    assert counted["multiply_adds"] == 4 * 8192 * H * V
+
+
+def test_a_choice_that_does_not_fit_is_the_rules(choose):
+    rule = module().loss(8192, H, V, workspace=64 * MIB)
+    choose(chunks=(4096, 16_384))  # 256 MiB of logits
+    assert module().loss(8192, H, V, workspace=64 * MIB) == rule
+    assert module().loss(8192, H, V, workspace=512 * MIB) != module().loss(8192, H, V, workspace=64 * MIB)
+
+
+def test_a_choice_is_one_heads_own(choose):
+    other = module().loss(8192, 2048, V)
+    mine = module().loss(8192, H, V)
+    choose(chunks=(512, 8192))
+    assert module().loss(8192, 2048, V) == other
+    assert module().loss(8192, H, V) != mine
+    choose()
+    assert module().loss(8192, H, V) == mine
