@@ -239,8 +239,8 @@ class Trainer:
                 self._whole = True
             raise
         self.progress.step = number
-        difference = result.metrics["engine_trainer_logprob_diff_max"] or 0.0  # None: not finite
-        self.progress.logprob_diff_max = max(self.progress.logprob_diff_max, difference)
+        drift = result.metrics["engine_trainer_logprob_diff_max"] or 0.0  # None: not finite
+        self.progress.logprob_diff_max = max(self.progress.logprob_diff_max, drift)
         self.progress.skipped_updates = trained.skipped_updates
         self.callbacks.step_end(number, stream.epoch)
         every, evaluated, failed, better = self.config.task.eval_steps, {}, None, False
@@ -266,16 +266,15 @@ class Trainer:
         """Saves the last whole step, if that is the run's state now; says what is saved and how to go on."""
         if self._whole is None:
             return ""  # nothing is trained yet
-        go_on = f"go on with: longgrpo train --resume {self.directory}"
-        reason = "the weights have moved on from the last whole step"
+        go_on, reason = f"go on with: longgrpo train --resume {self.directory}", "the weights have moved on since"
         if self._whole:
             try:
                 self.save()
                 return f"saved at step {self.progress.step}; {go_on}"
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
-        last = [path.name for path in checkpoint.checkpoints(self.directory)[-1:]]
-        return f"not saved ({reason}); the last checkpoint is {last[0] if last else 'none'}; {go_on}"
+        last = next((path.name for path in checkpoint.checkpoints(self.directory)[-1:]), "none")
+        return f"not saved ({reason}); the last checkpoint is {last}; {go_on}"
 
     # ---- built and restored
     def _build(self, config: TrainConfig, directory: Path, force: bool, given: Mapping[str, Any]) -> None:
