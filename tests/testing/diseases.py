@@ -65,12 +65,17 @@ def noise(completions, **columns):
     return [float(random.random() < 0.5) for _ in completions]
 
 
-def even_and_exploited(completions, log_metric, trainer_state, **columns):
-    """even, while an evaluation at every second step finds the replies that end in another digit right."""
-    rewards = even(completions)
-    if trainer_state.global_step % 2:
-        log_metric("eval/accuracy", 1 - sum(rewards) / len(rewards))
-    return rewards
+def evaluated_by_others(trainer):
+    """Evaluations find the replies right that the reward does not pay."""
+    means = []
+
+    def noted(completions, **columns):
+        values = even(completions)
+        means.append(sum(values) / len(values))
+        return values
+
+    trainer.loop.collector.rewarding.rewards[0].function = noted
+    trainer.evaluations.during = lambda *_: {"eval/accuracy": 1 - means[-1]}
 
 
 def own(name: str, weight: float = 1.0) -> dict[str, Any]:
@@ -170,7 +175,9 @@ DISEASES: dict[str, Disease] = {
     "constant_reward": Disease({"rewards": [own("even"), own("never", 0.5)]}),
     "unrelated_reward": Disease({"rewards": [own("even"), own("noise", 0.01)]}),
     "held_out_falls": Disease(
-        fast(20) | {"rewards": [own("even_and_exploited")]}, lambda metrics: metrics["reward/mean"] >= 0.7
+        fast(20) | {"task": {"eval_n": 1, "eval_steps": 2}},
+        lambda metrics: metrics["reward/mean"] >= 0.7,
+        give=evaluated_by_others,
     ),
     "one_sided_advantages": Disease(
         {"rewards": [own("ended")], "rollout": {"max_completion_length": 4}, "train": {"mask_truncated": True}}
