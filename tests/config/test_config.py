@@ -24,7 +24,7 @@ def test_the_example_is_valid():
     config = load_config(ROOT / "examples" / "smollm2-sums.yaml")
     assert config.train.learning_rate == 1e-3
     assert config.loss.loss_type == "dapo"
-    assert len(config.rewards) == 2
+    assert [reward.function for reward in config.rewards] == ["exact_answer"]
 
 
 def test_overrides_reach_groups_lists_and_absent_groups(path):

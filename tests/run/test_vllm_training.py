@@ -62,8 +62,8 @@ def test_the_summary(run):
 
 
 def conversation(question):
-    """The turns of a prompt: the example, its answer, and the question."""
-    turns = zip(("user", "assistant", "user"), question.splitlines(), strict=True)
+    """The turns of a prompt: what to do, the example, its answer, and the question."""
+    turns = zip(("system", "user", "assistant", "user"), question.splitlines(), strict=True)
     return [{"role": role, "content": content} for role, content in turns]
 
 

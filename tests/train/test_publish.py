@@ -25,9 +25,9 @@ def shift_logprobs(engine, by):
     def shifted(completion):
         return dataclasses.replace(completion, logprobs=[x - by for x in completion.logprobs])
 
-    def replacement(prompts, sampling, seeds, finished=None):
+    def replacement(prompts, sampling, seeds, finished=None, turns=None):
         tell = (lambda i, completion: finished(i, shifted(completion))) if finished else None
-        return [shifted(completion) for completion in generate(prompts, sampling, seeds, tell)]
+        return [shifted(completion) for completion in generate(prompts, sampling, seeds, tell, turns)]
 
     engine.generate = replacement
 

@@ -94,7 +94,7 @@ def sampling_fields(given: Any) -> dict[str, Any]:
     """
     fields = _set_fields(given)
     for name, value in fields.items():
-        if value != ALWAYS.get(name, value):
+        if name in ALWAYS and value != ALWAYS[name]:
             raise ValueError(
                 f"rollout.sampling.{name} = {value}: a reply is the text of all its tokens, which is {ALWAYS[name]}; "
                 "leave it out, and let the reward function cut what it does not want"
