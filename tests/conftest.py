@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ if not torch.cuda.is_available():  # where there is a GPU, the CPU's threads com
 def pytest_configure():
     if problem := installed.problem(installed.imported()):
         raise pytest.UsageError(f"these tests would not test this tree. {problem}")
+    # What nohup and a shell's & have made deaf, tests and the processes that they start hear again.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items):

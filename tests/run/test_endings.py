@@ -138,15 +138,7 @@ def config_file(quick, tmp_path):
     return file
 
 
-@pytest.fixture
-def hangups():
-    """A child that is started in here does not inherit the tests' own nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-def test_a_terminal_that_closes_loses_nothing(hangups, config_file, tmp_path):
+def test_a_terminal_that_closes_loses_nothing(config_file, tmp_path):
     """SIGHUP, and nobody reads stderr any more: what a closed connection does."""
     run = tmp_path / "run"
     arguments = command(config_file, "--output_dir", run, "--train.steps", "100000")
