@@ -1,17 +1,15 @@
 import pytest
-import yaml
 
 from longgrpo.config.overrides import parse_overrides
 from longgrpo.config.run import build_config, dump_config, load_config
 from longgrpo.errors import ConfigError
 from testing import ROOT
+from testing.commands import write_config
 
 
 @pytest.fixture
 def path(tree, tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    return file
+    return write_config(tree, tmp_path / "mine.yaml")
 
 
 def test_what_is_printed_reads_back_the_same(path, tmp_path):

@@ -170,15 +170,21 @@ CALLS = {
 }
 
 
+def on_a_terminal(code, stderr):
+    """A Python process of this code with a terminal on which somebody says yes to everything, and our end of it."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=stderr)
+    os.close(theirs)
+    os.write(ours, b"y\n" * 20)
+    return process, ours
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_on_a_terminal_nobody_is_asked_to_run_code(model, call):
     """transformers asks on a terminal, and runs the code after a "y"."""
     with_code(model)
     code = f"from pathlib import Path; {CALLS[call]}\ncall(Path({str(model)!r}))"
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=subprocess.PIPE)
-    os.close(theirs)
-    os.write(ours, b"y\n" * 20)
+    process, ours = on_a_terminal(code, stderr=subprocess.PIPE)
     error = process.communicate(timeout=400)[1].decode()
     os.close(ours)
     assert process.returncode == 1
@@ -190,10 +196,7 @@ def test_the_terminal_would_have_asked(model):
     """Without LOCAL the code runs: the test above can fail."""
     with_code(model)
     code = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(model)!r}, local_files_only=True)"
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL)
-    os.close(theirs)
-    os.write(ours, b"y\n" * 20)
+    process, ours = on_a_terminal(code, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)

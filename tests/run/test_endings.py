@@ -12,7 +12,6 @@ import sys
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -22,6 +21,7 @@ from longgrpo.run import checkpoint, files, tracking
 from longgrpo.run import trainer as train_module
 from longgrpo.run.trainer import Trainer
 from longgrpo.train import loop
+from testing.commands import train_command, write_config
 from testing.full_disk import limited_file_size
 
 
@@ -127,21 +127,15 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(quick, tmp_path, m
     ]
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "longgrpo.cli", "train", *map(str, arguments)]
-
-
 @pytest.fixture
 def config_file(quick, tmp_path):
-    file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(quick))
-    return file
+    return write_config(quick, tmp_path / "tiny.yaml")
 
 
 def test_a_terminal_that_closes_loses_nothing(config_file, tmp_path):
     """SIGHUP, and nobody reads stderr any more: what a closed connection does."""
     run = tmp_path / "run"
-    arguments = command(config_file, "--output_dir", run, "--train.steps", "100000")
+    arguments = train_command(config_file, "--output_dir", run, "--train.steps", "100000")
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for line in process.stderr:
         if line.startswith("step 3/"):
@@ -156,7 +150,7 @@ def test_a_terminal_that_closes_loses_nothing(config_file, tmp_path):
 def test_a_reader_that_has_gone_does_not_end_the_run(config_file, tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(
-        command(config_file, "--output_dir", run), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        train_command(config_file, "--output_dir", run), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     process.stderr.close()  # as `| head` does
     process.stdout.close()

@@ -25,6 +25,7 @@ from longgrpo.train import loop
 from longgrpo.train.collect import Collector
 from longgrpo.train.loop import step
 from testing import OWN_REWARDS as OWN
+from testing.commands import train_command, write_config
 
 FILES = {
     "config.yaml",
@@ -57,15 +58,9 @@ def deterministic(metrics):
     return {k: v for k, v in metrics.items() if not k.startswith(("seconds", "tokens_per_second", "peak_"))}
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "longgrpo.cli", "train", *map(str, arguments)]
-
-
 @pytest.fixture
 def config_file(tree, tmp_path):
-    file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    return file
+    return write_config(tree, tmp_path / "tiny.yaml")
 
 
 def test_offload_changes_no_bit(tree, tmp_path, monkeypatch):
@@ -166,9 +161,9 @@ def test_killed_between_checkpoints_the_steps_are_done_again(tree, tmp_path, con
         "    return own_rewards.digits(completions)\n"
     )
     arguments = (config_file, "--output_dir", run, "--rewards.0.function", f"{own}:digits")
-    assert subprocess.run(command(*arguments), check=False).returncode == -signal.SIGKILL
+    assert subprocess.run(train_command(*arguments), check=False).returncode == -signal.SIGKILL
     assert records(run / "metrics.jsonl")[-1]["step"] == 3
-    assert subprocess.run(command("--resume", run), check=False).returncode == 0
+    assert subprocess.run(train_command("--resume", run), check=False).returncode == 0
     assert same(final_state(tmp_path / "whole"), final_state(run))
     assert [m["step"] for m in records(run / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
@@ -177,7 +172,7 @@ def test_killed_between_checkpoints_the_steps_are_done_again(tree, tmp_path, con
 def test_a_signal_saves_and_says_how_to_go_on(config_file, tmp_path, number):
     run = tmp_path / "run"
     process = subprocess.Popen(
-        command(config_file, "--output_dir", run, "--train.steps", "100000"), stderr=subprocess.PIPE, text=True
+        train_command(config_file, "--output_dir", run, "--train.steps", "100000"), stderr=subprocess.PIPE, text=True
     )
     said = []
     for line in process.stderr:
@@ -189,7 +184,7 @@ def test_a_signal_saves_and_says_how_to_go_on(config_file, tmp_path, number):
     saved = json.loads((sorted((run / "checkpoints").iterdir())[-1] / "state.json").read_text())["step"]
     assert saved >= 3
     assert f"saved at step {saved};" in said[-1]
-    assert subprocess.run(command("--resume", run, "--train.steps", saved + 1), check=False).returncode == 0
+    assert subprocess.run(train_command("--resume", run, "--train.steps", saved + 1), check=False).returncode == 0
     assert json.loads((run / "summary.json").read_text())["steps"] == saved + 1
 
 
@@ -329,21 +324,21 @@ def test_a_run_is_not_overwritten(tree, tmp_path):
     ],
 )
 def test_the_command_line_says_what_to_put_right(config_file, arguments, message):
-    done = subprocess.run(command(config_file, *arguments), capture_output=True, text=True, check=False)
+    done = subprocess.run(train_command(config_file, *arguments), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_print_config(config_file):
-    done = subprocess.run(command(config_file, "--print-config"), capture_output=True, text=True, check=True)
+    done = subprocess.run(train_command(config_file, "--print-config"), capture_output=True, text=True, check=True)
     assert yaml.safe_load(done.stdout)["rollout"]["temperature"] == 1.0
 
 
 def test_a_second_run_of_a_config_gets_its_own_directory(config_file, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     for _ in range(2):
-        arguments = command(config_file, "--train.steps", "1")
+        arguments = train_command(config_file, "--train.steps", "1")
         subprocess.run(arguments, cwd=tmp_path, env=environment, check=True, stderr=subprocess.DEVNULL)
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"tiny", "tiny-2"}
 
