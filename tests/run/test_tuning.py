@@ -10,6 +10,7 @@ import torch
 
 from longgrpo._ops.tiles import HeadShape, Tile, Tiles, choose_tiles
 from longgrpo.config.run import build_config
+from longgrpo.errors import ConfigError
 from longgrpo.loss.tuner import Trial, Tuning
 from longgrpo.run import tuning
 from longgrpo.run.trainer import Trainer
@@ -125,3 +126,20 @@ def test_a_run_measures_before_its_first_step_and_not_when_it_is_resumed(tree, t
     again = capsys.readouterr()
     assert "chosen when the run began" in again.out + again.err
     assert (tmp_path / "run" / "tiles.json").read_text() == kept
+
+
+def test_a_damaged_choice_is_told_of_and_made_again(tmp_path, state, chosen, measured):
+    (tmp_path / "tiles.json").write_text('{"tiles": [')
+    said = []
+    tuning.tune_run(tmp_path, state, True, said.append)
+    assert "tiles.json: cannot be read (JSONDecodeError" in said[0]
+    assert len(measured.calls) == 1
+    assert Tuning.of((tmp_path / "tiles.json").read_text()).tiles == chosen[-1]
+
+
+def test_tiles_of_another_in_the_runs_directory_are_refused(tree, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tiles.json").write_text("another's")
+    with pytest.raises(ConfigError, match=r"tiles\.json exists, this run has not made it"):
+        Trainer(build_config(tree), tmp_path / "run")
+    assert (tmp_path / "run" / "tiles.json").read_text() == "another's"

@@ -38,6 +38,7 @@ def names_of(config: TrainConfig) -> tuple[list[str], list[str]]:
     begun = ["config.yaml", "metrics.jsonl", "checkpoints", "evaluations"]
     begun += [name for name in config.log.to if name != "trackio"]  # has a folder of its own
     begun += ["completions"] if config.log.completions != 0 else []
+    begun += ["tiles.json"] if config.memory.autotune is not False else []
     sets = [f"_{name}" if name else "" for name in config.task.held_out]
     begun += [f"eval_{when}{name}.json" for when in ("before", "after", "prefill") for name in sets]
     return begun, ["adapter" if config.lora else "model", "summary.json"]

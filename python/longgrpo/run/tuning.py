@@ -36,9 +36,8 @@ def tune_run(
 
 
 def _chosen(directory: Path, weight: Tensor, head: HeadShape, say: Callable[[str], None]) -> Tuning:
-    card, path = card_of(weight.device), directory / FILE
-    if path.is_file():
-        kept = Tuning.of(path.read_text())
+    card = card_of(weight.device)
+    if kept := _kept(directory / FILE, say):
         if kept.facts["card"] == card:
             say(f"{kept.text()}; chosen when the run began")
             return kept
@@ -55,3 +54,14 @@ def _chosen(directory: Path, weight: Tensor, head: HeadShape, say: Callable[[str
         return Tuning(Tiles(), facts_of(head, weight.device), ())
     say(tuning.text())
     return tuning
+
+
+def _kept(path: Path, say: Callable[[str], None]) -> Tuning | None:
+    """What an earlier process of the run has chosen, if it can be read."""
+    if not path.is_file():
+        return None
+    try:
+        return Tuning.of(path.read_text())
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        say(f"warning: {path}: cannot be read ({type(error).__name__}: {error}); the tiles are measured anew")
+        return None

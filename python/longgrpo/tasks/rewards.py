@@ -46,7 +46,7 @@ GRACE = 1.0  # seconds from the moment at which a timeout cancels a call until i
 
 _TRAINERS = re.compile(
     r"(reward|eval|seconds|watch|completion_length|completions|advantages|tokens_per_second|offload|predicted_bytes|"
-    r"measured_bytes|peak|episodes?|turns|tools?)[/_].*|step|epoch|groups_.*|loss|policy_loss|kl|reverse_kl|entropy|"
+    r"measured_bytes|peak|episodes?|turns|tools?)[/_].*|calls/.*|step|epoch|groups_.*|loss|policy_loss|kl|reverse_kl|entropy|"
     r"entropy_coef|ratio_(mean|min|max)|clip_(low|high)|active|tokens|skipped_updates|grad_norm|learning_rate|"
     r"engine_trainer_logprob_diff_.*|importance_.*|sampling_.*|weight_sync_bytes|probe_logprob_diff"
 )
