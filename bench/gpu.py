@@ -156,7 +156,7 @@ def missing(stage: Stage, wheels: Sequence[Path]) -> str:
 
 
 def unpack(wheels: Sequence[Path]) -> None:
-    """A wheel is an archive of what goes on the path."""
+    """Onto the path as they are: a wheel is an archive of its packages."""
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(UNPACKED)

@@ -197,7 +197,7 @@ def measure(name: str, model: Any, ids: Tensor, engines: dict[str, OffloadEngine
         engines[name].synchronize()
         s = engines[name].stats()
         row.moved_out, row.moved_in = s["bytes_out"] / MIB, s["bytes_in"] / MIB
-        row.device_peak += s["device_live"] / MIB  # made inside an op, where the count does not look
+        row.device_peak += s["device_live"] / MIB  # made inside an op, which the count does not see
         row.host, row.host_pinned = s["host_peak"] / MIB, s["host_committed"] / MIB
     if reference:
         row.exact = all(torch.equal(a, b) for a, b in zip(gradients, reference, strict=True))

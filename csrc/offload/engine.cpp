@@ -258,7 +258,7 @@ void Engine::unstage(Record& record, Releases& releases) {
   releases.push_back({staged.stream, staged.filled, std::move(staged.memory)});
 }
 
-// The rest of this group and the next `prefetch` groups, where they are not on the device.
+// The rest of this group and the next `prefetch` groups, unless they are on the device.
 std::vector<Engine::Id> Engine::wanted(Order after) const {
   std::vector<Id> ids;
   int groups = 0;

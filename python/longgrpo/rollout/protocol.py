@@ -65,7 +65,7 @@ Submit = Callable[[Coroutine[Any, Any, Any]], Future[Any]]
 
 @dataclass(frozen=True)
 class Turns:
-    """How a completion goes on after a turn."""
+    """What follows the turns of a completion."""
 
     goes_on: GoesOn
     """goes_on(i, completion so far) is awaited when a turn of entry i has ended by itself: the ids of the tokens before

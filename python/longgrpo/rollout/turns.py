@@ -1,6 +1,6 @@
 """Episodes: completions of several turns, with tokens between them that are given and not sampled.
 
-Tokens are appended and never made again from text: what the next turn goes on from is what was sampled and given.
+Tokens are appended and never made again from text: the next turn reads the very ids that were sampled and given.
 """
 
 from __future__ import annotations
