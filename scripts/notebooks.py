@@ -51,11 +51,11 @@ print(forecast.text())"""
 COUNTED = "The trainer's own phases, run on storages that are not there and counted; a minute or two."
 
 DRY_RUN = """\
-for name, counted in forecast.dry_run().items():
-    planned = getattr(forecast.plan, name)
+counted = forecast.dry_run()
+for planned in (forecast.plan.scoring, forecast.plan.training):
     engine = planned.terms["context"] + planned.terms.get("KV cache", 0)  # what the trainer itself does not hold
-    sizes = [size / 2**30 for size in (planned.device_bytes - engine, counted.device_bytes)]
-    print("{:9}{:6.2f} GiB planned, {:6.2f} counted".format(name, *sizes))"""
+    sizes = [size / 2**30 for size in (planned.device_bytes - engine, counted[planned.name].device_bytes)]
+    print("{:9}{:6.2f} GiB planned, {:6.2f} counted".format(planned.name, *sizes))"""
 
 ON_THE_CARD = """\
 ## On the card
