@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 SOURCES := $(shell find csrc python third_party -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
              -o -name '*.py' -o -name '*.cmake' -o -name 'py.typed' \) 2>/dev/null) CMakeLists.txt pyproject.toml
-CONFIG ?= examples/smollm2-sums.yaml
+CONFIG ?= examples/smollm2-calculator.yaml
 
 # What `make check` sets up for a part: these need torch and a compiler; any other part gets the engine and the model too.
 LIGHT := tests/math tests/loss tests/native tests/gpu tests/test_installed \
@@ -97,7 +97,7 @@ experiment: setup $(STAMPS)/test  ## docs/experiments: 36 runs, about four hours
 	$(BIN)/python bench/kl_experiment.py
 
 first-run: setup $(STAMPS)/test  ## docs/first-run.md: the main job with three seeds; goes on where it was stopped
-	$(BIN)/python bench/first_run.py
+	$(BIN)/python bench/seeds.py $(CONFIG) docs/first-run.md
 
 docs: $(STAMPS)/docs  ## the guide, in build/docs; every link is checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -126,3 +126,5 @@ def test_tools_and_environments_as_objects(bare, tmp_path):
     Trainer.resume(tmp_path / "run", ["--train.steps", "3"], **given).run()
     with pytest.raises(ConfigError, match="give it again"):
         Trainer.resume(tmp_path / "run", ["--train.steps", "4"], train_dataset=ROWS)
+    with pytest.raises(ConfigError, match="is a dict of 2 factories"):
+        Trainer(bare, tmp_path / "mixed", **{**given, "environment_factory": {"game": Game, "other": Game}}).run()

@@ -1,6 +1,7 @@
 import asyncio
 import math
 import os
+from functools import partial
 
 import numpy
 import pytest
@@ -91,6 +92,24 @@ def test_matches_format():
              "<think>a<think>b</think>")  # fmt: skip
     assert matches_format(replies(*texts)) == [1, 1, 0, 0, 0, 0]
     assert matches_format(replies("7", "7."), pattern=r"\d+") == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [exact_answer, numeric_answer, math_answer, graded_error, partial(matches_format, pattern="7"), score_answer],
+)
+def test_only_the_assistants_last_message_is_the_answer(reward):
+    """Not what a tool says, nor what the model said before."""
+
+    def episode(first, result, last):
+        turns = [("assistant", first), ("tool", result), ("assistant", last)]
+        return [{"role": role, "content": text} for role, text in turns]
+
+    right, tools, earlier = episode("8", "8", "7"), episode("8", "7", "8"), episode("7", "8", "8")
+    columns = {"answer": ["7"] * 4, "metadata": [{"source_dataset": "chain_sum"}] * 4}
+    values = reward([right, tools, earlier, tools[:2]], **columns)
+    assert values == reward(replies("7", "8", "8", "8"), **columns)
+    assert values[0] > values[1]
 
 
 def test_lengths():

@@ -118,6 +118,23 @@ HEALTHY: dict[str, dict[str, Any]] = {
         "rewards": [own("low"), {"function": "soft_overlong", "parameters": {"max_length": LONGEST, "buffer": 8}}],
         "train": {"seed": 2, "learning_rate": 1e-3},
     },
+    "a ratio of sequences, in minibatches": {
+        "loss": {"loss_type": "grpo", "importance_level": "sequence", "epsilon": 0.05},
+        "train": {"seed": 3, "minibatches": 2},
+    },
+    "rewards normalized one by one": {
+        "rewards": [own("even"), own("low")],
+        "train": {"seed": 4, "aggregation": "normalize_then_sum"},
+    },
+    "advantages over the batch, CISPO": {
+        "loss": {"loss_type": "cispo", "epsilon_high": 5.0},
+        "train": {"seed": 5, "scale_rewards": "batch"},
+    },
+    "an entropy bonus and refills": {"loss": {"entropy_coef": 0.01}, "train": {"seed": 6, "max_refills": 2}},
+    "a reference that follows, at a low rate": {
+        "loss": {"beta": 0.05, "kl": "k1"},
+        "train": {"seed": 7, "learning_rate": 3e-4, "reference_sync_steps": 10},
+    },
 }
 
 

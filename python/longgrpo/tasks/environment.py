@@ -29,10 +29,15 @@ class Environment(Protocol):
 class EnvironmentType:
     """What task.environment names: a class with the protocol above, or TRL's (reset, and public methods as tools).
 
-    Raises ConfigError for one that is neither.
+    Raises ConfigError for one that is neither, and for TRL's dict of several.
     """
 
     def __init__(self, factory: Callable[..., Any], what: str) -> None:
+        if isinstance(factory, Mapping):
+            raise ConfigError(
+                f"{what}: is a dict of {len(factory)} factories, and a run has one environment: give a class that reads "
+                "from the row's columns which of them it plays"
+            )
         self._factory = factory
         self._trl = callable(getattr(factory, "reset", None)) or not inspect.isclass(factory)
         self.tools: list[Tool] = []
