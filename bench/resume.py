@@ -1,4 +1,5 @@
-"""Kills a run with SIGKILL at random moments, resumes it, and compares it with the run that was not killed.
+"""Kills a run with SIGKILL at random moments (in steps, saves and evaluations), resumes it, and compares it with the
+run that was not killed.
 
     python bench/resume.py examples/smollm2-sums.yaml --kills 3 --train.steps 6 --train.save_steps 2
 
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,19 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [record for line in lines if line.endswith("\n") and (record := json.loads(line))["step"] > 0]
 
 
+def seconds_between_steps(command: list[str], run: Path) -> list[float]:
+    """Runs the command to its end: the seconds until its first step is written, from each step to the next, and from
+    the last to the end. Saves and evaluations lie in them."""
+    marks, process = [time.monotonic()], subprocess.Popen(command)
+    while process.poll() is None:
+        marks += [time.monotonic()] * (len(metrics(run)) + 1 - len(marks))
+        time.sleep(0.05)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    marks.append(time.monotonic())
+    return [after - before for before, after in pairwise(marks)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
@@ -69,9 +84,8 @@ def main() -> int:
                 return [*longgrpo, "--resume", str(run)]
             return [*longgrpo, str(options.config), *overrides, "--output_dir", str(run)]
 
-        subprocess.run(command(whole), check=True)
-        seconds = [step["seconds/step"] for step in metrics(whole)]
-        for kill in range(options.kills):  # each in its part of the run, at a moment of a step
+        seconds = seconds_between_steps(command(whole), whole)
+        for kill in range(options.kills):  # each in its part of the run, at any moment from one step's line to the next
             begin, end = (len(seconds) * part // options.kills for part in (kill, kill + 1))
             number = draw.randrange(begin, end)
             moment = draw.uniform(0, seconds[number])
@@ -80,7 +94,7 @@ def main() -> int:
                 time.sleep(0.05)
             time.sleep(moment)
             process.kill()
-            print(f"killed {moment:.1f} s into step {number + 1}: exit status {process.wait()}", flush=True)
+            print(f"killed {moment:.1f} s after step {number}: exit status {process.wait()}", flush=True)
         subprocess.run(command(killed), check=True)
         for run in (whole, killed):  # the one thing that is meant to differ is where the run lives
             text = (run / "config.yaml").read_text()

@@ -35,8 +35,8 @@ class EnvironmentType:
     def __init__(self, factory: Callable[..., Any], what: str) -> None:
         if isinstance(factory, Mapping):
             raise ConfigError(
-                f"{what}: is a dict of {len(factory)} factories, and a run has one environment: give a class that reads "
-                "from the row's columns which of them it plays"
+                f"{what}: is a dict of {len(factory)} factories, and a run has one environment: give a class that "
+                "reads from the row's columns which of them it plays"
             )
         self._factory = factory
         self._trl = callable(getattr(factory, "reset", None)) or not inspect.isclass(factory)
