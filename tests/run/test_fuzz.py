@@ -157,6 +157,16 @@ def config(directory, scratch, monkeypatch):
     load_config(directory / "config.yaml")
 
 
+def data(directory, scratch, monkeypatch):
+    """Rows and a chat template, as far as the prompts' tokens."""
+
+    def stop(*_):
+        raise Reached
+
+    monkeypatch.setattr(train_module, "make_engine", stop)
+    Trainer(load_config(directory / "config.yaml"), scratch / "run")
+
+
 def gguf(directory, scratch, monkeypatch):
     monkeypatch.setenv("LONGGRPO_CACHE", str(scratch / "cache"))
     shutil.rmtree(scratch / "cache", ignore_errors=True)
@@ -186,10 +196,33 @@ def sources(base_tree, tiny_model, tmp_path_factory):
     (folder / "gguf").mkdir()
     write_gguf(folder / "gguf/model.gguf", random_model("llama", tie_word_embeddings=True))
     shutil.copytree(tiny_model, folder / "model")
+    (folder / "data").mkdir()
+    (folder / "data/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "data/template.jinja").write_text(TEMPLATE)
+    tree["task"] = {"name": "rows.jsonl", "chat_template": "template.jinja", "eval_n": 2, "eval_reward": "exact_answer"}
+    (folder / "data/config.yaml").write_text(yaml.safe_dump(tree))
     return folder
 
 
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2, None]}}}
+TALK = [
+    {"role": "system", "content": "Add."},
+    {"role": "user", "content": [{"type": "text", "text": "1 + 2"}]},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "3", "name": "add"},
+    {"role": "user", "content": "and 3"},
+]
+ROWS = [{"prompt": "2 + 3 =", "answer": "5", "level": 1}] * 3 + [{"prompt": TALK, "answer": 6, "note": None}] * 3
+TEMPLATE = """{%- for message in messages -%}
+{%- if message['role'] == 'robot' -%}{{ raise_exception('no robots') }}{%- endif -%}
+<{{ message.role }}> {{ message.content }}
+{%- for call in message.tool_calls or [] -%}{{ call.function | tojson }}{%- endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<assistant>{%- endif -%}
+"""
+
 KINDS = {
+    "data": (data, "data", lambda path: path.name != "config.yaml"),
     "resume": (resume, "run", lambda path: path.name != ".longgrpo"),
     "checkpoint": (load_checkpoint, "run", lambda path: "checkpoints" in path.parts),
     "report": (report, "run", lambda path: "checkpoints" not in path.parts and path.name != ".longgrpo"),

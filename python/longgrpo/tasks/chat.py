@@ -82,9 +82,13 @@ def plain_content(content: Any) -> Any:
     """Content parts of text as one text: a text model's template would print the list."""
     if not isinstance(content, list):
         return content
-    if others := [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]:
+    if others := [part for part in content if not _is_text(part)]:
         raise DataError(f"a message has content of another type than text: {str(others[0])[:80]}")
     return "\n".join(part["text"] for part in content)
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def applied(
@@ -95,7 +99,9 @@ def applied(
 ) -> str:
     arguments: Any = {"conversation": list(messages), "tokenize": False, **options, **(template or {})}
     try:
-        return str(tokenizer.apply_chat_template(**arguments))
+        text = str(tokenizer.apply_chat_template(**arguments))
+        text.encode()  # half of a pair of surrogates is no text for a tokenizer
+        return text
     except Exception as error:  # whatever a template's own expressions raise
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from error
