@@ -5,7 +5,7 @@
 //   runtime.chip()                         of the device that the pass runs on
 //   runtime.plan(wish, tiling, limit_bytes), runtime.splits(wish, limit_bytes, c_in_row)
 //                                          those of a Tiles, unless a test wants tiles of its own
-//   runtime.score_plan(shape, inputs, limit_bytes)   nothing, unless score.h's kernel was asked for and can_score
+//   runtime.score_plan(shape, inputs, limit_bytes)   of score.h's kernel; nothing: by the other kernels
 //   auto memory = runtime.scratch(bytes)   memory.data(), freed with `memory` in the order of the stream
 //
 // No value on the device is read by the host. Rows are visited in the order they have; a row without a target, outside

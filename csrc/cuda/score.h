@@ -1,5 +1,6 @@
 // The tiling of score.cu, for calls that score and nothing else: logits never reach memory. It is taken if
-// runtime.score_plan says so, and the rule never does: only a measurement may. No torch, no CUDA headers.
+// runtime.score_plan says so, and the rule never does: only a measurement may, and only for HeadInputs::alone. No
+// torch, no CUDA headers.
 #pragma once
 
 #include <optional>

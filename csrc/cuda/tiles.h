@@ -6,11 +6,13 @@
 #include <compare>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "../head/tile_choice.h"
 #include "plan.h"
+#include "score.h"
 
 namespace longgrpo {
 
@@ -35,6 +37,16 @@ class Tiles {
     return longgrpo::splits(wish, limit_bytes, chip, c_in_row, [&](const CudaWish& w, Tiling tiling) {
       return locked_plan(w, tiling, limit_bytes, chip);
     });
+  }
+
+  // Of a call that scores and nothing else, if score.cu was measured to be faster.
+  std::optional<ScorePlan> score_plan(const HeadShape& shape, const HeadInputs& in, int64_t limit_bytes,
+                                      const Chip& chip) {
+    if (!in.alone || !can_score(in, chip)) return {};
+    std::lock_guard lock(mutex_);
+    const auto chosen = choices_.find({shape.hidden, shape.vocabulary, in.hidden_dtype, in.weight_dtype});
+    if (chosen == choices_.end() || !chosen->second.score) return {};
+    return plan_score(shape, limit_bytes, chip);
   }
 
  private:

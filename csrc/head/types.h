@@ -35,6 +35,7 @@ struct HeadInputs {
   float temperature;
   LogitTransform transform;
   ExactKl exact_kl;
+  bool alone = false;  // logp meets no other pass's in a ratio: its last bits are free
 
   bool reference() const { return exact_kl != ExactKl::none && reference_hidden; }
 };

@@ -58,7 +58,9 @@ class CudaRuntime {
     return tiles().splits(wish, limit_bytes, chip_, c_in_row);
   }
   static void choose(const HeadKey& head, const TileChoice& choice) { tiles().choose(head, choice); }
-  std::optional<ScorePlan> score_plan(const HeadShape&, const HeadInputs&, int64_t) const { return {}; }
+  std::optional<ScorePlan> score_plan(const HeadShape& shape, const HeadInputs& in, int64_t limit_bytes) const {
+    return tiles().score_plan(shape, in, limit_bytes, chip_);
+  }
 
   // fp32 operands follow torch's own setting of TF32 (off unless torch.backends.cuda.matmul.allow_tf32 says so).
   void gemm(const Operand& a, const Operand& b, float* c, int64_t c_stride, bool add) const {

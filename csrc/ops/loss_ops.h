@@ -75,9 +75,10 @@ struct LossOps {
                                                                    const OptionalTensor& token_temperature,
                                                                    double temperature, double softcap,
                                                                    double logit_scale, bool entropy, bool direction,
-                                                                   int64_t workspace, bool normalizer) {
+                                                                   int64_t workspace, bool normalizer, bool alone) {
     Runtime runtime(hidden);
-    const HeadArguments head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale);
+    HeadArguments head(hidden, weight, target, bias, token_temperature, temperature, softcap, logit_scale);
+    head.in.alone = alone && !normalizer;
     runtime.check(head.in, head.shape);
     const int64_t n = head.shape.tokens;
     Tensor logp = runtime.zeros({n}, ScalarType::Float), ent = runtime.zeros({entropy ? n : 0}, ScalarType::Float);

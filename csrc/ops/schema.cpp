@@ -17,7 +17,7 @@
 
 STABLE_TORCH_LIBRARY(longgrpo, m) {
   m.def("linear_logprob(" HEAD_ARGUMENTS
-        "bool entropy, bool direction, int workspace, bool normalizer=False) -> "
+        "bool entropy, bool direction, int workspace, bool normalizer=False, bool alone=False) -> "
         "(Tensor logp, Tensor entropy, Tensor direction, Tensor normalizer)");
   m.def("linear_logprob_backward(" HEAD_ARGUMENTS
         "Tensor logp_grad, Tensor? entropy_grad, bool need_hidden, bool need_weight, bool need_bias, int workspace, "

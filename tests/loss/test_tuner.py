@@ -84,6 +84,26 @@ def test_passes_of_a_trained_head(whole_rows, passes):
     assert tiles == Tiles(passes=passes)
 
 
+@pytest.mark.parametrize(("by_kernel", "taken"), [(0.018, True), (0.0199, False), (0.03, False)])
+def test_the_scoring_kernel_is_one_more_candidate(by_kernel, taken):
+    """Scoring in tiles takes 20 ms."""
+    tried = for_gpu(False)
+    best = tried["chunks"][-1]
+
+    def measure(kind, tiles):
+        if kind in tuner.SCORING:
+            assert tiles.chunks == best
+            return by_kernel if tiles.score else 0.02
+        return 0.01 if tiles.chunks == best else 0.02
+
+    tiles, trials = tuner.choose(tried, measure, kernel=True)
+    assert tiles == Tiles(chunks=best, score=taken)
+    tuning = tuner.Tuning(tiles, tuner.facts_of(HEAD, torch.device("cpu")), tuple(trials))
+    assert ("scoring by its kernel (1.11 times as fast as in tiles)" in tuning.text()) == taken
+    assert "scoring in tiles" in tuning.table()
+    assert tuner.Tuning.of(tuning.json()) == tuning
+
+
 def test_what_is_not_clearly_faster_is_not_taken():
     tried = for_gpu(False)
     times = iter([1e-3, *(1e-3 * (1 - tuner.MARGIN / 2) for _ in range(20))])

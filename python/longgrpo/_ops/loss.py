@@ -41,7 +41,7 @@ def weight_by_itself(operand: Tensor) -> bool:
 @torch.library.register_fake("longgrpo::linear_logprob", lib=_LIBRARY)
 def _(
     hidden: Tensor, weight: Tensor, target: Any, bias: Any, token_temperature: Any, temperature: Any, softcap: Any,
-    logit_scale: Any, entropy: Any, direction: Any, workspace: Any, normalizer: Any = False,
+    logit_scale: Any, entropy: Any, direction: Any, workspace: Any, normalizer: Any = False, alone: Any = False,
 ) -> Any:  # fmt: skip
     n, h = hidden.shape
     return (
@@ -167,7 +167,7 @@ def refuse_forward_mode(*inputs: Tensor | None) -> None:
 
 
 def _setup_linear_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    hidden, weight, target, bias, token_temperature, *scalars, entropy, direction, workspace, normalizer = inputs
+    hidden, weight, target, bias, token_temperature, *scalars, entropy, direction, workspace, normalizer, _ = inputs
     logp, _, u, normalizers = output
     ctx.mark_non_differentiable(u, normalizers)
     ctx.set_materialize_grads(False)
@@ -181,7 +181,7 @@ def _setup_linear_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, 
 
 def _linear_logprob_backward(ctx: Any, logp_grad: Any, entropy_grad: Any, *_: Any) -> tuple[Any, ...]:
     u, logp, normalizers, *kept = ctx.saved_tensors
-    none = (None,) * 8  # token_temperature ... normalizer are not differentiable
+    none = (None,) * 9  # token_temperature ... alone are not differentiable
     if logp_grad is None and entropy_grad is None:
         return (None,) * 12
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]

@@ -19,12 +19,14 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """TileChoice: a tile of each kind, and the passes of a trained head (0: as the rule has it)."""
+    """TileChoice: a tile of each kind, the passes of a trained head (0: as the rule has it), and whether scoring that
+    stands alone is csrc/cuda/score.cu's."""
 
     whole_rows: Tile = Tile()
     chunks: Tile = Tile()
     weight: Tile = Tile()
     passes: int = 0
+    score: bool = False
 
     def but(self, kind: str, tile: Tile) -> Tiles:
         """The same with another tile of one kind."""
@@ -54,5 +56,5 @@ def candidate_tiles(
 def choose_tiles(head: HeadShape, tiles: Tiles, device: torch.device) -> None:
     """The tiles of this head on this kind of device from now on, in this process. Where they do not fit into a call's
     workspace, the rule's serve."""
-    numbers = [*tiles.whole_rows, *tiles.chunks, *tiles.weight, tiles.passes]
+    numbers = [*tiles.whole_rows, *tiles.chunks, *tiles.weight, tiles.passes, int(tiles.score)]
     ops.choose_tiles(torch.empty(0, device=device), *head, numbers)

@@ -151,6 +151,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     entropy: bool = False,
     workspace: int = DEFAULT_WORKSPACE,
+    alone: bool = False,
     group: ProcessGroup | None = None,
 ) -> LogProb:
     """log p(target) under the head `weight`, differentiable in hidden, weight and bias.
@@ -171,6 +172,9 @@ def linear_logprob(
         logit_scale: factor of the logits (Cohere, Granite).
         entropy: whether to return the entropy of each row too, in nats.
         workspace: bytes that the logits may use.
+        alone: whether these log-probabilities meet no others in a ratio, as a reference's or an evaluation's. Without a
+            gradient, a GPU may then compute them with another kernel, if `longgrpo.autotune` has measured it to be
+            faster; its last bits differ.
         group: the ranks that hold the vocabulary between them (tensor parallelism): `weight` and `bias` are this
             rank's rows, a plain tensor, in the group's order; hidden and target are the same on every rank, and so are
             the results and hidden's gradient.
@@ -204,7 +208,7 @@ def linear_logprob(
     trained = need_weight or need_bias
     normalizer = trained and loss_ops.weight_by_itself(head.hidden)
     direction = need_hidden and (normalizer or not trained)
-    logp, entropies, *_ = ops.linear_logprob(*head, entropy, direction, workspace, normalizer)
+    logp, entropies, *_ = ops.linear_logprob(*head, entropy, direction, workspace, normalizer, alone)
     return LogProb(logp.view(target.shape), entropies.view(target.shape) if entropy else None)
 
 

@@ -26,6 +26,7 @@ MARGIN = 0.02  # what a candidate must gain on the rule's choice: less is noise
 BUDGET = {"cuda": 3.0, "cpu": 20.0}  # seconds of measurement; after that the best so far is taken
 MOST = {"chunks": 8, "weight": 6, "whole_rows": 6}  # candidates of each kind
 NAMES = {"chunks": "chunks", "weight": "the weight's gradient", "whole_rows": "whole rows"}
+SCORING = ("scoring in tiles", "scoring by its kernel")  # kinds that are timed, of calls that stand alone
 _REPEATS = 3
 _TOKENS = {"cuda": 8192, "cpu": 1024}
 
@@ -56,6 +57,11 @@ class Tuning:
         first = next(time for (name, *_), time in times.items() if name == kind)
         return first / times.get((kind, *getattr(self.tiles, kind)), first)
 
+    def scoring_gain(self) -> float:
+        """The time of scoring in tiles over that of its kernel."""
+        tiles, kernel = (next(t.seconds or 0.0 for t in self.trials if t.kind == kind) for kind in SCORING)
+        return tiles / kernel
+
     def text(self) -> str:
         """A line of what was chosen, and by how much it is faster."""
         head = "{hidden_size} x {vocab_size} {dtype}, {card}".format(**self.facts)
@@ -64,15 +70,17 @@ class Tuning:
             for kind in NAMES
             if (tile := getattr(self.tiles, kind)).rows
         ]
-        passes = ([], ["one pass"], ["two passes"])[self.tiles.passes]
-        return f"tiles of the head ({head}): {', '.join((chosen or ['those of the rule']) + passes)}"
+        also = ([], ["one pass"], ["two passes"])[self.tiles.passes]
+        if self.tiles.score:
+            also = [*also, f"{SCORING[1]} ({self.scoring_gain():.2f} times as fast as in tiles)"]
+        return f"tiles of the head ({head}): {', '.join((chosen or ['those of the rule']) + also)}"
 
     def table(self) -> str:
         """A line for each candidate."""
         lines = [f"{'':22}{'rows':>7}{'columns':>9}{'ms':>10}"]
         for trial in self.trials:
             ms = "other bits" if trial.seconds is None else f"{1e3 * trial.seconds:.2f}"
-            lines.append(f"{NAMES[trial.kind]:22}{trial.rows:7}{trial.columns or 'all':>9}{ms:>10}")
+            lines.append(f"{NAMES.get(trial.kind, trial.kind):22}{trial.rows:7}{trial.columns or 'all':>9}{ms:>10}")
         return "\n".join(lines)
 
     def json(self) -> str:
@@ -82,9 +90,9 @@ class Tuning:
     def of(cls, text: str) -> Tuning:
         """The inverse of json(). Raises ValueError, TypeError or KeyError for another text."""
         tree = json.loads(text)
-        whole_rows, chunks, weight, passes = tree["tiles"]
+        whole_rows, chunks, weight, passes, score = tree["tiles"]
         return cls(
-            Tiles(Tile(*whole_rows), Tile(*chunks), Tile(*weight), int(passes)),
+            Tiles(Tile(*whole_rows), Tile(*chunks), Tile(*weight), int(passes), bool(score)),
             dict(tree["facts"]),
             tuple(Trial(*trial) for trial in tree["trials"]),
         )
@@ -133,7 +141,7 @@ def autotune(
         tried = candidates(head, trained=trained, tokens=length, workspace=workspace, multiprocessors=processors)
         try:
             measure = bench.measure if where.type == "cuda" or any_bits else bench.measure_same
-            tiles, trials = choose(tried, measure, BUDGET.get(where.type, BUDGET["cpu"]))
+            tiles, trials = choose(tried, measure, BUDGET.get(where.type, BUDGET["cpu"]), _has_kernel(head, where))
         finally:
             choose_tiles(head, Tiles(), where)
         tuning = Tuning(tiles, facts, tuple(trials))
@@ -188,11 +196,17 @@ def candidates(
     return found
 
 
+def _has_kernel(head: HeadShape, device: torch.device) -> bool:
+    """Whether csrc/cuda/score.cu can score this head here."""
+    half = head.dtype == head.weight_dtype and head.dtype != torch.float32
+    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def choose(
-    tried: Mapping[str, list[Tile]], measure: Measure, budget: float = BUDGET["cuda"]
+    tried: Mapping[str, list[Tile]], measure: Measure, budget: float = BUDGET["cuda"], kernel: bool = False
 ) -> tuple[Tiles, list[Trial]]:
-    """The fastest tile of each kind, and the passes of a trained head. The rule's own tiles stay (as 0) unless another
-    gains MARGIN on them."""
+    """The fastest tile of each kind, the passes of a trained head, and whether the scoring kernel, if there is one,
+    serves calls that stand alone. The rule's own tiles stay (as 0) unless another gains MARGIN on them."""
     trials: list[Trial] = []
     tiles, fastest = Tiles(), {}
     spent = 0.0
@@ -215,6 +229,11 @@ def choose(
         two, one = fastest["chunks"] + fastest["weight"], fastest.get("whole_rows")
         if one is None or abs(one - two) >= MARGIN * two:
             tiles = tiles._replace(passes=2 if one is None or two < one else 1)
+    if kernel:
+        for score, kind in enumerate(SCORING):
+            trials.append(Trial(kind, *tiles.chunks, measure(kind, tiles._replace(score=bool(score)))))
+        in_tiles, by_kernel = (trial.seconds or 0.0 for trial in trials[-2:])
+        tiles = tiles._replace(score=by_kernel < (1 - MARGIN) * in_tiles)
     return tiles, trials
 
 
@@ -247,6 +266,9 @@ class _Bench:
     def run(self, kind: str) -> tuple[Tensor, ...]:
         """The op whose time a kind of tile decides."""
         on_gpu = self.device.type == "cuda"
+        if kind in SCORING:
+            scored: tuple[Tensor, ...] = ops.linear_logprob(*self.arguments, False, False, self.workspace, False, True)
+            return scored
         if kind == "chunks" or not (on_gpu or self.trained):
             made: tuple[Tensor, ...] = ops.linear_logprob(*self.arguments, False, True, self.workspace, False)
             return made

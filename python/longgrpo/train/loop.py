@@ -119,7 +119,7 @@ def score(config: TrainConfig, state: TrainState, updates: Sequence[Update]) -> 
         assert state.reference
         with state.reference() as model:
             for batch in batches:
-                batch.tokens = replace(batch.tokens, ref_logp=logprob(model, batch, sampling).logp)
+                batch.tokens = replace(batch.tokens, ref_logp=logprob(model, batch, sampling, alone=True).logp)
     if not config.scores_policy:
         return
     entropies: list[Tensor] = []

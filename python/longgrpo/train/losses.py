@@ -37,14 +37,22 @@ def hidden_states(model: Any, batch: MicroBatch) -> Tensor:
     return packed_hidden(model, batch.packed).index_select(0, batch.rows)
 
 
-def logprob(model: Any, batch: MicroBatch, sampling: Sampling, *, entropy: bool = False) -> LogProb:
+def logprob(
+    model: Any, batch: MicroBatch, sampling: Sampling, *, entropy: bool = False, alone: bool = False
+) -> LogProb:
     """logp and entropy [M] float32 of the completion tokens under the distribution that `sampling` samples from: only
-    the rows that predict one reach the head."""
+    the rows that predict one reach the head. alone: see linear_logprob."""
     hidden, head = hidden_states(model, batch), head_of(model)
     if sampling.reshapes:
         return sampled_logprob(hidden, head, batch.target, sampling, batch.support)
     return linear_logprob(
-        hidden, head.weight, batch.target, temperature=sampling.temperature, entropy=entropy, **head.options
+        hidden,
+        head.weight,
+        batch.target,
+        temperature=sampling.temperature,
+        entropy=entropy,
+        alone=alone,
+        **head.options,
     )
 
 

@@ -22,7 +22,7 @@ struct Count {
 };
 
 Count count;
-Chip chip{132, 227 << 10};
+Chip chip{132, 227 << 10, 90};
 int64_t held = 0;
 Tiles tiles;
 
@@ -48,7 +48,9 @@ struct CountingRuntime {
   CudaPlan plan(const CudaWish& wish, Tiling tiling, int64_t limit) const {
     return tiles.plan(wish, tiling, limit, ::chip);
   }
-  std::optional<ScorePlan> score_plan(const HeadShape&, const HeadInputs&, int64_t) const { return {}; }
+  std::optional<ScorePlan> score_plan(const HeadShape& shape, const HeadInputs& in, int64_t limit) const {
+    return tiles.score_plan(shape, in, limit, ::chip);
+  }
   bool splits(const CudaWish& wish, int64_t limit, bool c_in_row) const {
     return tiles.splits(wish, limit, ::chip, c_in_row);
   }
@@ -91,6 +93,11 @@ void launch_finish(const RowTile& tile, const RowOutputs&, const Chunks& chunks,
   launched(parts + (chunks.sums ? n * double(4 + size_of(direction.weight_dtype) + size_of(direction.dtype)) : 0));
 }
 
+void launch_score(const ScoreTile& in, Dtype dtype, int64_t, const RowOutputs&, Stream) {
+  const double v = double(in.tile.transform.vocabulary);
+  launched(double(in.hidden_size) * (double(in.tile.rows) + v) * double(size_of(dtype)));
+}
+
 void launch_weight_rows(const RowTile& tile, int64_t, int64_t columns, const float*, const float*, const RowNormalizer*,
                         Dtype dtype, Stream) {
   launched(numbers(tile, columns) * double(4 + size_of(dtype)));
@@ -121,7 +128,10 @@ void launch_token_loss(const LossArguments& a, LossSums*, const LossOutputs&, St
 }  // namespace longgrpo
 
 PYBIND11_MODULE(longgrpo_counting, m) {
-  m.def("set_chip", [](int multiprocessors) { chip.multiprocessors = multiprocessors; });
+  m.def(
+      "set_chip",
+      [](int multiprocessors, int capability) { chip.multiprocessors = multiprocessors, chip.capability = capability; },
+      py::arg("multiprocessors"), py::arg("capability") = 90);
 
   // TileChoice::unpack's numbers for a head; none: the rule's.
   m.def("choose", [](int64_t h, int64_t v, int dtype, const std::vector<int64_t>& choice) {
@@ -132,15 +142,15 @@ PYBIND11_MODULE(longgrpo_counting, m) {
   m.def(
       "loss",
       [](int64_t n, int64_t h, int64_t v, int dtype, bool hidden, bool weight, double entropy_coef, bool sequence_level,
-         int64_t workspace) {
+         int64_t workspace, bool alone) {
         count = {}, held = 0;
         CountingRuntime runtime;
         CudaDevice<CountingRuntime> device(runtime, {n, h, v}, workspace, n);
         void* const some = reinterpret_cast<void*>(uintptr_t{1} << 20);
         float* const f = static_cast<float*>(some);
         const HeadInputs in{
-            some,    nullptr, Dtype(dtype),       some,         nullptr, Dtype(dtype), static_cast<int64_t*>(some),
-            nullptr, 1,       {v, 1, 0, nullptr}, ExactKl::none};
+            some,    nullptr, Dtype(dtype),       some,          nullptr, Dtype(dtype), static_cast<int64_t*>(some),
+            nullptr, 1,       {v, 1, 0, nullptr}, ExactKl::none, alone};
         HeadOutputs out{.logp = f, .entropy = f};
         if (!hidden && !weight) {
           device.pass(in, out, RowLoss{});
@@ -158,5 +168,5 @@ PYBIND11_MODULE(longgrpo_counting, m) {
       },
       py::arg("n"), py::arg("h"), py::arg("v"), py::kw_only(), py::arg("dtype") = 1, py::arg("hidden") = true,
       py::arg("weight") = false, py::arg("entropy_coef") = 0.0, py::arg("sequence_level") = false,
-      py::arg("workspace") = int64_t{256} << 20);
+      py::arg("workspace") = int64_t{256} << 20, py::arg("alone") = false);
 }

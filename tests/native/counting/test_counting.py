@@ -80,10 +80,10 @@ def test_a_large_workspace_takes_a_trained_head_in_one_pass():
 
 @pytest.fixture
 def choose():
-    """choose(whole_rows=, chunks=, weight=, passes=): the tiles of the head [V, H]."""
+    """choose(whole_rows=, chunks=, weight=, passes=, score=): the tiles of the head [V, H]."""
 
-    def to(whole_rows=(0, 0), chunks=(0, 0), weight=(0, 0), passes=0):
-        module().choose(H, V, 1, [*whole_rows, *chunks, *weight, passes])
+    def to(whole_rows=(0, 0), chunks=(0, 0), weight=(0, 0), passes=0, score=0):
+        module().choose(H, V, 1, [*whole_rows, *chunks, *weight, passes, score])
 
     yield to
     module().choose(H, V, 1, [])
@@ -114,6 +114,32 @@ def test_a_choice_that_does_not_fit_is_the_rules(choose):
     choose(chunks=(4096, 16_384))  # 256 MiB of logits
     assert module().loss(8192, H, V, workspace=64 * MIB) == rule
     assert module().loss(8192, H, V, workspace=512 * MIB) != module().loss(8192, H, V, workspace=64 * MIB)
+
+
+@pytest.mark.parametrize("tokens", [1, 5000, 8192])
+def test_the_scoring_kernel_serves_calls_that_stand_alone(choose, tokens):
+    """No GEMM: hidden states and head are read, and no logit is written."""
+    scoring = PASSES["scoring"]
+    in_tiles = module().loss(tokens, H, V, **scoring)
+    assert module().loss(tokens, H, V, **scoring, alone=True) == in_tiles
+    choose(score=1)
+    assert module().loss(tokens, H, V, **scoring) == in_tiles
+    by_kernel = module().loss(tokens, H, V, **scoring, alone=True)
+    assert by_kernel["gemms"] == 0
+    assert by_kernel["bytes"] == by_kernel["launches"] * 2 * H * V + 2 * H * tokens
+    assert by_kernel["workspace"] <= 256 * MIB
+    with_gradient = module().loss(tokens, H, V, alone=True)
+    assert with_gradient == module().loss(tokens, H, V)
+
+
+@pytest.mark.parametrize(("dtype", "capability"), [(0, 90), (1, 75)])
+def test_where_the_scoring_kernel_cannot_serve_it_does_not(choose, dtype, capability):
+    """fp32, and a card before its instructions."""
+    options = PASSES["scoring"] | {"dtype": dtype}
+    module().set_chip(132, capability)
+    module().choose(H, V, dtype, [0] * 7 + [1])
+    assert module().loss(8192, H, V, **options, alone=True) == module().loss(8192, H, V, **options)
+    module().choose(H, V, dtype, [])
 
 
 def test_a_choice_is_one_heads_own(choose):
