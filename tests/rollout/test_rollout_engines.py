@@ -6,9 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longgrpo.config.model import LoraConfig, ModelConfig
+from longgrpo.config.task import TaskConfig
 from longgrpo.model.load import load_model
 from longgrpo.model.lora import add_lora
 from longgrpo.rollout import RolloutConfig, Sampling, make_engine, seed_for
+from longgrpo.tasks.data import Problem
+from longgrpo.tasks.evaluation import HeldOut, evaluate
+from longgrpo.tasks.prompts import Prompts
+from longgrpo.tasks.rewards import Reward
 from testing.agreement import CONTEXT, SMOLLM2, assert_agrees, sampled_logprobs, trainer_logprobs
 from testing.models import trainable_parameters
 
@@ -107,6 +112,25 @@ def test_a_completion_ends_with_its_end_token_or_at_its_length(engine, prompts, 
     first = engine.generate(prompts[:1], GREEDY, [0])[0].token_ids[0]
     cut = engine.generate(prompts[:1], Sampling(temperature=0, stop_token_ids=(first,)), [0])[0]
     assert (cut.token_ids, cut.finish_reason) == ([first], "stop")
+
+
+def test_an_evaluation_stops_where_training_stops(engine, tokenizer):
+    """Both at a token of the run's own (rollout.sampling.stop_token_ids)."""
+    problems = [
+        Problem(text, [{"role": "user", "content": text}], {}, i) for i, text in enumerate(["What is 1 + 1?", "Hi"])
+    ]
+    as_tokens = Prompts(tokenizer, TaskConfig("own"), engine.max_length(), 12)
+    stops = {engine.generate([as_tokens.encode(problem)], GREEDY, [0])[0].token_ids[4] for problem in problems}
+    rollout = RolloutConfig(max_completion_length=12, sampling={"stop_token_ids": sorted(stops)})
+    lengths = []
+
+    def ended(completion_ids, **_):
+        lengths.extend(map(len, completion_ids))
+        return [float(ids[-1] in stops) for ids in completion_ids]
+
+    result = evaluate(engine, as_tokens, HeldOut(problems, Reward("ended", ended), 2), rollout)
+    assert result.scores == [1.0, 1.0]
+    assert max(lengths[:2]) <= 5
 
 
 def test_the_context_ends_a_completion(engine, prompts):
