@@ -47,7 +47,7 @@ test-long: setup $(STAMPS)/test  ## the tests that `make test` leaves out for th
 
 test-python: $(STAMPS)/wheel  ## the wheel in a fresh environment: PYTHON=python3.13 TORCH=2.11.0 (or newest)
 	@scripts/setup.sh lane $(PYTHON) $(LANE) $(TORCH)
-	cd $(LANE)/tree && ../bin/python -m pytest -q -n 2 tests/loss tests/offload
+	cd $(LANE)/tree && ../bin/python -m pytest -q -n 2 -m "not long" tests/loss tests/offload
 
 test-sdist: sdist  ## the source distribution compiles and works, away from this tree
 	@scripts/setup.sh sdist $(BIN)

@@ -1,28 +1,36 @@
 """Guess The Number of textarena (pip install textarena), as an environment: the game answers each guess."""
 
+MOST, TURNS = 8, 4  # whoever halves what is left finds any of 8 numbers in 4 guesses
+EXAMPLE = [
+    ("system", f"Find the number between 1 and {MOST} in at most {TURNS} guesses. Write a guess in brackets."),
+    ("user", "Game 0: enter your guess."),
+    ("assistant", "[4]"),
+    ("user", "The target number is lower."),
+    ("assistant", "[2]"),
+    ("user", "The target number is higher."),
+    ("assistant", "[3]"),
+]
 
-def rows(split: str, size: int = 500, most: int = 8) -> list[dict]:
-    """Games between 1 and `most`; the column `game` seeds the hidden number."""
-    first = 1_000_000 if split == "held out" else 0
-    return [row(first + i, most) for i in range(size)]
+
+def rows(split: str, size: int = 500) -> list[dict]:
+    """Games after one that was played well; the column `game` seeds the hidden number."""
+    first = 1_000_000 if split == "held out" else 1
+    return [row(first + i) for i in range(size)]
 
 
-def row(game: int, most: int) -> dict:
-    turns = [
-        ("system", f"Game {game}: guess the number between 1 and {most}. Write a guess in brackets, such as [3]."),
-        ("user", "Enter your guess."),
-    ]
-    prompt = [{"role": role, "content": text} for role, text in turns]
-    return {"prompt": prompt, "game": game, "most": most}
+def row(game: int) -> dict:
+    turns = [*EXAMPLE, ("user", f"Game {game}: enter your guess.")]
+    return {"prompt": [{"role": role, "content": text} for role, text in turns], "game": game}
 
 
 class Game:
     """One game. textarena seeds and draws from the global `random`, which is this episode's own."""
 
-    def __init__(self, *, seed: int, game: int, most: int, **columns):
+    def __init__(self, *, seed: int, game: int, **columns):
         import textarena
 
-        self.score, self.env = 0.0, textarena.make("GuessTheNumber-v0-raw", min_number=1, max_number=most)
+        self.score = 0.0
+        self.env = textarena.make("GuessTheNumber-v0-raw", min_number=1, max_number=MOST, max_turns=TURNS)
         self.env.reset(num_players=1, seed=game)
         self.env.get_observation()  # the rules, which are in the prompt
 
