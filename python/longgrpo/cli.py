@@ -1,5 +1,5 @@
 """The command line: `longgrpo train CONFIG.yaml [--group.key VALUE ...]`, `longgrpo train --resume RUN`, and the
-commands around it, `selftest CONFIG`, `autotune CONFIG`, `eval CONFIG or RUN`, `export RUN DIRECTORY`,
+commands around it, `selftest CONFIG`, `parity CONFIG`, `autotune CONFIG`, `eval CONFIG or RUN`, `export RUN DIRECTORY`,
 `report RUN [RUN ...]`."""
 
 from __future__ import annotations
@@ -126,6 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     test = command("selftest", _selftest, "can this run learn? checks one update from outside")
     test.add_argument("config", type=Path)
+    same = command("parity", _parity, "where do engine and trainer part? exit status 1: somewhere")
+    same.add_argument("config", type=Path)
+    same.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: model.dtype")
+    same.add_argument("--json", action="store_true", help="print JSON")
     evaluation = command("eval", _eval, "accuracy on the held-out problems, with 95 %% intervals")
     evaluation.add_argument("source", type=Path, help="a config, for its untrained model, or a run's directory")
     export = command("export", _export, "write a run's weights for transformers, PEFT or vLLM")
@@ -226,6 +230,23 @@ def _selftest(options: argparse.Namespace, overrides: list[str]) -> int:
             trainer.close()
     print(visible("\n".join(map(str, result.checks))))
     return 1 if result.failed else 0
+
+
+def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
+    from longgrpo.checks.parity import parity
+    from longgrpo.config.run import load_config
+    from longgrpo.run.trainer import Trainer
+
+    dtype = ["--model.dtype", options.dtype] if options.dtype else []
+    config = load_config(options.config, [*overrides, *dtype])
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = Trainer(config, Path(directory))
+        try:
+            found = parity(trainer.loop)
+        finally:
+            trainer.close()
+    print(json.dumps(found.json(), indent=1) if options.json else visible(str(found)))
+    return 0 if found.equal else 1
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
