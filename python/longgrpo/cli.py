@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from longgrpo.errors import ConfigError, UserError
+from longgrpo.errors import ConfigError, UserError, root_cause
 from longgrpo.visible import listening, visible
 
 OPTIONS = (
@@ -43,11 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        return _say(f"longgrpo: {error}", 2)
-    except ModuleNotFoundError as error:
+        failed = error.__cause__ if isinstance(error.__cause__, ImportError) and error.__cause__.__cause__ else None
+        return _say(f"longgrpo: {_import_failed(failed) if failed else error}", 2)
+    except ImportError as error:
         if str(error.name).startswith("longgrpo"):
             raise
-        return _say(f"longgrpo: {error.name} is not installed: pip install 'longgrpo[train]'", 2)
+        return _say(f"longgrpo: {_import_failed(error)}", 2)
     except KeyboardInterrupt:
         return _say("longgrpo: stopped at once; the last checkpoint is kept", 130)
     except BrokenPipeError:  # of `| head`: all is done but for who reads it
@@ -86,6 +87,14 @@ class _Heard(io.TextIOBase):
 class _Shown(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
+
+
+def _import_failed(error: ImportError) -> str:
+    """What is missing, or what broke an import: the libraries name neither the one nor the other."""
+    cause = root_cause(error)
+    if isinstance(cause, ModuleNotFoundError) and cause.name:
+        return f"{cause.name} is not installed: pip install 'longgrpo[train]'"
+    return f"an import failed ({type(cause).__name__}: {cause}): python -m longgrpo.doctor says what is broken"
 
 
 def _say(message: str, status: int) -> int:
