@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from longgrpo.config.document import read_yaml
+from longgrpo.config.from_trl import answer
 from longgrpo.errors import ConfigError
 
 # Former names of keys.
@@ -65,6 +66,8 @@ def explain(problem: dict[str, Any], root: type) -> str:
     if problem["type"] == "unexpected_keyword_argument":
         if key in RENAMED:
             return f"{key!r} is now {RENAMED[key]!r}"
+        if theirs := answer(location[-1]):
+            return f"unknown key {key!r}; {theirs}"
         known = field_names(_class_at(root, location[:-1]))
         near = difflib.get_close_matches(location[-1], known, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
