@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -90,6 +91,16 @@ def _class_at(root: type, location: list[str]) -> Any:
         while typing.get_args(current):  # list[X], X | None
             current = typing.get_args(current)[0]
     return current
+
+
+def keys(cls: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted key below a dataclass; those of lists and mappings are not named."""
+    hints = typing.get_type_hints(cls)
+    for name in field_names(cls):
+        yield f"{prefix}{name}"
+        nested = [hint for hint in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(hint)]
+        if nested and typing.get_origin(hints[name]) not in (list, dict):
+            yield from keys(nested[0], f"{prefix}{name}.")
 
 
 def field_names(cls: Any) -> list[str]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from longgrpo.visible import visible
+from longgrpo.visible import listening, visible
 
 SETTINGS = {"TRANSFORMERS_VERBOSITY": "error", "VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
 LOGGERS = ("torch", "torch._library", "torch.utils", "transformers", "datasets", "peft", "accelerate", "vllm")
@@ -24,7 +25,35 @@ class _Handler(logging.Handler):
     """Writes to whatever stderr is at the moment: a bar that is drawn there makes room."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(visible(self.format(record)), file=sys.stderr, flush=True)
+        with listening():
+            print(visible(self.format(record)), file=sys.stderr, flush=True)
+
+
+class Heard(io.TextIOBase):
+    """stderr, whose reader may go (`| head` has ended, a connection is closed): then it is written to no more, also by
+    the libraries that show a bar, and the run goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with listening():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with listening():
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
 
 
 def log_to_stderr(verbose: bool) -> None:
@@ -49,14 +78,14 @@ def _hush() -> None:
 
 
 @contextmanager
-def native_output_aside(heard: Callable[[TextIO], TextIO]) -> Iterator[None]:
+def native_output_aside() -> Iterator[None]:
     """What libraries write past Python to stderr, or to the stderr that they began with, is shown only if the block
-    fails. heard: see the command line's stderr."""
+    fails."""
     before = sys.stderr
     before.flush()
     terminal = os.dup(2)
     # Left open: a logger that is made in the block goes on writing there.
-    sys.stderr = heard(os.fdopen(terminal, "w", buffering=1, encoding=before.encoding, errors="backslashreplace"))
+    sys.stderr = Heard(os.fdopen(terminal, "w", buffering=1, encoding=before.encoding, errors="backslashreplace"))
     with tempfile.TemporaryFile() as kept:
         os.dup2(kept.fileno(), 2)
         try:
