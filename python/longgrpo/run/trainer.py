@@ -24,7 +24,7 @@ from longgrpo.rollout.protocol import max_length
 from longgrpo.run import checkpoint
 from longgrpo.run.before import rehearsed, spread_of
 from longgrpo.run.callbacks import Callbacks
-from longgrpo.run.claim import Claim, claim_new, names_of
+from longgrpo.run.claim import Claim, claim_new, names_at_end, names_of
 from longgrpo.run.endings import as_user_error
 from longgrpo.run.evaluations import Evaluations
 from longgrpo.run.export import write_model
@@ -337,6 +337,7 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of the last whole step."""
         self._look_at_clock()
+        self.claim.withdraw_end(self.progress.step)
         state = {
             "progress": asdict(self.progress),
             "stream": self.loop.collector.stream.state,
@@ -379,7 +380,7 @@ class Trainer:
 
     def _finish(self, tracker: Tracker) -> dict[str, Any]:
         """The trained model beside the run's other files, the last evaluation, and the summary."""
-        self.claim.add(["adapter" if self.config.lora else "model"])
+        self.claim.add(names_at_end(self.config))
         if self.config.lora:
             replace_directory(self.directory / "adapter", self._save_adapter)
         else:
@@ -391,7 +392,6 @@ class Trainer:
         self._look_at_clock()
         engine = self.loop.collector.engine.name
         summary = summary_of(self.config, self.directory, self.progress, results, self.watched.standing, engine)
-        self.claim.add(["summary.json"])
         write_file(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 
