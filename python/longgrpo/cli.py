@@ -1,6 +1,6 @@
 """The command line: `longgrpo train CONFIG.yaml [--group.key VALUE ...]`, `longgrpo train --resume RUN`, and the
-commands around it, `selftest CONFIG`, `parity CONFIG`, `autotune CONFIG`, `eval CONFIG or RUN`, `sample RUN`, `export RUN
-DIRECTORY`, `report RUN [RUN ...]`, `completion SHELL`."""
+commands around it, `selftest CONFIG`, `parity CONFIG`, `autotune CONFIG`, `eval CONFIG or RUN`, `sample RUN`,
+`export RUN DIRECTORY`, `report RUN [RUN ...]`, `completion SHELL`."""
 
 from __future__ import annotations
 
