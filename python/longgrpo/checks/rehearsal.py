@@ -28,9 +28,6 @@ from longgrpo.train.update import plan_updates
 log = logging.getLogger(__name__)
 
 
-LIBRARIES = ", without 1 GiB of host memory for Python's libraries"
-
-
 class Forecast:
     """What a run will need on a card, or without one on this machine: `--card`'s name or GiB; None: what is here.
 
@@ -76,8 +73,7 @@ class Forecast:
             lines.append(f"  {phase.name:9}{phase.device_bytes / GIB:8.2f} GiB{host}")
             terms = (phase.terms | {f"{name} (host)": size for name, size in phase.host_terms.items()}).items()
             lines += [f"    {size / GIB:8.2f}  {name}" for name, size in terms if size >= GIB / 200]
-        need, has = self.needs(self.plan) / GIB, self.capacity / GIB
-        lines.append(f"{'fits' if self.fits() else 'does not fit'}: {need:.2f} of {has:.2f} GiB{LIBRARIES}")
+        lines.append(self._verdict())
         if not self.fits():
             changes = self.changes()
             lines += [f"  {self.needs(change.plan) / GIB:8.2f} GiB with {change.text}" for change in changes]
@@ -87,12 +83,13 @@ class Forecast:
 
     def short(self) -> str:
         """Two lines: the phases' peaks, and whether they fit."""
-        need, has = self.needs(self.plan) / GIB, self.capacity / GIB
         phases = ", ".join(f"{phase.name} {phase.device_bytes / GIB:.2f}" for phase in self.plan.phases)
-        return (
-            f"memory, GiB: {phases} predicted\n"
-            f"{'fits' if self.fits() else 'does not fit'}: {need:.2f} of {has:.2f} GiB{LIBRARIES}; terms: longgrpo plan"
-        )
+        return f"memory by longgrpo plan: {phases} GiB\n{self._verdict()}"
+
+    def _verdict(self) -> str:
+        need, has = self.needs(self.plan) / GIB, self.capacity / GIB
+        rest = "" if self.target.is_cuda else ", without Python and its libraries (1 GiB)"
+        return f"{'fits' if self.fits() else 'does not fit'}: {need:.2f} of {has:.2f} GiB{rest}"
 
     def json(self) -> dict[str, Any]:
         return {

@@ -1,7 +1,7 @@
 """A model as one GGUF file for llama.cpp and Ollama, as llama.cpp's converter writes it: longgrpo.model.gguf backwards.
 
-Of a model that came from a GGUF file all metadata is that of the file. Another tokenizer has to be one of PRE: by its name
-llama.cpp chooses how text is split, and with another name the same text would be other tokens.
+The metadata of a model that came from a GGUF file is that of the file. Another tokenizer has to be one of PRE: by its
+name llama.cpp chooses how text is split, and with another name the same text would be other tokens.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def rehearsed(forecast: Forecast, loop: Loop, say: Say) -> dict[str, int]:
     metrics: dict[str, int] = {}
     told = []
     for phase, (predicted, measured) in forecast.rehearse(loop).items():
-        told.append(f"{phase} {measured / GIB:.2f} ({predicted / GIB:.2f})")
+        told.append(f"{phase} {measured / GIB:.2f}/{predicted / GIB:.2f}")
         metrics |= {f"predicted_bytes/{phase}": predicted, f"measured_bytes/{phase}": measured}
-    say(f"memory, GiB: {', '.join(told)} measured (predicted) in a rehearsal")
+    say(f"measured/predicted: {', '.join(told)} GiB")
     return metrics
