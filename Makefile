@@ -119,7 +119,7 @@ $(STAMPS)/build: $(STAMPS)/venv requirements/build.txt
 	@scripts/setup.sh step "torch and the build tools" $(PIP) install -q -r requirements/build.txt
 	@touch $@
 
-$(STAMPS)/engine: $(STAMPS)/build requirements/*.txt
+$(STAMPS)/engine: $(STAMPS)/build requirements/*.txt pyproject.toml
 	@scripts/setup.sh engine $(BIN)
 	@touch $@
 

@@ -30,7 +30,7 @@ The defaults of the loss and the algorithm are those of TRL 1.16's `GRPOConfig`,
 """
 
 DIFFERENCES = [
-    ("train.learning_rate", "1e-6", "TRL's is for full fine-tuning; an adapter needs about ten times as much"),
+    ("train.learning_rate", "1e-6", "null: 1e-5 for an adapter, which needs about ten times as much, else TRL's"),
     ("train.betas", "[0.9, 0.999]", "TRL's second moment averages over a thousand steps, longer than most runs"),
     ("train.schedule", "linear", "with a constant rate a run can be extended, and its steps are comparable"),
     ("rollout.max_completion_length", "512", "set it to what the task needs"),

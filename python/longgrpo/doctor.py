@@ -37,6 +37,25 @@ SETTINGS = (
     "CUDA_VISIBLE_DEVICES", "LONGGRPO_UNTESTED_VLLM", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND",
 )  # fmt: skip
+TRAINER = (
+    "transformers:LlamaForCausalLM", "transformers:LlamaForSequenceClassification", "peft", "accelerate", "datasets",
+    "pyarrow.parquet", "pydantic", "yaml", "rich", "reasoning_gym", "math_verify", "torch.utils.tensorboard", "jinja2",
+    "gguf", "psutil", "longgrpo.run.trainer", "longgrpo.report",
+)  # fmt: skip
+"""What the trainer imports; a class of transformers is imported when it is asked for."""
+IMPORTS = """
+import importlib, sys
+from longgrpo.errors import root_cause
+for name in sys.argv[1:]:
+    module, _, attribute = name.partition(":")
+    print(module, end="\t", flush=True)
+    try:
+        getattr(importlib.import_module(module), attribute or "__name__")
+        print("")
+    except Exception as error:
+        cause = root_cause(error)
+        print(f"{type(cause).__name__}: {cause}".splitlines()[0])
+"""
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 BF16_FLAGS = {"avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}  # as csrc/cpu/gemm_bf16.cpp asks the processor
 GIB = 2**30
@@ -215,6 +234,32 @@ def engine() -> Iterator[Finding]:
         yield Finding("rollout engine", f"none: {name} {found} is untested and refused", remedy, broken=True)
 
 
+def trainer() -> Iterator[Finding]:
+    """Imports what the trainer imports, in a process of its own: one that a signal ends is found too."""
+    if importlib.util.find_spec("transformers") is None or isinstance(_imported("longgrpo"), Exception):
+        return
+    names = [*TRAINER, *(["vllm:LLM"] if importlib.util.find_spec("vllm") else [])]
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", IMPORTS, *names]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=os.environ | quiet)
+    tried = [line.split("\t") for line in run.stdout.splitlines() if "\t" in line]
+    broken = [f"{name}: {error}" for name, error in tried if error]
+    if run.returncode:
+        broken.append(f"{tried[-1][0] if tried else 'python'}: ended with status {run.returncode}")
+    for told in dict.fromkeys(broken):
+        yield Finding("imports", told, _remedy(told), broken=True)
+    if not broken:
+        yield Finding("imports", f"{len(names)} work")
+
+
+def _remedy(told: str) -> str:
+    if "No module named" in told:
+        return "pip install 'longgrpo[train]'"
+    if "torchvision" in told:
+        return "torchvision is of another build than torch, and text needs none: pip uninstall torchvision"
+    return "install the tested version of the package that is named"
+
+
 def offload() -> Iterator[Finding]:
     if isinstance(_imported("longgrpo"), Exception):
         return
@@ -223,7 +268,7 @@ def offload() -> Iterator[Finding]:
     yield Finding("offload", f"up to {host_budget() / GIB:.1f} GiB of host memory by default")
 
 
-LOOKS = (system, gpu, packages, kernels, engine, offload)
+LOOKS = (system, gpu, packages, kernels, engine, trainer, offload)
 
 
 def _imported(name: str) -> Any:

@@ -43,6 +43,13 @@ class WeightSyncError(UserError):
     """An engine that does not use the trained weights. The weights have moved, and are not those of the last step."""
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """The error that began it: transformers, for one, says of any failed import only that it failed."""
+    while (earlier := error.__cause__) is not None:
+        error = earlier
+    return error
+
+
 def renamed(**names: str) -> Callable[[F], F]:
     """A decorator: a keyword argument of a former name, as in `renamed(normaliser="normalizer")`, is answered with the
     present one (TypeError)."""

@@ -27,4 +27,4 @@ def test_every_field_is_described():
 def test_differences_from_trl_are_stated_with_our_defaults():
     page = docs.render()
     assert "| `train.betas` | `[0.9, 0.99]` | [0.9, 0.999] |" in page
-    assert "| `learning_rate` | `float` | `1e-05` |" in page
+    assert "| `learning_rate` | `float \\| None` | `null` | The learning rate; default: 1e-5 for an adapter" in page

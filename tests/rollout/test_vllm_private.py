@@ -57,6 +57,16 @@ def test_every_linear_of_the_engine_runs_on_its_live_weight(llm):
     assert {module.cpu_linear for module in linears} == {vllm_private._linear}
 
 
+def test_the_operators_are_each_of_the_engines_parts_once_a_layer(llm):
+    names = list(vllm_private.operators(vllm_private.engine_module(llm)))
+    layer = [
+        "input_layernorm", "self_attn.qkv_proj", "self_attn.rotary_emb", "self_attn.attn", "self_attn.o_proj",
+        "post_attention_layernorm", "mlp.gate_up_proj", "mlp.act_fn", "mlp.down_proj",
+    ]  # fmt: skip
+    layers = [f"model.layers.{i}.{part}" for i in range(2) for part in layer]
+    assert sorted(names) == sorted(["model.embed_tokens", *layers, "model.norm"])
+
+
 LINEARS = """
 import torch
 from longgrpo.rollout import vllm_private

@@ -179,6 +179,38 @@ def test_a_run_that_goes_on_has_no_summary(quick, tmp_path, monkeypatch):
     assert not (tmp_path / "run/summary.json").exists()
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_what_stands_at_the_top_is_of_the_newest_saved_step_or_is_not_there(quick, tmp_path, monkeypatch, lora):
+    quick["task"]["eval_n"], quick["train"]["steps"], quick["train"]["save_steps"] = 4, 1, 1
+    weights = "adapter" if lora else "model"
+    if not lora:
+        del quick["lora"]
+    ends = {weights, "summary.json", "eval_after.json"}
+    run, top = tmp_path / "run", lambda: ends & set(os.listdir(tmp_path / "run"))
+    Trainer(build_config(quick), run).run()
+    assert top() == ends
+    (run / "eval_after_mine.json").write_text("not ours")
+
+    with monkeypatch.context() as patch:  # nothing is saved: the weights and the evaluation are still the newest
+        failing(patch, "score", 1, MemoryError())
+        with pytest.raises(TrainingError):
+            Trainer.resume(run, ["--train.steps", "9"]).run()
+    assert saved_steps(run) == ["step-000001"]
+    assert top() == ends - {"summary.json"}
+
+    resumed = Trainer.resume(run, ["--train.steps", "9"])
+    monkeypatch.setattr(train_module.Watched, "step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert resumed.run() is None
+    assert saved_steps(run)[-1] == "step-000002"
+    assert top() == set()
+    monkeypatch.undo()
+
+    Trainer.resume(run, ["--train.steps", "3"]).run()
+    assert top() == ends
+    assert json.loads((run / "summary.json").read_text())["steps"] == 3
+    assert (run / "eval_after_mine.json").read_text() == "not ours"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

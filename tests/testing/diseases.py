@@ -23,7 +23,7 @@ LONGEST = 16
 
 
 def text_of(completion):
-    return completion[-1]["content"]
+    return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def even(completions, **columns):

@@ -28,7 +28,7 @@ def digits_of_odd_sums(completions, answer, **columns):
 
 
 def text_of(completion):
-    return completion[-1]["content"]
+    return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def raises(completions, **columns):

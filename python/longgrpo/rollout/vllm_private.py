@@ -152,6 +152,21 @@ def engine_module(llm: LLM) -> torch.nn.Module:
     return module
 
 
+def operators(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The parts of the engine's model that compute, by name: linears (with LoRA as one), norms, rotary embedding,
+    attention, activation and embedding."""
+    from vllm.lora.layers import BaseLayerWithLoRA
+    from vllm.model_executor.custom_op import CustomOp
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    kinds = (BaseLayerWithLoRA, LinearBase, CustomOp, Attention, VocabParallelEmbedding)
+    every = module.named_modules(remove_duplicate=False)  # the layers share their rotary embedding
+    found = {name: part for name, part in every if isinstance(part, kinds) and name != "lm_head"}
+    return {name: part for name, part in found.items() if name.rpartition(".")[0] not in found}
+
+
 def accurate_logprobs(llm: LLM) -> None:
     """float32 log_softmax is 1e-5 too high at a vocabulary of 49,152, where its sum runs in long chains; logsumexp is
     not. Sampling is as it was: only the logprobs that are reported change. A GPU's runner has a sampler of its own."""

@@ -41,7 +41,9 @@ def spread_of(loop: Loop, prompts: int, directory: Path, say: Say) -> float:
 def rehearsed(forecast: Forecast, loop: Loop, say: Say) -> dict[str, int]:
     """Runs the longest micro-batch and tells each phase's peak; returns the peaks as metrics, in bytes."""
     metrics: dict[str, int] = {}
+    told = []
     for phase, (predicted, measured) in forecast.rehearse(loop).items():
-        say(f"memory, {phase}: {measured / GIB:.2f} GiB measured, {predicted / GIB:.2f} predicted")
+        told.append(f"{phase} {measured / GIB:.2f}/{predicted / GIB:.2f}")
         metrics |= {f"predicted_bytes/{phase}": predicted, f"measured_bytes/{phase}": measured}
+    say(f"measured/predicted: {', '.join(told)} GiB")
     return metrics

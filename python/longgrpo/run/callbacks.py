@@ -101,7 +101,7 @@ def _arguments(config: TrainConfig, directory: Path) -> TrainingArguments:
     train, every = config.train, config.task.eval_steps
     best = config.best_metric or ""
     arguments = TrainingArguments(
-        output_dir=str(directory), max_steps=train.steps, learning_rate=train.learning_rate, seed=train.seed,
+        output_dir=str(directory), max_steps=train.steps, learning_rate=train.rate, seed=train.seed,
         weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm, logging_steps=1, report_to=[],
         save_strategy="steps", save_steps=train.save_steps or train.steps, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from longgrpo.config.run import TrainConfig
 from longgrpo.errors import ConfigError
-from longgrpo.run.files import writing
+from longgrpo.run import checkpoint
+from longgrpo.run.files import remove_directory, writing
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,12 @@ _held: set[tuple[int, int]] = set()
 closing any descriptor of such a file would drop them."""
 
 
+def names_at_end(config: TrainConfig) -> list[str]:
+    """What stands at the top of a run's directory of its end: it is of the newest saved step, or is not there."""
+    sets = [f"_{name}" if name else "" for name in config.task.held_out]
+    return ["adapter" if config.lora else "model", "summary.json", *(f"eval_after{name}.json" for name in sets)]
+
+
 def names_of(config: TrainConfig) -> tuple[list[str], list[str]]:
     """What a run writes into its directory: from its beginning on, and at its end."""
     begun = ["config.yaml", "metrics.jsonl", "checkpoints", "evaluations"]
@@ -40,8 +47,8 @@ def names_of(config: TrainConfig) -> tuple[list[str], list[str]]:
     begun += ["completions"] if config.log.completions != 0 else []
     begun += ["tiles.json"] if config.memory.autotune is not False else []
     sets = [f"_{name}" if name else "" for name in config.task.held_out]
-    begun += [f"eval_{when}{name}.json" for when in ("before", "after", "prefill") for name in sets]
-    return begun, ["adapter" if config.lora else "model", "summary.json"]
+    begun += [f"eval_{when}{name}.json" for when in ("before", "prefill") for name in sets]
+    return begun, names_at_end(config)
 
 
 class Claim:
@@ -126,6 +133,18 @@ class Claim:
             os.write(self._descriptor, ((HEAD if os.fstat(self._descriptor).st_size == 0 else "") + text).encode())
             os.fsync(self._descriptor)
         self.made |= set(names)
+
+    def withdraw_end(self, step: int) -> None:
+        """Removes what the run has made of an earlier end (names_at_end), unless `step` is that end, saved already."""
+        if step in map(checkpoint.step_of, checkpoint.checkpoints(self.directory)):
+            return
+        of_an_end = ("adapter", "model", "summary.json")
+        for path in (self.directory / n for n in self.made if n in of_an_end or n.startswith("eval_after")):
+            with writing(path):
+                if path.is_dir() and not path.is_symlink():
+                    remove_directory(path)
+                else:
+                    path.unlink(missing_ok=True)
 
     def undo(self) -> None:
         """Takes the claim back, if nothing was made: the directory is as it was."""

@@ -83,7 +83,7 @@ class Evaluations:
         """The trained model, after `step` steps, beside the untrained one; what the summary says of it."""
         results: dict[str, Any] = {}
         for name in self.sets:
-            self._path("eval_after", name).unlink(missing_ok=True)  # of a run that had fewer steps
+            self._path("eval_after", name).unlink(missing_ok=True)  # as the config is now
             if (during := self._path(f"evaluations/step-{step:06d}", name)).exists():
                 self._read(during, name)
                 write_file(self._path("eval_after", name), during.read_text("utf-8"))

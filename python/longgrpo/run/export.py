@@ -1,7 +1,9 @@
-"""A run's weights in the forms that others load: an adapter for PEFT and vLLM, a model for transformers and vLLM."""
+"""A run's weights in the forms that others load: an adapter for PEFT and vLLM, a model for transformers and vLLM, a
+GGUF file for llama.cpp and Ollama."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -9,30 +11,44 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from longgrpo.config.model import Dtype
-from longgrpo.config.run import load_config
+from longgrpo.config.run import TrainConfig, load_config
 from longgrpo.errors import ConfigError
-from longgrpo.model.load import load_model, load_tokenizer, resolve_model
+from longgrpo.model.load import gguf_of, load_model, load_tokenizer, resolve_model
 from longgrpo.run import checkpoint
-from longgrpo.run.files import replace_directory
+from longgrpo.run.files import replace_directory, sync, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Form = Literal["adapter", "model"]
+GGUFType = Literal["bfloat16", "q8_0"]
+Form = Literal["adapter", "model", "gguf"]
 
 
-def export(run: Path, directory: Path, form: Form, which: str = "last", dtype: Dtype | None = None) -> Path:
-    """Writes the weights of a checkpoint of `run` into `directory`, safetensors and all that their loaders ask for.
+def default_form(config: TrainConfig) -> Form:
+    """What is smaller and says the same: the adapter, if there is one."""
+    return "adapter" if config.lora else "model"
 
-    form: "adapter" as PEFT keeps it, or "model", the whole model, under LoRA with the adapter merged into it.
-    which: see checkpoint.find. dtype: of a model; default model.dtype. The adapter is merged in float32 and the sum
-    rounded once. Raises ConfigError if the run has no adapter, if its model is quantized and cannot be merged with the
-    adapter, if `directory` exists already, and as find does.
+
+def export(
+    run: Path, directory: Path, form: Form | None = None, which: str = "last", dtype: Dtype | GGUFType | None = None
+) -> Path:
+    """Writes the weights of a checkpoint of `run` into `directory`, with all that their loaders ask for; returns the
+    checkpoint.
+
+    form: "adapter" as PEFT keeps it; "model", the whole model in safetensors, under LoRA with the adapter merged into
+    it; "gguf", the same as one file, `directory` itself if its name ends so. Default: adapter if the run has one, else
+    model. which: see checkpoint.find. dtype: of a model, default model.dtype; of a gguf bfloat16, the default, or
+    q8_0. The adapter is merged in float32 and the sum rounded once. Raises ConfigError if the run has no adapter, if
+    its model is quantized and cannot be merged with the adapter, if the form cannot say the model, if `directory`
+    exists already, and as find does.
     """
     config = load_config(run / "config.yaml")
     saved = checkpoint.find(run, which)
     if directory.exists():
         raise ConfigError(f"{directory} exists already: name a new directory")
+    form = form or default_form(config)
+    if (dtype == "q8_0" and form != "gguf") or (form == "gguf" and dtype not in (None, "bfloat16", "q8_0")):
+        raise ConfigError(f"--dtype {dtype} of a {form}: a gguf takes bfloat16 and q8_0, a model the types of torch")
     checkpoint.verify(saved)
     if form == "adapter":
         if not config.lora:
@@ -56,10 +72,35 @@ def export(run: Path, directory: Path, form: Form, which: str = "last", dtype: D
         tensors = checkpoint.read_tensors(saved)
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith("weight.reference.")}
         checkpoint.load_weights(saved, own, dict(model.named_parameters()))
-    model.to(getattr(torch, dtype or config.model.dtype))
     tokenizer = load_tokenizer(base, config.task.chat_template)
+    if form == "gguf":
+        _write_gguf(model, tokenizer, directory, "q8_0" if dtype == "q8_0" else "bfloat16", gguf_of(config.model.path))
+        return saved
+    model.to(getattr(torch, dtype or config.model.dtype))
     replace_directory(directory, lambda path: write_model(model, tokenizer, path), new=True)
     return saved
+
+
+def _write_gguf(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path, kind: GGUFType, source: Path | None
+) -> None:
+    """source: the GGUF file that the base came from."""
+    from longgrpo.model.to_gguf import write_gguf
+
+    file = target if target.suffix == ".gguf" else target / "model.gguf"
+    temporary = file.with_name(f".{file.name}.tmp")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with writing(file):
+            write_gguf(model, tokenizer, temporary, kind, source)
+            sync(temporary)
+            os.replace(temporary, file)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+        if file.parent == target and not file.exists():
+            target.rmdir()
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

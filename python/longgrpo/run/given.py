@@ -28,6 +28,11 @@ def config_with(config: TrainConfig | Mapping[str, Any], given: Mapping[str, Any
     """
     if unknown := sorted(set(given) - set(NAMES)):
         raise ConfigError(f"Trainer has no argument {unknown[0]!r}: it takes {', '.join(NAMES)}")
+    if not isinstance(config, TrainConfig | Mapping):
+        raise ConfigError(
+            f"config is a {type(config).__name__}: give a mapping, as a YAML file has it, or what load_config returns "
+            "(docs/from-trl.md has the names of TRL's options here)"
+        )
     if isinstance(config, TrainConfig) and not any(given.get(name) is not None for name in NAMES[:-1]):
         return config
     tree = config_tree(config) if isinstance(config, TrainConfig) else dict(config)

@@ -1,4 +1,4 @@
-"""What a run logs while it runs: metrics.jsonl, completions/, a progress bar, TensorBoard and other trackers."""
+"""What a run logs while it runs: metrics.jsonl, completions/, lines of progress, TensorBoard and other trackers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,13 +18,11 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
 from longgrpo.config.run import TrainConfig, config_tree
 from longgrpo.errors import ConfigError
 from longgrpo.run.files import write_file, writing
 from longgrpo.run.notebook import LivePlots, in_notebook
+from longgrpo.run.terminal import Part, Terminal, fitted
 from longgrpo.tasks.sample import Rollout, Sample
 from longgrpo.visible import listening, visible
 
@@ -39,12 +36,12 @@ PHASES = {
 
 
 class Tracker:
-    """Writes each step to disk, and shows it: on a terminal a bar with a column for each reward, elsewhere a line."""
+    """Writes each step to disk, and shows it in a line."""
 
     def __init__(self, directory: Path, config: TrainConfig, done: int) -> None:
         """The files already hold `done` steps. Later ones are dropped, because this run will write them again."""
         self._rewards, self._steps = [reward.label for reward in config.rewards], config.train.steps
-        self._console = Console(stderr=True)
+        self._terminal = Terminal(config.train.steps, done)
         self._metrics = _JsonLines(directory / "metrics.jsonl", done)
         self._completions = _Completions(directory / "completions", config.log.completions, done)
         self._sinks: dict[str, _Sink] = {}
@@ -52,30 +49,23 @@ class Tracker:
             with self._may_fail(name):
                 self._sinks[name] = _sink(name, directory, config, done)
         self._step_seconds: deque[float] = deque(maxlen=20)
-        columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
-        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._plots = LivePlots(self._steps) if in_notebook() else None
-        self._task = self._bar.add_task("train", total=self._steps, completed=max(done, 0), status="")
+        self._config = config
 
     def __enter__(self) -> Tracker:
-        with listening():
-            self._bar.start()
+        self._terminal.start()
+        self.say(trained_weights(self._config))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with listening():
-            self._bar.stop()
+        self._terminal.stop()
         self._metrics.close()
         self._to_sinks(lambda sink: sink.close())
 
     def say(self, message: str) -> None:
-        with listening():
-            if self._console.is_terminal:
-                self._console.print(visible(message), markup=False, highlight=False)
-            else:
-                print(visible(message), file=sys.stderr, flush=True)
+        self._terminal.say(message)
 
     def _to_sinks(self, do: Callable[[_Sink], None]) -> None:
         for name, sink in list(self._sinks.items()):
@@ -98,7 +88,7 @@ class Tracker:
         self._to_sinks(lambda sink: sink.write(metrics["step"], numbers))
         if self._plots:
             with listening():
-                self._plots.update(metrics, self._status(metrics) if "seconds/step" in metrics else "")
+                self._plots.update(metrics, fitted(self._parts(metrics), None) if "seconds/step" in metrics else "")
 
     def done(self) -> Iterator[dict[str, Any]]:
         """The metrics of the steps that are done."""
@@ -113,23 +103,36 @@ class Tracker:
         self._step_seconds.append(metrics["seconds/step"])
         self.measured(metrics)
         self._completions.write(metrics["step"], rollout, self._rewards)
-        status = self._status(metrics)
-        with listening():
-            self._bar.update(self._task, completed=metrics["step"], status=visible(status))
-        if not (self._console.is_terminal or self._plots):
-            self.say(f"step {metrics['step']}/{self._steps}  {status}")
+        if not self._plots:
+            step = Part(0, f"step {metrics['step']}/{self._steps}")
+            self._terminal.step(metrics["step"], [step, *self._parts(metrics)], self._left(metrics))
 
-    def _status(self, metrics: Mapping[str, Any]) -> str:
-        columns = {"reward": "reward/mean", **{name: f"reward/{name}/mean" for name in self._rewards}}
-        rewards = "  ".join(f"{name} {_short(metrics[key])}" for name, key in columns.items())
+    def _left(self, metrics: Mapping[str, Any]) -> timedelta:
+        return timedelta(seconds=round(fmean(self._step_seconds) * (self._steps - metrics["step"])))
+
+    def _parts(self, metrics: Mapping[str, Any]) -> list[Part]:
+        """Of the line of a step, the most important of them with the lowest ranks."""
         seconds = {name: sum(metrics[f"seconds/{part}"] for part in parts) for name, parts in PHASES.items()}
         phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
         tokens = metrics["completion_length/sum"] / metrics["seconds/step"]
-        left = timedelta(seconds=round(fmean(self._step_seconds) * (self._steps - metrics["step"])))
-        return (
-            f"{rewards}  length {metrics['completion_length/mean']:.1f}  "
-            f"{metrics['seconds/step']:.1f} s ({phases})  {tokens:.0f} tokens/s  {left} left"
-        )
+        return [
+            Part(1, f"reward {_short(metrics['reward/mean'])}"),
+            *(Part(5, f"{name} {_short(metrics[f'reward/{name}/mean'])}") for name in self._rewards),
+            Part(4, f"length {metrics['completion_length/mean']:.1f}"),
+            Part(2, f"{metrics['seconds/step']:.1f} s"),
+            Part(7, f"({phases})", " "),
+            Part(6, f"{tokens:.0f} tokens/s"),
+            Part(3, f"{self._left(metrics)} left"),
+        ]
+
+
+def trained_weights(config: TrainConfig) -> str:
+    """Which weights a run trains, and how fast."""
+    lora, rate = config.lora, f"learning rate {config.train.rate:g}"
+    if lora is None:
+        return f"training all weights (the config has no lora group), {rate}"
+    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    return f"training an adapter of rank {lora.rank} ({targets}), {rate}"
 
 
 def _short(value: float | None) -> str:

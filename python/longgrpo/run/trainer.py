@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from longgrpo.checks.rehearsal import forecast_run
-from longgrpo.config.run import TrainConfig, dump_config, load_config
+from longgrpo.config.run import TrainConfig, load_config
 from longgrpo.errors import ConfigError, TrainingError
 from longgrpo.model.load import end_token_ids, load_tokenizer, published_name, resolve_model
 from longgrpo.model.lora import save_adapter, with_adapter
@@ -24,7 +24,7 @@ from longgrpo.rollout.protocol import max_length
 from longgrpo.run import checkpoint
 from longgrpo.run.before import rehearsed, spread_of
 from longgrpo.run.callbacks import Callbacks
-from longgrpo.run.claim import Claim, claim_new, names_of
+from longgrpo.run.claim import Claim, claim_new, names_at_end, names_of
 from longgrpo.run.endings import as_user_error
 from longgrpo.run.evaluations import Evaluations
 from longgrpo.run.export import write_model
@@ -33,6 +33,7 @@ from longgrpo.run.given import config_with, objects_of
 from longgrpo.run.problems import problems_of
 from longgrpo.run.progress import Progress
 from longgrpo.run.signals import StopRequest
+from longgrpo.run.started import write_config
 from longgrpo.run.summary import summary_of
 from longgrpo.run.tracking import Tracker, check_installed
 from longgrpo.run.tuning import tune_run
@@ -105,7 +106,7 @@ class Trainer:
             self.claim.check([*begun, *ended])
             self._build(config, self.claim.directory, force, given)
             self.claim.add(begun)
-            write_file(self.directory / "config.yaml", dump_config(self.config))
+            write_config(self.directory, self.config, step=0)
         except BaseException:
             self.claim.undo()
             raise
@@ -133,7 +134,7 @@ class Trainer:
             if saved:
                 trainer._restore(saved[-1])
             trainer.claim.add(begun)
-            write_file(directory / "config.yaml", dump_config(trainer.config))
+            write_config(directory, trainer.config, trainer.progress.step)
         except BaseException:
             trainer.claim.undo()
             raise
@@ -238,10 +239,9 @@ class Trainer:
                 set_random_states(generators)
                 self._whole = True
             raise
-        self.progress.step = number
+        self.progress.step, self.progress.skipped_updates = number, trained.skipped_updates
         drift = result.metrics["engine_trainer_logprob_diff_max"] or 0.0  # None: not finite
         self.progress.logprob_diff_max = max(self.progress.logprob_diff_max, drift)
-        self.progress.skipped_updates = trained.skipped_updates
         self.callbacks.step_end(number, stream.epoch)
         every, evaluated, failed, better = self.config.task.eval_steps, {}, None, False
         if (every and number % every == 0) or self.callbacks.control.should_evaluate:
@@ -249,12 +249,12 @@ class Trainer:
                 evaluated = self.evaluations.during(self.loop.collector, number, tracker.say)
             except Exception as error:  # the step itself is whole
                 failed = error
-        metrics = {**result.metrics, **also, **evaluated}
+        self._look_at_clock()
+        metrics = {**result.metrics, **also, **evaluated, "seconds/run": self.progress.seconds}
         self.progress.metric = best_metric(self.config.best_metric, metrics)
         if evaluated:
             better = self.config.best_is_evaluated and self.progress.count_evaluation()
             self.callbacks.evaluated(evaluated, self.progress.best_evaluation)
-        self._look_at_clock()
         self.watched.step(metrics, result.rollout)
         self._whole = True
         self.callbacks.log(metrics)
@@ -337,6 +337,7 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of the last whole step."""
         self._look_at_clock()
+        self.claim.withdraw_end(self.progress.step)
         state = {
             "progress": asdict(self.progress),
             "stream": self.loop.collector.stream.state,
@@ -379,7 +380,7 @@ class Trainer:
 
     def _finish(self, tracker: Tracker) -> dict[str, Any]:
         """The trained model beside the run's other files, the last evaluation, and the summary."""
-        self.claim.add(["adapter" if self.config.lora else "model"])
+        self.claim.add(names_at_end(self.config))
         if self.config.lora:
             replace_directory(self.directory / "adapter", self._save_adapter)
         else:
@@ -391,7 +392,6 @@ class Trainer:
         self._look_at_clock()
         engine = self.loop.collector.engine.name
         summary = summary_of(self.config, self.directory, self.progress, results, self.watched.standing, engine)
-        self.claim.add(["summary.json"])
         write_file(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 

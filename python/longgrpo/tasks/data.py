@@ -24,7 +24,7 @@ Messages = list[dict[str, Any]]
 Prompt = str | Messages
 """Plain text, or the messages of a conversation."""
 Reply = str | Messages
-"""What TRL passes to rewards: text for a plain prompt, [{"role": "assistant", "content": text}] for a conversation."""
+"""As TRL has it: text for a prompt of text, [{"role": "assistant", "content": text}] for a conversation."""
 
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # of a row: the trainer hands rewards its own
 RESERVED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
@@ -36,9 +36,16 @@ class Problem:
 
     question: str
     prompt: Prompt
+    """As the model gets it."""
     columns: dict[str, Any]
     index: int = 0
     """Its place in the source."""
+    text: str | None = None
+    """The row's prompt, if it is text that is sent as a user's message."""
+
+    def form(self, sent: bool = False) -> Prompt:
+        """The prompt as rewards get it, TRL's rule: text if the row has text. sent: as the model gets it."""
+        return self.prompt if sent or self.text is None else self.text
 
     def fields(self) -> dict[str, Any]:
         """What a template may name: the columns, and the entries of a column that is a mapping (metadata)."""
@@ -88,7 +95,8 @@ class Problems:
         question, prompt = _text(content, index), self._prompt(content)
         if not isinstance(prompt, str) and (prefix := self._begun(prompt)):
             columns = {"reply_prefix": prefix, **columns}
-        return Problem(question, prompt, columns, index)
+        text = content if isinstance(content, str) and not isinstance(prompt, str) else None
+        return Problem(question, prompt, columns, index, text)
 
     def _begun(self, prompt: Messages) -> str:
         return str(prompt[-1]["content"]) if prompt[-1]["role"] == "assistant" else self._prefix

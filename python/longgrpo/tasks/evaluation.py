@@ -116,7 +116,9 @@ def evaluate(
         if talks:
             for episode, completion in zip(begun, completions, strict=True):
                 talks.end(episode, completion)
-        scores = _scores(held_out.reward, [problem for problem, _ in asked], samples, loop)
+        # In a run with turns the control without them is scored by functions that read conversations.
+        sent = held_out.reward.sees_sent or conversations is not None
+        scores = _scores(held_out.reward, [problem for problem, _ in asked], samples, sent, loop)
         if talks:
             talks.close_episodes(begun)
         return replies, scores
@@ -139,14 +141,14 @@ def evaluate(
 
 
 def _scores(
-    reward: Reward, problems: Sequence[Problem], samples: Sequence[Sample], loop: EventLoop | None = None
+    reward: Reward, problems: Sequence[Problem], samples: Sequence[Sample], sent: bool, loop: EventLoop | None = None
 ) -> list[float]:
-    """One score a reply, 0 if the function does not apply or the episode failed."""
+    """One score a reply, 0 if the function does not apply or the episode failed. sent: see Problem.form."""
     from transformers import TrainerState
 
     scores = reward(
-        [sample.prompt(problem) for problem, sample in zip(problems, samples, strict=True)],
-        [sample.reply(problem) for problem, sample in zip(problems, samples, strict=True)],
+        [sample.prompt(problem, sent) for problem, sample in zip(problems, samples, strict=True)],
+        [sample.reply(problem, sent) for problem, sample in zip(problems, samples, strict=True)],
         [sample.completion.sampled_ids for sample in samples],
         columns_of(problems) | environments_of(samples),
         TrainerState(),

@@ -84,6 +84,11 @@ class Reward:
     worker: Worker | None = None  # calls its own copy of the function
 
     @property
+    def sees_sent(self) -> bool:
+        """Whether it gets prompts as they are sent: a model judges the conversation, whatever the row has."""
+        return isinstance(self.function, RewardModel)
+
+    @property
     def is_async(self) -> bool:
         return self.worker is None and is_async(self.function)
 
@@ -136,7 +141,7 @@ class Reward:
         except (Exception, SystemExit) as error:  # sys.exit(0) would end the run as if it were done
             if os.getpid() != process:
                 os._exit(0)  # a child that the function forked: the run is not its own
-            return self._failed(error, count)
+            return self._failed(error, count, given)
 
     async def score_async(self, arguments: dict[str, Any], count: int) -> Scores:
         assert self.function
@@ -146,7 +151,7 @@ class Reward:
             values = await asyncio.wait_for(call, self.timeout)
             return self._scores(values, notes, arguments["completions"])
         except (Exception, SystemExit) as error:
-            return self._failed(error, count)
+            return self._failed(error, count, arguments["completions"])
 
     def _scores(self, values: Any, notes: Notes, completions: Sequence[Reply]) -> Scores:
         count = len(completions)
@@ -183,12 +188,12 @@ class Reward:
         numbers = [math.nan if value is None else float(value) for value in values]
         return Scores(torch.tensor(numbers, dtype=torch.float64), turns, notes)
 
-    def _failed(self, error: BaseException, count: int) -> Scores:
+    def _failed(self, error: BaseException, count: int, completions: Sequence[Reply] = ()) -> Scores:
         if isinstance(error, (TimeoutError, asyncio.TimeoutError, FutureTimeoutError)) and self.timeout:
             error = RewardError(f"reward function {self.name} took longer than its timeout of {self.timeout} s")
         elif not isinstance(error, RewardError):
             raised = str(error) if self.worker else f"{type(error).__name__}: {error} ({_where(error)})"
-            error = RewardError(f"reward function {self.name} raised {raised}")
+            error = RewardError(f"reward function {self.name} raised {raised}{_form_of(raised, completions)}")
         if self.on_error == "raise":
             raise error
         log.warning("%s; it does not apply to these %d completions (on_error: none)", error, count)
@@ -224,6 +229,15 @@ def _usable(value: Any) -> bool:
         return False
 
 
+def _form_of(raised: str, completions: Sequence[Reply]) -> str:
+    """Which form the completions have, after an error that a function for the other form raises."""
+    if not completions or not raised.startswith(("TypeError", "AttributeError")):
+        return ""
+    if isinstance(completions[0], str):
+        return "; its completions are text, since the prompts are: rows whose prompt is messages give messages"
+    return '; its completions are messages, since the prompts are: the text of one is completion[-1]["content"]'
+
+
 def _where(error: BaseException) -> str:
     frame = inspect.getinnerframes(error.__traceback__)[-1] if error.__traceback__ else None
     return f"{frame.filename}:{frame.lineno}" if frame else "unknown place"
@@ -253,14 +267,14 @@ class Rewarding:
     def finish(self, problems: Sequence[Problem], samples: Sequence[Sample], state: Any) -> Tensor:
         """[F, B] float64: what F functions give to B samples, group after group; NaN: the function does not apply. The
         columns that they log go into the samples. problems: one a sample."""
-        arguments = _arguments(problems, samples, state)
+        forms = {sent: _arguments(problems, samples, state, sent) for sent in {one.sees_sent for one in self.rewards}}
         values = torch.empty(len(self.rewards), len(samples), dtype=torch.float64)
         for row, reward in zip(values, self.rewards, strict=True):
             if reward.is_async:
                 sizes, deadline = Counter(sample.group for sample in samples), reward.deadline()
                 parts = [self._result(group, reward, size, deadline) for group, size in sizes.items()]
             else:
-                parts = [reward.score({**arguments, **reward.parameters}, len(samples))]
+                parts = [reward.score({**forms[reward.sees_sent], **reward.parameters}, len(samples))]
             row.copy_(torch.cat([part.values for part in parts]))
             _note(parts, samples)
             by_turn = [own for part in parts for own in part.turns or [None] * len(part.values)]
@@ -304,12 +318,14 @@ class Rewarding:
         self._begun.clear()
 
 
-def _arguments(problems: Sequence[Problem], samples: Sequence[Sample], state: Any) -> dict[str, Any]:
-    """What every function gets; problems: one a sample."""
+def _arguments(
+    problems: Sequence[Problem], samples: Sequence[Sample], state: Any, sent: bool = False
+) -> dict[str, Any]:
+    """What every function gets; problems: one a sample; sent: see Problem.form."""
     return {
         **columns_of(problems),
-        "prompts": [sample.prompt(problem) for problem, sample in zip(problems, samples, strict=True)],
-        "completions": [sample.reply(problem) for problem, sample in zip(problems, samples, strict=True)],
+        "prompts": [sample.prompt(problem, sent) for problem, sample in zip(problems, samples, strict=True)],
+        "completions": [sample.reply(problem, sent) for problem, sample in zip(problems, samples, strict=True)],
         "completion_ids": [sample.completion.sampled_ids for sample in samples],
         "trainer_state": state,
         **environments_of(samples),

@@ -40,12 +40,13 @@ class Sample:
         """Whether it is left out of its group, whatever it earns."""
         return bool(self.episode and self.episode.failed)
 
-    def prompt(self, problem: Problem) -> Prompt:
-        return self.episode.prompt if self.episode else problem.prompt
+    def prompt(self, problem: Problem, sent: bool = False) -> Prompt:
+        """As rewards get it (Problem.form). An episode is always a conversation."""
+        return self.episode.prompt if self.episode else problem.form(sent)
 
-    def reply(self, problem: Problem) -> Reply:
-        """As the rewards get it."""
-        return self.episode.messages if self.episode else as_reply(problem.prompt, self.text)
+    def reply(self, problem: Problem, sent: bool = False) -> Reply:
+        """In the form of the prompt."""
+        return self.episode.messages if self.episode else as_reply(problem.form(sent), self.text)
 
 
 @dataclass

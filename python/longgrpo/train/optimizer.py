@@ -22,7 +22,7 @@ def make_optimizer(parameters: Iterable[Tensor], train: LoopConfig) -> torch.opt
     parameters = list(parameters)
     cls, own = _optimizer(train.optimizer)
     known = inspect.signature(cls).parameters
-    common = {"lr": train.learning_rate, "betas": train.betas, "weight_decay": train.weight_decay}
+    common = {"lr": train.rate, "betas": train.betas, "weight_decay": train.weight_decay}
     arguments = {name: value for name, value in common.items() if name in known} | own | train.optim_args
     try:
         optimizer: torch.optim.Optimizer = cls(parameters, **arguments)
