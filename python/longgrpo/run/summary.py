@@ -32,11 +32,12 @@ def summary_of(
         "findings": findings,
         "engine": engine,
         "seed": config.train.seed,
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that are installed."""
     found = {}
     for package in PACKAGES:
         try:
