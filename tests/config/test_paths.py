@@ -26,6 +26,18 @@ def path(tree, beside):
     return beside / "run.yaml"
 
 
+def test_a_run_is_made_beside_the_file_that_says_so(path, beside, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path.write_text(path.read_text() + "output_dir: runs/own\n")
+    config = load_config("mine/run.yaml")
+    assert config.output_dir == str(beside / "runs/own")
+    assert load_config("mine/run.yaml", ["--output_dir", "runs/x"]).output_dir == "runs/x"
+    given = load_config("mine/run.yaml", ["--output_dir", "runs/x"])
+    (tmp_path / "kept.yaml").write_text(dump_config(given))
+    monkeypatch.chdir(beside)
+    assert load_config(tmp_path / "kept.yaml").output_dir == str(tmp_path / "runs/x")
+
+
 def test_a_files_paths_are_its_own(path, beside, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").touch()
     monkeypatch.chdir(tmp_path)

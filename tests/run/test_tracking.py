@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import json
 import re
+import sys
+import types
 
 import pyarrow.parquet
 import pytest
@@ -111,6 +114,60 @@ def test_a_service_that_is_asked_for(tree, tmp_path, name, monkeypatch):
         (directory if name == "wandb" else tmp_path / "trackio").rglob("*.wandb" if name == "wandb" else "*.db")
     )
     assert any(b"reward/mean" in path.read_bytes() for path in written)
+
+
+class Service(types.ModuleType):
+    """What a run asks of wandb or trackio."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        self.begun, self.logged = [], []
+
+    def init(self, **options):
+        self.begun.append(options)
+        return self
+
+    def Table(self, columns, data):
+        return {"columns": columns, "data": data}
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture(params=["wandb", "trackio"])
+def service(request, monkeypatch):
+    made = Service(request.param)
+    monkeypatch.setitem(sys.modules, request.param, made)
+    return made
+
+
+def test_a_service_gets_the_completions_as_a_table(tree, tmp_path, service):
+    tree["log"], tree["train"]["steps"] = {"to": [service.__name__], "completions": 5}, 2
+    rows = completions_of(run(tree, tmp_path / "run"))
+    tables = {step: values["completions"] for step, values in service.logged if "completions" in values}
+    assert sorted(tables) == [1, 2]
+    for step, table in tables.items():
+        of_step = [row for row in rows if row["step"] == step]
+        assert len(table["data"]) == len(of_step) == 5
+        assert [dict(zip(table["columns"], row, strict=True))["advantage"] for row in table["data"]] == [
+            row["advantage"] for row in of_step
+        ]
+
+
+def test_a_run_has_an_id_of_its_own(tree, tmp_path, service):
+    """Of two runs in directories of one name neither goes on with the other's; a resumed one goes on with its own."""
+    tree["log"], tree["train"]["steps"] = {"to": [service.__name__]}, 1
+    run(tree, tmp_path / "here" / "run")
+    run(tree, tmp_path / "there" / "run")
+    Trainer.resume(tmp_path / "here" / "run", ["--train.steps", "2"]).run()
+    first, other, again = ([options[key] for key in ("id", "name") if key in options] for options in service.begun)
+    assert first == again
+    assert first[0] != other[0]
+    assert all("run" in names[-1] for names in (first, other))
 
 
 def test_what_is_shown(tree, tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -49,7 +50,8 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     output_dir: str | None = None
-    """The run's directory; default: runs/NAME after the name of the config file, numbered if that exists."""
+    """The run's directory, in a file relative to the file; default: runs/NAME in the current folder, after the name of
+    the config file, numbered if that exists."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {
         "extra": "forbid"
@@ -155,6 +157,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(field_names(TrainConfig))}")
     make_absolute(tree, path.parent)
+    if isinstance(made := tree.get("output_dir"), str):  # which need not exist
+        tree["output_dir"] = os.path.abspath(path.parent / Path(made).expanduser())
     for key, value in parse_overrides(overrides or []):
         set_key(tree, key, value)
     make_absolute(tree, Path())
@@ -171,8 +175,11 @@ def build_config(tree: dict[str, Any], source: str = "config") -> TrainConfig:
 
 
 def dump_config(config: TrainConfig) -> str:
-    """The whole config as YAML, defaults included; load_config reads it back."""
-    return yaml.safe_dump(config_tree(config), sort_keys=False)
+    """The whole config as YAML, defaults included and output_dir absolute; load_config reads it back."""
+    tree = config_tree(config)
+    if config.output_dir is not None:
+        tree["output_dir"] = os.path.abspath(config.output_dir)
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def config_tree(config: TrainConfig) -> dict[str, Any]:

@@ -89,10 +89,11 @@ def load_tokenizer(directory: Path, chat_template: str | None = None) -> PreTrai
 
 
 def published_name(path: str) -> str | None:
-    """The hub id of the model that `path` names, for others who load an adapter; None: it has no name but its place."""
+    """The hub id of the model that `path` names, or the GGUF file, whose decoded copy is only ours: for others who load
+    an adapter; None: it has no name but its place."""
     if path == SMOLLM2:
         return "HuggingFaceTB/SmolLM2-135M-Instruct"
-    return path if HUB_ID.fullmatch(path) and not Path(path).exists() else None
+    return path if gguf_of(path) or (HUB_ID.fullmatch(path) and not Path(path).exists()) else None
 
 
 def load_model(

@@ -44,6 +44,7 @@ def names_of(config: TrainConfig) -> tuple[list[str], list[str]]:
     """What a run writes into its directory: from its beginning on, and at its end."""
     begun = ["config.yaml", "metrics.jsonl", "checkpoints", "evaluations"]
     begun += [name for name in config.log.to if name != "trackio"]  # has a folder of its own
+    begun += ["run_id"] if {"wandb", "trackio"} & set(config.log.to) else []
     begun += ["completions"] if config.log.completions != 0 else []
     begun += ["tiles.json"] if config.memory.autotune is not False else []
     sets = [f"_{name}" if name else "" for name in config.task.held_out]

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +17,7 @@ from longgrpo.config.run import TrainConfig, load_config
 from longgrpo.errors import ConfigError
 from longgrpo.model.load import gguf_of, load_model, load_tokenizer, resolve_model
 from longgrpo.run import checkpoint
+from longgrpo.run.card import summary_at, write_card
 from longgrpo.run.files import replace_directory, sync, writing
 
 if TYPE_CHECKING:
@@ -50,10 +53,12 @@ def export(
     if (dtype == "q8_0" and form != "gguf") or (form == "gguf" and dtype not in (None, "bfloat16", "q8_0")):
         raise ConfigError(f"--dtype {dtype} of a {form}: a gguf takes bfloat16 and q8_0, a model the types of torch")
     checkpoint.verify(saved)
+    step = checkpoint.step_of(saved)
+    carded = partial(write_card, config=config, step=step, summary=summary_at(run, step))
     if form == "adapter":
         if not config.lora:
             raise ConfigError(f"{run} trained all weights and has no adapter: export it as a model")
-        replace_directory(directory, lambda path: _copy(saved / "adapter", path), new=True)
+        replace_directory(directory, lambda path: _copy(saved / "adapter", path, carded), new=True)
         return saved
     if config.model.quantization:
         raise ConfigError(
@@ -77,7 +82,12 @@ def export(
         _write_gguf(model, tokenizer, directory, "q8_0" if dtype == "q8_0" else "bfloat16", gguf_of(config.model.path))
         return saved
     model.to(getattr(torch, dtype or config.model.dtype))
-    replace_directory(directory, lambda path: write_model(model, tokenizer, path), new=True)
+
+    def write(path: Path) -> None:
+        write_model(model, tokenizer, path)
+        carded(path)
+
+    replace_directory(directory, write, new=True)
     return saved
 
 
@@ -111,5 +121,6 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dire
     tokenizer.save_pretrained(directory)
 
 
-def _copy(source: Path, directory: Path) -> None:
+def _copy(source: Path, directory: Path, then: Callable[[Path], None]) -> None:
     shutil.copytree(source, directory, dirs_exist_ok=True)
+    then(directory)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -102,7 +103,9 @@ class Tracker:
     def step(self, metrics: Mapping[str, Any], rollout: Rollout) -> None:
         self._step_seconds.append(metrics["seconds/step"])
         self.measured(metrics)
-        self._completions.write(metrics["step"], rollout, self._rewards)
+        kept = self._completions.write(metrics["step"], rollout, self._rewards)
+        if kept is not None:
+            self._to_sinks(lambda sink: sink.table(metrics["step"], kept))
         if not self._plots:
             step = Part(0, f"step {metrics['step']}/{self._steps}")
             self._terminal.step(metrics["step"], [step, *self._parts(metrics)], self._left(metrics))
@@ -195,18 +198,20 @@ class _Completions:
             if step > keep_until:
                 path.unlink()
 
-    def write(self, step: int, rollout: Rollout, rewards: Sequence[str]) -> None:
+    def write(self, step: int, rollout: Rollout, rewards: Sequence[str]) -> Any:
         """The first `count` samples, or all of them if it is None, each with every reward, the advantage and extra
-        columns. rewards: the functions' names."""
+        columns. rewards: the functions' names. Returns them as a table; None if there are none."""
         from pyarrow.parquet import write_table
 
-        if kept := _table(step, rollout, rewards).slice(0, self._count):
+        kept = _table(step, rollout, rewards).slice(0, self._count)
+        if kept:
             path = self._directory / f"step-{step:06d}.parquet"
             with writing(path):
                 self._directory.mkdir(exist_ok=True)
                 temporary = path.with_name(f".{path.name}.tmp")
                 write_table(kept, temporary)
                 os.replace(temporary, path)
+        return kept or None
 
 
 def parquet_files(directory: Path) -> dict[int, Path]:
@@ -266,6 +271,8 @@ def _array(values: list[Any]) -> Any:
 class _Sink(Protocol):
     def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
 
+    def table(self, step: int, completions: Any) -> None: ...
+
     def note(self, step: int, name: str, text: str) -> None: ...
 
     def close(self) -> None: ...
@@ -281,6 +288,9 @@ class _TensorBoard:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
+    def table(self, step: int, completions: Any) -> None:
+        """It has no tables: completions/ and longgrpo report show them."""
+
     def note(self, step: int, name: str, text: str) -> None:
         self._writer.add_text(name, text, step)
 
@@ -292,19 +302,33 @@ class _Service:
     """wandb or trackio, which have one interface. A resumed run continues in the same one."""
 
     def __init__(self, name: str, directory: Path, config: TrainConfig) -> None:
-        own = {"dir": str(directory), "id": directory.name} if name == "wandb" else {}
-        self._run = importlib.import_module(name).init(
-            project=config.log.project, name=directory.name, config=config_tree(config), resume="allow", **own
-        )
+        self._module, own = importlib.import_module(name), _run_id(directory)
+        # trackio knows a run by its name only.
+        named = {"dir": str(directory), "id": own, "name": directory.name} if name == "wandb" else {"name": own}
+        self._run = self._module.init(project=config.log.project, config=config_tree(config), resume="allow", **named)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
+
+    def table(self, step: int, completions: Any) -> None:
+        rows = [[visible(value) if isinstance(value, str) else value for value in row.values()]
+                for row in completions.to_pylist()]  # fmt: skip
+        table = self._module.Table(columns=completions.column_names, data=rows)
+        self._run.log({"completions": table}, step=step)
 
     def note(self, step: int, name: str, text: str) -> None:
         """Their charts have the number of the same name."""
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _run_id(directory: Path) -> str:
+    """The run's own, kept in RUN/run_id: a directory elsewhere may have the same name."""
+    file = directory / "run_id"
+    if not file.exists():
+        write_file(file, f"{directory.name}-{secrets.token_hex(4)}\n")
+    return file.read_text("utf-8").strip()
 
 
 def check_installed(trackers: Sequence[str]) -> None:

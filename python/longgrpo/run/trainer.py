@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from longgrpo.rollout.protocol import max_length
 from longgrpo.run import checkpoint
 from longgrpo.run.before import rehearsed, spread_of
 from longgrpo.run.callbacks import Callbacks
+from longgrpo.run.card import write_card
 from longgrpo.run.claim import Claim, claim_new, names_at_end, names_of
 from longgrpo.run.endings import as_user_error
 from longgrpo.run.evaluations import Evaluations
@@ -360,6 +362,7 @@ class Trainer:
 
     def _save_adapter(self, directory: Path) -> None:
         save_adapter(self.loop.state.model, directory, published_name(self.config.model.path))
+        write_card(directory, self.config, self.progress.step)
 
     # ---- before and after training
     def _look_at_untrained(self, tracker: Tracker) -> None:
@@ -381,17 +384,14 @@ class Trainer:
     def _finish(self, tracker: Tracker) -> dict[str, Any]:
         """The trained model beside the run's other files, the last evaluation, and the summary."""
         self.claim.add(names_at_end(self.config))
-        if self.config.lora:
-            replace_directory(self.directory / "adapter", self._save_adapter)
-        else:
-            collector = self.loop.collector
-            replace_directory(
-                self.directory / "model", lambda path: write_model(collector.engine.model, collector.tokenizer, path)
-            )
+        weights, own = ("adapter" if self.config.lora else "model"), self.loop.collector
+        write = self._save_adapter if self.config.lora else partial(write_model, own.engine.model, own.tokenizer)
+        replace_directory(self.directory / weights, write)
         results = self.evaluations.after(self.loop.collector, self.progress.step, tracker.say)
         self._look_at_clock()
         engine = self.loop.collector.engine.name
         summary = summary_of(self.config, self.directory, self.progress, results, self.watched.standing, engine)
+        write_card(self.directory / weights, self.config, self.progress.step, summary)
         write_file(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 
