@@ -23,7 +23,7 @@ from longgrpo.visible import listening, visible
 
 OPTIONS = (
     "--help", "--resume", "--print-config", "--force", "--checkpoint", "--as", "--dtype", "--output", "--card",
-    "--prompt-length", "--dry-run", "--json", "--tokens", "--any-bits",
+    "--prompt-length", "--dry-run", "--json", "--tokens", "--any-bits", "--refresh",
 )  # fmt: skip
 EPILOG = """any key of the config can be overridden: --train.steps 5 --rewards.1.weight 0.5
 exit status: 0 done, 1 the self-test failed, 2 a user error, 128 + n stopped by signal n (the run is saved)"""
@@ -136,6 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "one HTML page from the files of one or several runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the directory of a run, finished or not")
     report.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html; for several report.html")
+    report.add_argument(
+        "--refresh", type=float, metavar="SECONDS", help="write it again and again until the runs have ended"
+    )
     for reader in (evaluation, export):
         reader.add_argument("--checkpoint", default="last", metavar="last|best|STEP", help="of the run; default: last")
     return parser
@@ -203,11 +206,13 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace, overrides: list[str]) -> int:
-    from longgrpo.report import read_run, write_report
+    from longgrpo.report import follow, read_run, write_report
 
-    runs = [read_run(directory) for directory in options.runs]
-    path = options.output or (options.runs[0] if len(runs) == 1 else Path()) / "report.html"
-    write_report(runs, path)
+    path = options.output or (options.runs[0] if len(options.runs) == 1 else Path()) / "report.html"
+    if options.refresh is None:
+        write_report([read_run(directory) for directory in options.runs], path)
+    else:
+        follow(options.runs, path, options.refresh)
     print(path)
     return 0
 
