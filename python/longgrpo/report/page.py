@@ -192,7 +192,7 @@ def _facts(run: Run, compared: bool) -> Iterator[tuple[str, str]]:
     if (seconds := summary.get("seconds", run.clock[run.last])) > 0:
         yield "time", str(timedelta(seconds=round(seconds)))
     if ends := ends_of(run, "reward/mean"):
-        yield "reward", f"{ends.first} → {ends.last}"
+        yield f"reward, {ends.steps} step{'s' * (ends.steps > 1)} each", f"{ends.first} → {ends.last}"
     if "eval_after" in summary and not compared:
         before = f"{summary['eval_before']:.3f} → " if "eval_before" in summary else ""
         yield "accuracy", f"{before}{summary['eval_after']:.3f} on {summary['eval_n']} held-out problems"

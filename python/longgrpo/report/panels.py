@@ -109,10 +109,10 @@ class Charts:
 def charts_of(runs: Sequence[Run]) -> Charts:
     names = list(dict.fromkeys(name for run in runs for name in run.names))
     rewards = _reward_panels(runs, names)
-    if related := {name: name.split("/")[1] for name in names if name.endswith("/correlation")}:
-        rewards.append(Panel("Correlation with the reward", related, about="of each function's values with the sum"))
-    held_out = [_held_out_panel(name) for name in names if name.startswith("eval/") and f"{name}_low" in names]
-    shown = {name for panel in (*rewards, *held_out, *PANELS, *MEMORY) for name in _names(panel)}
+    related = {name: name.split("/")[1] for name in names if name.endswith("/correlation")}
+    measured = [Panel("Correlation with the reward", related, about="of each function's values with the sum")]
+    measured += [_held_out_panel(name) for name in names if name.startswith("eval/") and f"{name}_low" in names]
+    shown = {name for panel in (*rewards, *measured, *PANELS, *MEMORY) for name in _names(panel)}
     shown |= {name for name in names if name.startswith((SECONDS, "reward/", PREDICTED, MEASURED, WATCHED))}
     shown -= {name for name in names if name.startswith("reward") and name.endswith(("/min", "/max"))}
     others = [Panel(name, {name: name}) for name in names if name not in shown]
@@ -120,7 +120,7 @@ def charts_of(runs: Sequence[Run]) -> Charts:
     charts = Charts({}, [], _unmeasured(runs))
     for panel in rewards:
         _place(charts, "Rewards", panel, runs, keep=True)
-    for panel in held_out:
+    for panel in measured:
         _place(charts, "Rewards", panel, runs)
     for title, panels in {"Training": PANELS, "Everything else that was logged": others}.items():
         for panel in panels:

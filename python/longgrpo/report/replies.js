@@ -19,7 +19,7 @@ function written(tag, className, text, wanted = "") {
   return make(tag, { className, dir: "auto" }, ...marked(text, wanted));
 }
 
-/** A list below `root`. find() gives {rows, shared, wanted}; item(row, wanted) an element; csv(rows) rows of cells. */
+/** A list below `root`. find() gives {rows, shared, wanted, note}; item(row, wanted) an element; csv(rows) rows of cells. */
 function list(root, name, find, item, csv) {
   let found = { rows: [], shared: "", wanted: "" };
   let page = 0;
@@ -27,9 +27,9 @@ function list(root, name, find, item, csv) {
   const part = (selector) => root.querySelector(selector);
 
   function show() {
-    const { rows, shared, wanted } = found;
+    const { rows, shared, wanted, note = "" } = found;
     const shown = rows.slice(page * EACH, (page + 1) * EACH);
-    part(".count").textContent = rows.length ? `${page * EACH + 1} to ${page * EACH + shown.length} of ${rows.length}` : "none";
+    part(".count").textContent = rows.length ? `${page * EACH + 1} to ${page * EACH + shown.length} of ${rows.length}${note}` : `none${note}`;
     part(".previous").disabled = page === 0;
     part(".next").disabled = (page + 1) * EACH >= rows.length;
     part(".shared").textContent = shared && `All prompts begin with:\n${shared.trimEnd()}`;
@@ -110,8 +110,8 @@ async function findReplies() {
   }
   const left = matching.filter((row) => outcome === "all" || outcomeOf(row) === outcome);
   const { step, count, shown } = template.dataset;
-  const cut = shown === count ? "" : `Only the first ${shown} of ${count} problems are on this page.\n`;
-  return { rows: left.map((row) => ({ ...row, step })), shared: cut + shared, wanted, cut };
+  const note = shown === count ? "" : `; only the first ${shown} of ${count} problems are on this page`;
+  return { rows: left.map((row) => ({ ...row, step })), shared, wanted, note };
 }
 
 function repliesCsv(rows) {

@@ -22,8 +22,9 @@ class Spread:
 
     def __str__(self) -> str:
         """With two digits of the deviation, and the mean as far as that goes."""
-        size = self.deviation or abs(self.mean) / 100
-        decimals = min(max(1 - math.floor(math.log10(size)), 0), 12) if size else 0
+        if not self.deviation:
+            return f"{number(self.mean)} ± 0".replace("-", MINUS)
+        decimals = min(max(1 - math.floor(math.log10(self.deviation)), 0), 12)
         return f"{self.mean:,.{decimals}f} ± {self.deviation:,.{decimals}f}".replace("-", MINUS)
 
 
@@ -68,6 +69,9 @@ def verdict_of(runs: Sequence[Run], results: Sequence[Result | None]) -> Verdict
 
 
 def _learned(result: Result) -> str:
+    if result.low == result.high == 0:
+        solved = f"It solves {percent(result.after)} of {result.count} held-out problems"
+        return f"{solved}, the same as before training: none was gained and none lost."
     contains = "" if result.tone != "same" else ", which contains 0: more held-out problems would narrow it"
     return (
         f"It solves {percent(result.after)} of {result.count} held-out problems, {percent(result.before)} before "
