@@ -165,6 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "one HTML page from the files of one or several runs", False)
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the directory of a run, finished or not")
     report.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html; for several report.html")
+    report.add_argument(
+        "--refresh", type=float, metavar="SECONDS", help="write it again and again until the runs have ended"
+    )
     for reader in (evaluation, export):
         reader.add_argument("--checkpoint", default="last", metavar="last|best|STEP", help="of the run; default: last")
     completion = command("completion", _completion, "a shell's script that completes commands, options and keys", False)
@@ -236,11 +239,13 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace, overrides: list[str]) -> int:
-    from longgrpo.report import read_run, write_report
+    from longgrpo.report import follow, read_run, write_report
 
-    runs = [read_run(directory) for directory in options.runs]
-    path = options.output or (options.runs[0] if len(runs) == 1 else Path()) / "report.html"
-    write_report(runs, path)
+    path = options.output or (options.runs[0] if len(options.runs) == 1 else Path()) / "report.html"
+    if options.refresh is None:
+        write_report([read_run(directory) for directory in options.runs], path)
+    else:
+        follow(options.runs, path, options.refresh)
     print(path)
     return 0
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import gzip
+import json
 import os
+import re
 import shutil
 
 import pytest
@@ -47,11 +51,23 @@ def browse(chromium):
         page.on("dialog", lambda dialog: (page.faults.append(dialog.message), dialog.dismiss()))
         page.goto(path.as_uri())
         pages.append(page)
+        page.wait_for_selector("body[data-ready]", state="attached")
         return page
 
     yield open_page
     for page in pages:
         page.close()
+
+
+def packed_in(path):
+    """What the templates of a page hold, as JSON."""
+    texts = re.findall(r"<template[^>]*>([^<]*)</template>", path.read_text())
+    return [json.loads(gzip.decompress(base64.b64decode(text))) for text in texts]
+
+
+@pytest.fixture
+def unpacked():
+    return packed_in
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_an_episode_is_a_conversation_with_its_calls(talks, browse):
     write_report([read_run(talks)], talks / "report.html")
     page = browse(talks / "report.html")
     last = page.locator("article.completion").filter(has_text="says").all()
-    assert last
+    assert len(last) == len(PAYLOADS)
     for article in last:
         roles = [role.text_content() for role in article.locator("p.role").all()]
         assert roles[0].startswith("left out of its group")

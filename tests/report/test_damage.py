@@ -59,7 +59,13 @@ def test_a_file_that_is_no_report_is_not_written_over(two_runs, tmp_path, capsys
         ("summary.json", "[]"),
         ("summary.json", '{"steps": 3, "seconds": "long", "versions": 5}'),
         ("summary.json", '{"steps": 3, "eval_after": null, "eval_diff_interval": [1]}'),
+        ("eval_before.json", ""),
+        ("eval_before.json", "[]"),
+        ("eval_after.json", '{"questions": ["a"], "replies": ["b"], "scores": [1]}'),
+        ("eval_after.json", '{"questions": 5, "replies": {}, "scores": null}'),
         ("config.yaml", "- 1"),
+        ("config.yaml", '# started: {"at": [1], "versions": 3}\nmodel: 1\n'),
+        ("config.yaml", '# started: {"step": "<b>"}\nwatch: 5\nrollout: 1\n'),
         ("config.yaml", "train: 5\nrewards: 7\n"),
         ("config.yaml", "rewards: [{weight: .nan}, 3]\n"),
         ("config.yaml", "a: &a [*a]"),
@@ -84,12 +90,13 @@ def test_a_summary_of_other_steps_is_of_another_end(two_runs, tmp_path):
     assert read_run(run).summary is None
 
 
-def test_what_the_pages_script_shows_is_made_visible_too(two_runs, tmp_path):
+def test_what_the_pages_script_shows_is_made_visible_too(two_runs, tmp_path, unpacked):
     run = shutil.copytree(two_runs[0], tmp_path / "run")
     records = [record | {"a\u202eb\x1b": 1.0} for record in metrics_of(run)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert cli.main(["report", str(run)]) == 0
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text() + json.dumps(unpacked(run / "report.html"), ensure_ascii=False)
+    assert "a⟨U+202E⟩b␛" in page
     assert "\u202e" not in page
     assert "\\u202e" not in page
     assert "\\u001b" not in page

@@ -43,29 +43,53 @@ def panel(page, title):
 
 
 def test_curves_go_through_what_was_measured(report, two_runs, browse):
-    """Read back from the drawing alone: where its dots stand between the ticks of its axes."""
+    """Read back from the canvas alone: a pixel in the run's color where the axes say that the value stands."""
     page = browse(report)
-    for title, metric in {"Reward": "reward/mean", "Entropy": "entropy", "KL to the reference": "kl"}.items():
-        ticks = panel(page, title).locator("text.tick[text-anchor=end]")
-        (y0, low), (y1, high) = (
-            (float(ticks.nth(i).get_attribute("y")) - 4, float(ticks.nth(i).text_content())) for i in (0, -1)
-        )
-        for i, run in enumerate(two_runs):
-            dots = panel(page, title).locator(f"circle.run-{i}:not(.dashed)").all()  # the panel's first metric
-            drawn = [low + (float(dot.get_attribute("cy")) - y0) / (y1 - y0) * (high - low) for dot in dots]
-            measured = [record[metric] for record in metrics_of(run)[1:]]
-            assert drawn == pytest.approx(measured, abs=(high - low) / 500)
+    for i, run in reversed(list(enumerate(two_runs))):  # the later one may lie on the earlier one
+        for title, metric in {"Reward": "reward/mean", "Entropy": "entropy"}.items():
+            points = [[record["step"], record[metric]] for record in metrics_of(run)[1:]]
+            assert page.evaluate(PAINTED, [title, i, points]) == [True] * len(points)
+            highest = max(value for _, value in points)
+            assert page.evaluate(PAINTED, [title, i, [[2.9, highest * 1.004]]]) == [False]
+        page.get_by_role("checkbox", name=run.name).uncheck()
     assert not page.faults
+
+
+# Whether the canvas of a chart has the color of a run at each (x, y).
+PAINTED = """([title, run, points]) => {
+  const plot = charts.find((one) => one.data.title === title).drawing;
+  const wanted = runColor(run).match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16));
+  const { canvas } = plot.ctx;
+  const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", { willReadFrequently: true });
+  copy.drawImage(canvas, 0, 0);
+  return points.map(([x, y]) => {
+    const at = [plot.valToPos(x, "x", true), plot.valToPos(y, "y", true)].map(Math.round);
+    const [r, g, b] = copy.getImageData(...at, 1, 1).data;
+    return Math.max(Math.abs(r - wanted[0]), Math.abs(g - wanted[1]), Math.abs(b - wanted[2])) < 60;
+  });
+}"""
 
 
 def test_every_logged_number_has_a_place(report, two_runs, browse):
     page = browse(report)
     drawn = {tuple(line[part]) for line in _lines(page) for part in ("values", "low", "high")}
+    tables = set(page.locator("#flat tbody th").all_text_contents())
     for run in two_runs:
         for name in read_run(run).names:
-            in_a_table = name.startswith(("seconds/", "predicted_bytes/", "measured_bytes/"))
+            in_a_table = name in tables or name.startswith(("seconds/", "predicted_bytes/", "measured_bytes/"))
             elsewhere = in_a_table or name.endswith(("/std", "_bytes"))  # nowhere; in GiB
-            assert elsewhere or tuple(r[name] for r in metrics_of(run) if name in r) in drawn, name
+            values = tuple(float(f"{r[name]:.9g}") for r in metrics_of(run) if name in r)
+            unmeasured = name == "kl" and not any(values)
+            assert elsewhere or unmeasured or values in drawn, name
+
+
+def test_what_was_not_measured_has_no_chart(two_runs, browse, tmp_path):
+    """Without loss.beta `kl` is 0 and says nothing."""
+    for i, run in enumerate(two_runs):
+        write_report([read_run(run)], tmp_path / f"{i}.html")
+        page = browse(tmp_path / f"{i}.html")
+        assert panel(page, "KL to the reference").count() == i
+        assert page.get_by_text("Not measured: KL to the reference").count() == 1 - i
 
 
 def test_every_metric_is_known_as_the_trainers(two_runs):
@@ -74,13 +98,12 @@ def test_every_metric_is_known_as_the_trainers(two_runs):
 
 
 def _lines(page):
-    charts = page.eval_on_selector_all("[data-chart]", "charts => charts.map(chart => JSON.parse(chart.dataset.chart))")
-    return [line for chart in charts for line in chart["lines"]]
+    return page.evaluate("report.charts.flatMap((chart) => chart.lines)")
 
 
 def test_phases_add_up_to_the_step(report, two_runs, browse):
     page = browse(report)
-    rows = page.locator("table.numbers").first.locator("tbody tr").all()
+    rows = page.locator("table.phases tbody tr").all()
     for column, run in enumerate(two_runs):
         shown = [float(row.locator("td").nth(column).text_content().split()[0]) for row in rows]
         steps = [record["seconds/step"] for record in metrics_of(run)[1:]]
@@ -89,13 +112,13 @@ def test_phases_add_up_to_the_step(report, two_runs, browse):
 
 def test_completions_are_ranked(report, two_runs, browse):
     page = browse(report)
-    totals = page.locator(".of-run-0 details").last.locator(".total").all_text_contents()
-    assert len(totals) == 6
-    values = [float(total) for total in totals]
-    assert values[:3] == sorted(values[:3], reverse=True)
-    assert values[3:] == sorted(values[3:])
     mean = metrics_of(two_runs[0])[-1]["reward/mean"]
-    assert values[0] >= mean >= values[3]
+    for order, reverse in (("best", True), ("worst", False)):
+        page.locator("#completions-order").select_option(order)
+        values = [float(total) for total in page.locator("article.completion .total").all_text_contents()]
+        assert len(values) > 5
+        assert values == sorted(values, reverse=reverse)
+        assert (values[0] >= mean) is reverse
 
 
 def test_runs_stand_side_by_side(report, two_runs, browse):
@@ -107,22 +130,25 @@ def test_runs_stand_side_by_side(report, two_runs, browse):
         "rewards.1.parameters", "rewards.1.timeout", "rewards.1.on_error", "rewards.1.isolate",
         "rewards.1.limits",
     }  # fmt: skip
-    curve = panel(page, "Reward").locator("path.line.run-1")
-    assert curve.is_visible()
+    drawn = "charts.find((one) => one.data.title === 'Reward').lines.map((line) => line.name)"
+    assert page.evaluate(drawn) == ["plain", "with-kl"]
     page.get_by_role("checkbox", name="with-kl").uncheck()
-    assert not curve.is_visible()
-    assert panel(page, "Reward").locator("path.line.run-0").is_visible()
+    assert page.evaluate(drawn) == ["plain"]
+    rewards = [[record["step"], record["reward/mean"]] for record in metrics_of(two_runs[0])[1:]]
+    assert page.evaluate(PAINTED, ["Reward", 0, rewards]) == [True] * 3
 
 
 def test_a_chart_is_read_with_the_pointer_and_with_the_keys(report, two_runs, browse):
     page = browse(report)
-    chart, output = panel(page, "Reward").locator("svg.chart"), panel(page, "Reward").locator("output")
+    chart, output = panel(page, "Reward").locator(".plot"), panel(page, "Reward").locator("output")
+    chart.scroll_into_view_if_needed()
     box = chart.bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 40)
+    left = page.evaluate("charts.find((one) => one.data.title === 'Reward').drawing.valToPos(2, 'x', true)")
+    page.mouse.move(box["x"] + left, box["y"] + 40)
     values = [f"{metrics_of(run)[2]['reward/mean']:.4g}" for run in two_runs]
     assert output.text_content() == f"step 2: plain {values[0]}, with-kl {values[1]}"
     chart.focus()
-    page.keyboard.press("ArrowRight")
+    page.keyboard.press("End")
     assert output.text_content().startswith("step 3: ")
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")
@@ -150,8 +176,11 @@ def test_a_number_that_is_not_finite_is_a_gap(two_runs, browse, tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     cli.main(["report", str(run)])
     page = browse(run / "report.html")
-    assert panel(page, "Entropy").locator("circle").count() == 2
-    assert panel(page, "Entropy").locator("path.line").get_attribute("d").count("M") == 2
+    (line,) = [line for line in _lines(page) if line["metric"] == "entropy"]
+    first, _, last = (record["entropy"] for record in metrics_of(two_runs[0])[1:])
+    assert line["values"] == pytest.approx([first, None, last])
+    step = page.evaluate("(charts.find((one) => one.data.title === 'Entropy').drawing.data[1][1])")
+    assert step is None  # uPlot's gap
     assert not page.faults
 
 
@@ -164,7 +193,7 @@ def test_predicted_memory_stands_beside_measured(two_runs, browse, tmp_path):
     cli.main(["report", str(run)])
     page = browse(run / "report.html")
     row = page.locator("tr").filter(has=page.get_by_role("rowheader", name="training", exact=True))
-    assert row.inner_text().split("\t")[2:] == ["4.00 GiB", "3.00 GiB", "-25.0 %"]
+    assert row.inner_text().split("\t")[1:4] == ["4.00 GiB", "3.00 GiB", "-25.0 %"]
 
 
 def test_more_runs_than_colors_are_refused(two_runs, tmp_path):
@@ -188,7 +217,7 @@ def test_model_output_stays_text(hostile, browse):
     assert cli.main(["report", str(hostile)]) == 0
     page = browse(hostile / "report.html")
     assert sorted(page.locator("pre").all_text_contents()) == sorted(PAYLOADS)
-    assert page.locator(".question").first.text_content() == PAYLOADS[0]
+    assert page.locator("article .question").first.text_content() == PAYLOADS[0]
     assert page.evaluate("document.scripts.length") == 1
     assert page.evaluate("document.querySelectorAll('img, iframe, object, details[ontoggle], svg[onload]').length") == 0
     attributes = "[...document.querySelectorAll('*')].flatMap(element => element.getAttributeNames())"
@@ -201,8 +230,25 @@ def test_names_of_rewards_and_metrics_stay_text(report, browse):
     page = browse(report)
     assert panel(page, PAYLOADS[0]).count() == 0  # it never applied
     assert page.locator("td").filter(has_text=PAYLOADS[0]).count() == 2
-    assert panel(page, PAYLOADS[1]).count() == 1
+    assert page.locator("#flat th").filter(has_text=PAYLOADS[1]).count() == 1  # it is always the same
     assert page.evaluate("[document.scripts.length, window.hit]") == [1, None]
+
+
+def test_a_charts_title_stays_text(two_runs, browse, tmp_path):
+    run = shutil.copytree(two_runs[0], tmp_path / "run")
+    records = [record | dict.fromkeys(PAYLOADS, record["step"]) for record in metrics_of(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    cli.main(["report", str(run)])
+    page = browse(run / "report.html")
+    page.locator("#everything > summary").click()
+    for payload in PAYLOADS:
+        chart = panel(page, payload).locator(".plot")
+        assert chart.locator("canvas").count() == 1
+        chart.focus()
+        page.keyboard.press("ArrowLeft")
+        assert panel(page, payload).locator("output").text_content().startswith("step 2: 2")
+    assert page.evaluate("[document.scripts.length, window.hit]") == [1, None]
+    assert not page.faults
 
 
 def test_the_page_runs_no_script_but_its_own(hostile, browse):
@@ -242,7 +288,7 @@ def test_light_dark_and_on_a_phone(report, browse):
     for name, scheme, width in (
         ("report", "light", 1280),
         ("report-dark", "dark", 1280),
-        ("report-phone", "dark", 390),
+        ("report-phone", "dark", 360),
     ):
         page = browse(report, color_scheme=scheme, viewport={"width": width, "height": 844})
         assert page.evaluate("document.documentElement.scrollWidth") == width  # nothing hangs over the edge
@@ -264,10 +310,11 @@ CONTRASTS = """() => {
     const color = rgb(getComputedStyle(element).backgroundColor);
     return color.length === 3 || color[3] > 0 ? color : ground(element.parentElement);
   };
-  return ["h1", ".quiet", ".about", ".unit", ".tick", "pre", ".question", ".completion header", "td", ".differ td"]
+  return ["h1", ".quiet", ".about", ".unit", ".verdict h2", ".verdict p", "pre", ".question", ".completion header",
+    "td", ".differ td", ".choice label", "button.csv", ".count", ".bar a"]
     .map((selector) => document.querySelector(selector)).map((element) => {
       const style = getComputedStyle(element);
-      const ink = rgb(element instanceof SVGElement ? style.fill : style.color);
+      const ink = rgb(style.color);
       const [low, high] = [luminance(ink), luminance(ground(element))].sort((a, b) => a - b);
       return (high + 0.05) / (low + 0.05);
     });

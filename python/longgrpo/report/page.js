@@ -1,62 +1,49 @@
-"use strict";
-// Reads a chart at the pointer or with the arrow keys: a line at the step, and below it every curve's value there.
-const runs = [...document.querySelectorAll(".run-card h2")].map((heading) => heading.textContent.trim());
+// The start; and a page that is written again and again loads itself, and is then as it was left.
+const KEPT = `longgrpo ${location.pathname}`;
+const kept = () => [...document.querySelectorAll("input[id], select[id], details[id]")];
+const stateOf = (element) => ({ DETAILS: element.open, SELECT: element.value, INPUT: /radio|checkbox/.test(element.type) ? element.checked : element.value })[element.tagName];
 
-function shown(run) {
-  const box = document.getElementById(`show-${run}`);
-  return !box || box.checked;
+function keep(initial) {
+  const changed = kept().filter((element) => stateOf(element) !== initial.get(element.id)).map((element) => [element.id, stateOf(element)]);
+  const range = view.range ?? [];
+  sessionStorage.setItem(KEPT, JSON.stringify({ changed, range, scroll: scrollY }));
 }
 
-function short(value) {
-  return value === null ? "-" : String(Number(value.toPrecision(4)));
-}
-
-function nearest(steps, step) {
-  return steps.reduce((best, s, i) => (Math.abs(s - step) < Math.abs(steps[best] - step) ? i : best), 0);
-}
-
-for (const svg of document.querySelectorAll("[data-chart]")) {
-  const chart = JSON.parse(svg.dataset.chart);
-  const cursor = svg.querySelector(".cursor");
-  const output = svg.parentElement.querySelector("output");
-  const every = [...new Set(chart.lines.flatMap((line) => line.steps))].sort((a, b) => a - b);
-  const several = new Set(chart.lines.map((line) => line.run)).size > 1;
-  const labeled = new Set(chart.lines.map((line) => line.label)).size > 1;
-  let at = every.length - 1;
-
-  function show() {
-    const step = every[at];
-    const x = chart.x0 + ((step - chart.first) / (chart.last - chart.first)) * (chart.x1 - chart.x0);
-    cursor.setAttribute("d", `M${x} ${cursor.dataset.top}V${cursor.dataset.bottom}`);
-    const parts = chart.lines.filter((line) => shown(line.run)).map((line) => {
-      const i = nearest(line.steps, step);
-      const band = line.low.length ? ` (${short(line.low[i])} to ${short(line.high[i])})` : "";
-      const name = [several ? runs[line.run] : "", labeled ? line.label : ""].join(" ").trim();
-      return `${name} ${short(line.values[i])}${band}`.trim();
-    });
-    output.textContent = `step ${step}: ${parts.join(", ")}`;
+async function restore(left) {
+  for (const [id, state] of left.changed.filter(([name]) => !["from", "to"].includes(name))) {
+    const element = byId(id);
+    if (!element || (element.tagName === "SELECT" && ![...element.options].some((option) => option.value === state))) continue;
+    if (element.tagName === "DETAILS") element.open = state;
+    else if (typeof state === "boolean") element.checked = state;
+    else element.value = state;
+    element.dispatchEvent(new Event("change", { bubbles: true }));
   }
-
-  function hide() {
-    cursor.setAttribute("d", "");
-    output.textContent = "";
-  }
-
-  svg.addEventListener("pointermove", (event) => {
-    const box = svg.getBoundingClientRect();
-    const x = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
-    at = nearest(every, chart.first + ((x - chart.x0) / (chart.x1 - chart.x0)) * (chart.last - chart.first));
-    show();
-  });
-  svg.addEventListener("pointerleave", hide);
-  svg.addEventListener("focus", show);
-  svg.addEventListener("blur", hide);
-  svg.addEventListener("keydown", (event) => {
-    const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (move) {
-      at = Math.min(Math.max(at + move, 0), every.length - 1);
-      show();
-      event.preventDefault();
-    }
-  });
+  if (left.range.length) setRange(left.range);
+  await new Promise((done) => setTimeout(done, 50));
+  scrollTo(0, left.scroll);
 }
+
+function reloadLater(seconds) {
+  setTimeout(() => {
+    const busy = byId("paused").checked || document.activeElement?.type === "search" || !getSelection().isCollapsed;
+    if (busy) reloadLater(seconds);
+    else location.reload();
+  }, seconds * 1000);
+}
+
+async function start() {
+  startCharts(await unpack(byId("data")));
+  await startLists();
+  const initial = new Map(kept().map((element) => [element.id, stateOf(element)]));
+  try {
+    const left = JSON.parse(sessionStorage.getItem(KEPT));
+    if (left && performance.getEntriesByType("navigation")[0]?.type === "reload") await restore(left);
+    addEventListener("pagehide", () => keep(initial));
+  } catch {
+    // without storage a page begins anew
+  }
+  if (document.body.dataset.refresh) reloadLater(Number(document.body.dataset.refresh));
+  document.body.dataset.ready = "yes";
+}
+
+start();

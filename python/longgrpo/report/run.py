@@ -1,16 +1,12 @@
-"""A run, read from its directory: config.yaml, metrics.jsonl, completions/, summary.json (longgrpo.run.tracking)."""
+"""A run, read from its directory: config.yaml, metrics.jsonl, summary.json (longgrpo.run.tracking)."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from longgrpo.config.document import read_yaml
@@ -18,54 +14,14 @@ from longgrpo.config.task import RewardConfig
 from longgrpo.config.watch import WatchConfig
 from longgrpo.errors import DataError, UserError
 from longgrpo.run.files import read_json
-from longgrpo.run.tracking import parquet_files, read_lines
-from longgrpo.train.advantages import weighted_sum
+from longgrpo.run.started import starts_of
+from longgrpo.run.tracking import read_lines
 from longgrpo.watch.finding import Finding
 from longgrpo.watch.watch import PREFIX, Event
 
 MISFITS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 """What is raised by data that is not as a run writes it."""
 KNOWN = WatchConfig().findings
-SHOWN_STEPS = 12  # of a run's completions
-SHOWN_EACH = 3  # best ones of a step, and worst ones
-
-
-@dataclass(frozen=True)
-class Said:
-    """A message of an episode."""
-
-    role: str
-    text: str
-    calls: list[str]
-    """The calls or the reply that an assistant's turn asked for: what, how long, and how it failed."""
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """A completion as it was saved. A model wrote the texts: escape them."""
-
-    question: str
-    text: str
-    tokens: int
-    finish_reason: str
-    rewards: dict[str, float | None]
-    total: float | None
-    """The weighted sum of the rewards; None if no function applied."""
-    advantage: float
-    extra: dict[str, Any]
-    talk: list[Said]
-    """Of an episode its messages; else empty."""
-    failed: str
-    """Why the episode is in no group, or ""."""
-
-
-@dataclass(frozen=True)
-class SampledStep:
-    step: int
-    count: int
-    """Number of the step's completions that were saved."""
-    best: list[Sampled]
-    worst: list[Sampled]
 
 
 @dataclass(frozen=True)
@@ -95,6 +51,8 @@ class Run:
     """Metrics by step, in order. Step 0 is the evaluation before the first."""
     summary: dict[str, Any] | None
     """None until the run has ended."""
+    starts: list[dict[str, Any]]
+    """Of each process that worked on it: when, at which step, by which command, where."""
 
     @cached_property
     def names(self) -> list[str]:
@@ -128,26 +86,42 @@ class Run:
         labels = [RewardConfig(**{key: reward.get(key) for key in keys}).label for reward in rewards]
         return {label: float(reward.get("weight", 1.0)) for label, reward in zip(labels, rewards, strict=True)}
 
-    def completions(self) -> Iterator[SampledStep]:
-        """The best and the worst completions of some steps, evenly spaced, the last one among them."""
-        files = parquet_files(self.directory / "completions")
-        for step in _spaced(list(files), SHOWN_STEPS):
-            rows = _read_table(files[step])
-            try:
-                ranked = sorted(map(_sampled, rows, self._totals(rows)), key=_worth, reverse=True)
-            except MISFITS as error:
-                raise _unreadable(files[step], f"{type(error).__name__}: {error}") from error
-            rest = ranked[SHOWN_EACH:]
-            yield SampledStep(step, len(rows), ranked[:SHOWN_EACH], rest[-SHOWN_EACH:][::-1])
+    @cached_property
+    def measures_kl(self) -> bool:
+        """Whether `kl` is more than the 0 of a loss that has no such term."""
+        return bool((self.config.get("loss") or {}).get("beta")) or any(self.series("kl")[1])
 
-    def _totals(self, rows: list[dict[str, Any]]) -> list[float | None]:
-        weights = {name: weight for name, weight in self.weights.items() if f"reward/{name}" in rows[0]}
-        if not weights:
-            return [None] * len(rows)
-        values = [[_or_nan(row[f"reward/{name}"]) for row in rows] for name in weights]
-        table = torch.tensor(values, dtype=torch.float64).unsqueeze(1)  # [F, 1, N]
-        totals = weighted_sum(table, torch.tensor(list(weights.values()), dtype=torch.float64))[0].tolist()
-        return [None if math.isnan(total) else total for total in totals]
+    @cached_property
+    def clock(self) -> dict[int, float]:
+        """Seconds from the run's beginning to the end of each step; of a run that has logged no clock, those of its
+        steps, one after the other."""
+        seconds, clock = 0.0, {}
+        for step, record in self.metrics.items():
+            if _is_finite(record.get("seconds/run")):
+                seconds = float(record["seconds/run"])
+            elif _is_finite(record.get("seconds/step")):
+                seconds += float(record["seconds/step"])
+            clock[step] = seconds
+        return clock
+
+    @property
+    def last(self) -> int:
+        """The newest step."""
+        return max(self.metrics)
+
+    @property
+    def planned(self) -> int:
+        """train.steps."""
+        return int(self.config.get("train", {}).get("steps", self.last))
+
+    @property
+    def has_clock(self) -> bool:
+        return "seconds/run" in self.names
+
+    def settings(self) -> dict[str, Any]:
+        """Its config but for the seed and the place: what the seeds of one experiment have in common."""
+        train = {key: value for key, value in self.config.get("train", {}).items() if key != "seed"}
+        return self.config | {"train": train, "output_dir": None}
 
 
 def read_run(directory: Path) -> Run:
@@ -157,24 +131,27 @@ def read_run(directory: Path) -> Run:
     metrics = _read_metrics(directory / "metrics.jsonl")
     if not metrics:
         raise DataError(f"{directory}: has no step yet (metrics.jsonl is missing or empty); try again after its first")
+    config, starts = _read_config(directory / "config.yaml")
     return Run(
         name=directory.resolve().name,
         directory=directory,
-        config=_read_config(directory / "config.yaml"),
+        config=config,
         metrics=metrics,
         summary=_read_summary(directory / "summary.json", max(metrics)),
+        starts=starts,
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The tree, and not the config: of a run of another version as well."""
+def _read_config(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The tree, and not the config: of a run of another version as well; and the run's starts."""
     try:
-        config = read_yaml(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        config = read_yaml(text)
         if not isinstance(config, dict):
             raise ValueError("it is no mapping")
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path}: cannot be read ({error}); without it there is no report") from error
-    return config
+    return config, starts_of(text)
 
 
 def _read_summary(path: Path, last: int) -> dict[str, Any] | None:
@@ -202,72 +179,6 @@ def _read_metrics(path: Path) -> dict[int, dict[str, Any]]:
             raise DataError(f"{path}:{number}: is not a step's metrics; remove the line")
         metrics.setdefault(record["step"], {}).update(record)
     return dict(sorted(metrics.items()))
-
-
-def _unreadable(path: Path, what: object) -> DataError:
-    return DataError(f"{path}: cannot be read ({what}); remove the file to leave its step out")
-
-
-def _read_table(path: Path) -> list[dict[str, Any]]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import read_table
-
-    try:
-        rows: list[dict[str, Any]] = read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise _unreadable(path, error) from error
-    if not rows:
-        raise _unreadable(path, "it has no rows")
-    return rows
-
-
-def _sampled(row: Mapping[str, Any], total: float | None) -> Sampled:
-    def under(prefix: str) -> dict[str, Any]:
-        return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
-
-    return Sampled(
-        question=row["question"],
-        text=row["completion"],
-        tokens=row["tokens"],
-        finish_reason=row["finish_reason"],
-        rewards=under("reward/"),
-        total=total,
-        advantage=row["advantage"],
-        extra=under("extra/"),
-        talk=_talk(json.loads(row.get("messages") or "[]"), json.loads(row.get("calls") or "[]")),
-        failed=row.get("failed") or "",
-    )
-
-
-def _talk(messages: list[dict[str, Any]], calls: list[dict[str, Any]]) -> list[Said]:
-    said: list[Said] = []
-    turn = 0
-    for message in messages:
-        own = []
-        if message["role"] == "assistant":
-            own = [_called(call) for call in calls if call["turn"] == turn]
-            turn += 1
-        said.append(Said(str(message["role"]), str(message.get("content") or ""), own))
-    return said
-
-
-def _called(call: Mapping[str, Any]) -> str:
-    arguments = ", ".join(f"{name}={value!r}" for name, value in call["arguments"].items())
-    return f"{call['name']}({arguments}) {call['seconds']:.3g} s{call['failure'] and ', ' + call['failure']}"
-
-
-def _worth(sampled: Sampled) -> float:
-    return -math.inf if sampled.total is None else sampled.total
-
-
-def _spaced(steps: list[int], count: int) -> list[int]:
-    if len(steps) <= count:
-        return steps
-    return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _is_number(value: Any) -> bool:
