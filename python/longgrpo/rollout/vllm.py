@@ -16,6 +16,7 @@ from longgrpo.config.sampling import NEED_TOKENIZER, Sampling
 from longgrpo.model.head import base_model
 from longgrpo.model.load import architecture, check_weights, end_token_ids, model_on, resolve_model, vocabulary
 from longgrpo.model.lora import linear_names
+from longgrpo.model.shared_operators import SharedOperators
 from longgrpo.rollout import vllm_private
 from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode
 from longgrpo.rollout.protocol import Completion, Finished, Turns, batched_tokens, check_prompts, max_length
@@ -55,7 +56,9 @@ class VllmEngine:
             mergeable = model.dtype == "float32" and model.quantization is None
             refused = model.dtype == "float32" and not vllm_private.is_cpu()
             slots = "vLLM's LoRA layers on a GPU take only model.dtype: bfloat16 or float16" if refused else ""
-            self.lora_mode = choose_mode(lora, mergeable=mergeable, ranks=ranks, slots=slots)
+            self.lora_mode = choose_mode(
+                lora, mergeable=mergeable, ranks=ranks, slots=slots, bitwise=config.bitwise
+            )
             if self.lora_mode != "merge":
                 options |= self._lora_options(min(rank for rank in ranks if rank >= lora.rank))
         try:
@@ -72,6 +75,7 @@ class VllmEngine:
             self.model: PreTrainedModel = model_on(views, self.directory)
         except NotImplementedError as error:
             raise NotImplementedError(f"vLLM: {error}; set rollout.engine: transformers") from error
+        self.shared = self._share_operators() if config.bitwise else None
         self._repacked = config.repack_weights and vllm_private.is_cpu()
         self._kv_bytes = vllm_private.kv_cache_bytes(self.llm)
         self._released = False
@@ -90,6 +94,13 @@ class VllmEngine:
         words = ("max_model_len", "max seq len", "kv cache", "kv_cache")
         named = cache if any(word in error.lower() for word in words) else f" for {self._architecture}"
         return f"vLLM does not start{named}: {error}"
+
+    def _share_operators(self) -> SharedOperators:
+        from longgrpo.rollout.vllm_shared import share_operators
+
+        shared = SharedOperators(self.model, self._max_length)
+        share_operators(self.llm, shared)
+        return shared
 
     def _some_tokens(self) -> list[int]:
         """A prompt that is the same whenever the engine is built: a resumed run has the scales that it had."""
@@ -132,6 +143,8 @@ class VllmEngine:
             options |= dict(enable_sleep_mode=True)
         if self._masks:
             options |= dict(return_sampling_mask=True)
+        if model.dtype != "float32" and not vllm_private.is_cpu():  # on the CPU: vllm_private.wide_logits
+            options |= dict(hf_overrides={"head_dtype": "float32"})  # read in vLLM 0.32.0, not yet run
         if vllm_private.is_cpu():
             # Short prompts find their prefix in blocks of 32 tokens; the default is 128.
             options |= dict(enforce_eager=True, block_size=32)
@@ -160,7 +173,10 @@ class VllmEngine:
     def _enter(self, model: Any) -> Adapter:
         if self.lora_mode == "merge":
             return LoraMerge(model, self.directory)
-        self._adapter_request = vllm_private.activate_adapter(self.llm)
+        add = None
+        if self.shared:
+            from longgrpo.rollout.vllm_shared import add_adapter as add
+        self._adapter_request = vllm_private.activate_adapter(self.llm, add)
         return LoraSlots(model, vllm_private.lora_slots(self.llm), views=self.lora_mode == "views")
 
     def generate(
