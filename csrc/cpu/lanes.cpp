@@ -23,39 +23,48 @@ namespace {
 
 typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
 
-template <int Rows>
+template <int Rows, int Halves>
 LONGGRPO_INLINE void product_rows(const float* a, int64_t row_stride, int64_t k_stride, int64_t k, const float* panel,
                                   float* c, bool add) {
-  Vector sums[Rows][2];
+  Vector sums[Rows][Halves];
   for (int r = 0; r < Rows; ++r) {
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < Halves; ++half) {
       const Vector before = *reinterpret_cast<const Vector*>(c + r * kLanes + 16 * half);
       sums[r][half] = add ? before : Vector{};
     }
   }
   for (int64_t p = 0; p < k; ++p) {
-    const Vector low = *reinterpret_cast<const Vector*>(panel + p * kLanes);
-    const Vector high = *reinterpret_cast<const Vector*>(panel + p * kLanes + 16);
+    Vector b[Halves];
+    for (int half = 0; half < Halves; ++half)
+      b[half] = *reinterpret_cast<const Vector*>(panel + p * kLanes + 16 * half);
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       const float x = a[r * row_stride + p * k_stride];
-      sums[r][0] += x * low;
-      sums[r][1] += x * high;
+      for (int half = 0; half < Halves; ++half) sums[r][half] += x * b[half];
     }
   }
   for (int r = 0; r < Rows; ++r) {
-    for (int half = 0; half < 2; ++half) *reinterpret_cast<Vector*>(c + r * kLanes + 16 * half) = sums[r][half];
+    for (int half = 0; half < Halves; ++half)
+      *reinterpret_cast<Vector*>(c + r * kLanes + 16 * half) = sums[r][half];
   }
+}
+
+template <int Halves>
+LONGGRPO_INLINE void product_of(const float* a, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k,
+                                const float* panel, float* c, bool add) {
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8)
+    product_rows<8, Halves>(a + r * row_stride, row_stride, k_stride, k, panel, c + r * kLanes, add);
+  for (; r < rows; ++r)
+    product_rows<1, Halves>(a + r * row_stride, row_stride, k_stride, k, panel, c + r * kLanes, add);
 }
 
 }  // namespace
 
 LONGGRPO_CLONES void product(const float* a, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k,
-                             const float* panel, int64_t, float* c, bool add) {
-  int64_t r = 0;
-  for (; r + 8 <= rows; r += 8)
-    product_rows<8>(a + r * row_stride, row_stride, k_stride, k, panel, c + r * kLanes, add);
-  for (; r < rows; ++r) product_rows<1>(a + r * row_stride, row_stride, k_stride, k, panel, c + r * kLanes, add);
+                             const float* panel, int64_t lanes, float* c, bool add) {
+  if (lanes <= 16) return product_of<1>(a, row_stride, k_stride, rows, k, panel, c, add);
+  product_of<2>(a, row_stride, k_stride, rows, k, panel, c, add);
 }
 
 void pack(const float* const* rows, int64_t count, int64_t k, float* panel) {

@@ -1,7 +1,4 @@
-"""Operators with a fixed order of sums, on the CPU: a row's bits depend on nothing that is computed beside it.
-
-A linear in float32 is oneDNN's, which has that property from two rows on; the others are csrc/cpu's.
-"""
+"""Operators with a fixed order of sums, on the CPU: a row's bits depend on nothing that is computed beside it."""
 
 from __future__ import annotations
 
@@ -22,46 +19,43 @@ def has_bf16() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias, [..., M] from x [..., K], W [M, K] and bias [M], float32 or bfloat16. Differentiable in all three;
-    its backward is that of torch's linear."""
-    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]  # torch's own
-    return y.view(*x.shape[:-1], weight.shape[0])
+    """x W^T + bias, [..., M] from x [..., K], W [M, K] and bias [M], float32 or bfloat16, K even. Differentiable in all
+    three; its backward is that of torch's linear."""
+    y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch's own
+    return y
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same without a gradient, of x [N, K]."""
-    if x.dtype != torch.float32:
-        y: Tensor = ops.fixed_linear(x, weight, bias)
-        return y
-    if len(x) == 0:
-        return x.new_empty(0, len(weight))
-    padded = x.expand(2, -1) if len(x) == 1 else x  # a single row would be summed in another order
-    y = torch.ops.mkldnn._linear_pointwise(padded.contiguous(), weight, bias, "none", [], "")
-    return y[: len(x)]
+    y: Tensor = ops.fixed_linear(x, weight, bias)
+    return y
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         ctx.save_for_backward(x, weight)
-        return linear_rows(x, weight, bias)
+        y = linear_rows(x.reshape(-1, x.shape[-1]), weight, bias)
+        # No view: LoRA adds into it.
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
+        rows = dy.flatten(0, -2)
         return (
             dy @ weight if need_x else None,
-            dy.t() @ x if need_weight else None,
-            dy.sum(0) if need_bias else None,
+            rows.t() @ x.flatten(0, -2) if need_weight else None,
+            rows.sum(0) if need_bias else None,
         )
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """act(gate) up, of gate and up [..., I]; rounded once. Differentiable in both, by formula."""
-    y: Tensor = _Gated.apply(gate.flatten(0, -2), up.flatten(0, -2), ACTIVATIONS.index(activation))  # type: ignore[no-untyped-call]
-    return y.view(gate.shape)
+    y: Tensor = _Gated.apply(gate, up, ACTIVATIONS.index(activation))  # type: ignore[no-untyped-call]
+    return y
 
 
 class _Gated(torch.autograd.Function):
@@ -69,12 +63,14 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: int) -> Any:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return ops.fixed_gate(gate, up, activation)
+        return ops.fixed_gate(gate.flatten(0, -2), up.flatten(0, -2), activation).view(gate.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ops.fixed_gate_backward(*ctx.saved_tensors, dy.contiguous(), ctx.activation), None)
+        rows = (x.flatten(0, -2) for x in (*ctx.saved_tensors, dy.contiguous()))
+        d_gate, d_up = ops.fixed_gate_backward(*rows, ctx.activation)
+        return d_gate.view(dy.shape), d_up.view(dy.shape), None
 
 
 def attention(

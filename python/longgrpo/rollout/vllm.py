@@ -75,7 +75,6 @@ class VllmEngine:
             self.model: PreTrainedModel = model_on(views, self.directory)
         except NotImplementedError as error:
             raise NotImplementedError(f"vLLM: {error}; set rollout.engine: transformers") from error
-        self.shared = self._share_operators() if config.bitwise else None
         self._repacked = config.repack_weights and vllm_private.is_cpu()
         self._kv_bytes = vllm_private.kv_cache_bytes(self.llm)
         self._released = False
@@ -83,6 +82,7 @@ class VllmEngine:
         self._adapter_request: Any = None
         # At exit as well, for an engine that is left to the interpreter's own teardown crashes there now and then.
         self._shut_down = weakref.finalize(self, vllm_private.shut_down, self.llm)
+        self.shared = self._share_operators() if config.bitwise else None
 
     def _not_started(self, error: str) -> str:
         """What to say of vLLM's own error, whose words the settings of the cache are in if they are its cause."""
@@ -96,6 +96,11 @@ class VllmEngine:
         return f"vLLM does not start{named}: {error}"
 
     def _share_operators(self) -> SharedOperators:
+        if not vllm_private.is_cpu():
+            raise NotImplementedError(
+                "rollout.bitwise is for the CPU; on a GPU VLLM_BATCH_INVARIANT=1 makes vLLM agree with itself, and "
+                "`longgrpo parity` says where it parts from the trainer"
+            )
         from longgrpo.rollout.vllm_shared import share_operators
 
         shared = SharedOperators(self.model, self._max_length)
