@@ -16,30 +16,31 @@
 
 namespace longgrpo {
 
-constexpr int64_t kPage = 32;          // keys that lie in one piece
-constexpr int64_t kKeyBlock = 64;      // of a step of the softmax
-constexpr int64_t kQueryTile = 128;    // lanes that read a block of keys and values together
+constexpr int64_t kPage = 32;        // keys that lie in one piece
+constexpr int64_t kKeyBlock = 64;    // of a step of the softmax
+constexpr int64_t kQueryTile = 128;  // lanes that read a block of keys and values together
 
 // S sequences of packed queries. A sequence has queries [query_start[s], query_start[s + 1]) at its last positions, and
 // keys at the positions [0, length[s]).
 template <class T>
 struct AttentionArguments {
   const T *query, *key, *value;
-  T* out;                                  // [tokens, heads, head_size]
+  T* out;  // [tokens, heads, head_size]
   int64_t sequences, heads, key_heads, head_size;
-  int64_t query_token, query_head;         // strides
-  int64_t key_row, key_head, key_page;     // of keys and of values: from a position to the next, ...
-  const int32_t *query_start, *length;     // [S + 1], [S]
-  const int32_t* pages;                    // [S, most_pages]: page j holds the positions [32 j, 32 j + 32)
+  int64_t query_token, query_head;      // strides
+  int64_t key_row, key_head, key_page;  // of keys and of values: from a position to the next, ...
+  const int32_t *query_start, *length;  // [S + 1], [S]
+  const int32_t* pages;                 // [S, most_pages]: page j holds the positions [32 j, 32 j + 32)
   int64_t most_pages;
-  const int32_t* first_row;                // [S], where there are no pages: the row of position 0
+  const int32_t* first_row;  // [S], where there are no pages: the row of position 0
   float scale;
-  int64_t window;                          // a query sees the last `window` positions, its own among them; 0: all
+  int64_t window;  // a query sees the last `window` positions, its own among them; 0: all
 
   int64_t group() const { return heads / key_heads; }
   // Keys or values of 32 positions from `position`, a multiple of 32.
   const T* piece(const T* base, int64_t s, int64_t h, int64_t position) const {
-    const int64_t at = pages ? pages[s * most_pages + position / kPage] * key_page : (first_row[s] + position) * key_row;
+    const int64_t at =
+        pages ? pages[s * most_pages + position / kPage] * key_page : (first_row[s] + position) * key_row;
     return base + at + h * key_head;
   }
 };
@@ -172,11 +173,11 @@ class AttentionTile {
   QueryTile tile_{};
   int64_t panels_ = 0, last_ = 0;
   Softmax softmax_[kPanels];
-  std::vector<T> queries_;       // panels of [head_size, 32]
-  std::vector<float> outputs_;   // the same
-  std::vector<float> scores_;    // [keys][32] of one panel
-  std::vector<T> panel_;         // its probabilities
-  std::vector<T> values_;        // [head_size][keys], bf16 only
+  std::vector<T> queries_;      // panels of [head_size, 32]
+  std::vector<float> outputs_;  // the same
+  std::vector<float> scores_;   // [keys][32] of one panel
+  std::vector<T> panel_;        // its probabilities
+  std::vector<T> values_;       // [head_size][keys], bf16 only
   T* rows_[lanes::kLanes];
 };
 

@@ -22,7 +22,7 @@ struct LinearArguments {
 
 namespace linear_tiles {
 
-constexpr int64_t kTileOuter = 32;        // of the weight's rows in one product
+constexpr int64_t kTileOuter = 32;         // of the weight's rows in one product
 constexpr int64_t kCachedBytes = 1 << 19;  // of the weight, which a thread reads again for each panel
 
 inline void product(const float* a, int64_t stride, int64_t rows, int64_t k, const float* panel, int64_t lanes,
@@ -67,7 +67,8 @@ void run_linear(const Runtime& runtime, const LinearArguments<T>& in, T* panels)
     for (int64_t i = 0; i < count; ++i) rows[i] = in.x + (begin + i) * in.x_stride;
     lanes::pack(rows, count, in.inner, panels + p * in.panel_size());
   });
-  const int64_t threads = runtime.threads(), tiles = (in.outer + linear_tiles::kTileOuter - 1) / linear_tiles::kTileOuter;
+  const int64_t threads = runtime.threads(),
+                tiles = (in.outer + linear_tiles::kTileOuter - 1) / linear_tiles::kTileOuter;
   const bool by_outer = tiles >= 2 * threads || in.panels() < threads;
   const int64_t parts = std::min(threads, by_outer ? tiles : in.panels());
   runtime.parallel_for(parts, [&](int64_t i) {

@@ -11,8 +11,7 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#define LONGGRPO_AMX \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
+#define LONGGRPO_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
 #endif
 
 namespace longgrpo::lanes {
@@ -44,8 +43,7 @@ LONGGRPO_INLINE void product_rows(const float* a, int64_t row_stride, int64_t k_
     }
   }
   for (int r = 0; r < Rows; ++r) {
-    for (int half = 0; half < Halves; ++half)
-      *reinterpret_cast<Vector*>(c + r * kLanes + 16 * half) = sums[r][half];
+    for (int half = 0; half < Halves; ++half) *reinterpret_cast<Vector*>(c + r * kLanes + 16 * half) = sums[r][half];
   }
 }
 
@@ -143,7 +141,8 @@ LONGGRPO_INLINE void written() { asm volatile("" ::: "memory"); }
 
 // Tiles x Halves tiles of C in registers.
 template <int Tiles, int Halves>
-LONGGRPO_AMX __attribute__((noinline)) void amx_rows(const Bf16* a, int64_t stride, int64_t k, const uint32_t* panel, float* c, bool add) {
+LONGGRPO_AMX __attribute__((noinline)) void amx_rows(const Bf16* a, int64_t stride, int64_t k, const uint32_t* panel,
+                                                     float* c, bool add) {
   constexpr int64_t c_bytes = kLanes * sizeof(float);
   written();
   if (add) {
@@ -276,8 +275,8 @@ LONGGRPO_AVX512_BF16 void transpose(const Bf16* values, int64_t stride, int64_t 
       for (int64_t q = 0; q < 16; ++q) {
         const int64_t key = j + 2 * q;
         const Bf16* row = values + key * stride + i;
-        const __m512i low = key < count ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row))
-                                        : _mm512_setzero_si512();
+        const __m512i low =
+            key < count ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row)) : _mm512_setzero_si512();
         const __m512i high = key + 1 < count ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + stride))
                                              : _mm512_setzero_si512();
         block[q] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
@@ -293,8 +292,7 @@ LONGGRPO_AVX512_BF16 void store(const float* c, int64_t rows, int64_t lanes, Bf1
   for (int64_t r = 0; r < rows; r += 16) {
     const __mmask16 mask = first(rows - r);
     __m512 added = _mm512_setzero_ps();
-    if (bias)
-      added = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bias + r)), 16);
+    if (bias) added = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bias + r)), 16);
     for (int64_t lane = 0; lane < lanes; lane += 16) {
       __m512i block[16];
       for (int64_t i = 0; i < 16; ++i)

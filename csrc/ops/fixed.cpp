@@ -10,14 +10,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(longgrpo, m) {
   m.def("fixed_bf16() -> bool");
   // x [N, K], weight [M, K], bias [M], all of one dtype -> [N, M]
   m.def("fixed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  // query [N, heads, D]; key, value [rows, key_heads, D] of sequences laid end to end, or with `pages` [S, P] of a cache
-  // [pages, 32 rows, key_heads, D] in any strides; query_start [S + 1], length [S] int32; scale; window: 0 for none.
+  // query [N, heads, D]; key, value [rows, key_heads, D] of sequences laid end to end, or with `pages` [S, P] of a
+  // cache [pages, 32 rows, key_heads, D] in any strides; query_start [S + 1], length [S] int32; scale; window: 0 for
+  // none.
   m.def(
       "fixed_attention(Tensor query, Tensor key, Tensor value, Tensor? pages, Tensor query_start, Tensor length, "
       "float scale, int window) -> Tensor");
   // act(gate) up, rows of a dense last dimension; activation: 0 silu, 1 gelu by tanh
   m.def("fixed_gate(Tensor gate, Tensor up, int activation) -> Tensor");
-  m.def("fixed_gate_backward(Tensor gate, Tensor up, Tensor grad, int activation) -> (Tensor gate_grad, Tensor up_grad)");
+  m.def(
+      "fixed_gate_backward(Tensor gate, Tensor up, Tensor grad, int activation) -> (Tensor gate_grad, Tensor up_grad)");
 }
 
 namespace longgrpo {
@@ -63,9 +65,9 @@ Tensor fixed_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
   by_type(x.scalar_type(), [&](auto number) {
     using T = decltype(number);
-    const LinearArguments<T> arguments{in<T>(x),         x.stride(0),      x.size(0),
-                                       x.size(1),        in<T>(weight),    weight.stride(0),
-                                       weight.size(0),   pointer<T>(bias), static_cast<T*>(y.mutable_data_ptr())};
+    const LinearArguments<T> arguments{in<T>(x),       x.stride(0),      x.size(0),
+                                       x.size(1),      in<T>(weight),    weight.stride(0),
+                                       weight.size(0), pointer<T>(bias), static_cast<T*>(y.mutable_data_ptr())};
     Tensor panels = torch::stable::new_empty(x, {std::max<int64_t>(1, arguments.panels() * arguments.panel_size())});
     run_linear(Threads{}, arguments, static_cast<T*>(panels.mutable_data_ptr()));
   });

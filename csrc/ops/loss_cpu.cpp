@@ -95,8 +95,8 @@ Tensor linear_logits(const Tensor& hidden, const Tensor& weight) {
   in.hidden_dtype = dtype_of(hidden), in.weight_dtype = dtype_of(weight);
   const int64_t rows = std::max(shape.tokens, kMinTileRows), bytes = shape.hidden * size_of(in.hidden_dtype);
   const Tensor logits = runtime.zeros({rows, logits_stride(shape)}, ScalarType::Float);
-  const auto memory =
-      runtime.scratch(rows * shape.hidden * int64_t(sizeof(float)) + 2 * kLine + staging_bytes(shape, in, false, runtime.threads()));
+  const auto memory = runtime.scratch(rows * shape.hidden * int64_t(sizeof(float)) + 2 * kLine +
+                                      staging_bytes(shape, in, false, runtime.threads()));
   float* tile = aligned(static_cast<float*>(memory.data()));
   const auto source = [&](int64_t i) { return static_cast<const char*>(hidden.const_data_ptr()) + i * bytes; };
   tile_logits(runtime, shape, in, weight.const_data_ptr(), shape.tokens, source, tile, data(logits),

@@ -1,5 +1,5 @@
-"""Each shared operator gives a row the same bits whatever is computed beside it, with the values of float64, and so does
-a whole model with them; their backward is that of the formula."""
+"""Each shared operator gives a row the same bits whatever is computed beside it, and float64's values; so does a whole
+model with them. Their backward is that of the formula."""
 
 from __future__ import annotations
 
@@ -156,7 +156,8 @@ def paged(keys, values, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @SETTINGS
 @given(
-    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=5), heads=st.sampled_from([(1, 1), (9, 3), (4, 4), (8, 1)]),
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=5),
+    heads=st.sampled_from([(1, 1), (9, 3), (4, 4), (8, 1)]),
     size=st.sampled_from([16, 32, 48, 64, 80]), window=st.sampled_from([0, 0, 1, 33, 100]), seed=st.integers(0, 99),
     threads=st.sampled_from([1, 2]), data=st.data(),
 )  # fmt: skip
@@ -228,7 +229,9 @@ def rows_of(lengths):
 def batch_of(rows, prefix=None):
     starts = [len(rows[p]) if prefix and p >= 0 else 0 for p in (prefix or [-1] * len(rows))]
     positions = torch.cat([torch.arange(s, s + len(row)) for s, row in zip(starts, rows, strict=True)])
-    return pack_sequences(torch.tensor(sum(rows, [])), positions, [0, *accumulate(map(len, rows))], prefix)
+    return pack_sequences(
+        torch.tensor([token for row in rows for token in row]), positions, [0, *accumulate(map(len, rows))], prefix
+    )
 
 
 def shared_model(architecture, dtype, lora=True):
@@ -297,6 +300,6 @@ def test_what_is_not_shared_is_refused_by_name():
         SharedOperators(random_model("llama").half(), 64)
     with pytest.raises(NotImplementedError, match=r"rollout\.bitwise: model\.layers\.0\.mlp is a LlamaMLP with ReLU"):
         SharedOperators(random_model("llama", hidden_act="relu"), 64)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(NotImplementedError, match=r"rollout\.bitwise: rope_type = dynamic"):
-        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
         SharedOperators(random_model("llama", rope_parameters=rope), 64)

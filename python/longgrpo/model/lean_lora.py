@@ -75,4 +75,3 @@ class AddLora(torch.autograd.Function):
         da = (d_down.t() @ x.flatten(0, -2)).to(a.dtype)
         db = (dy.t() @ down).mul_(ctx.scale).to(b.dtype)
         return grad, dx, da, db, None
-

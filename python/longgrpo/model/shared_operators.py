@@ -93,7 +93,7 @@ class SharedOperators:
         head = self.base.get_output_embeddings()
         for name, module in self.base.named_modules():
             if type(module) is nn.Linear and module is not head and "lora_" not in name:
-                module.forward = functools.partial(_linear, module)
+                module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
         for name, mlp in self.mlps.items():
             mlp.forward = functools.partial(_mlp, mlp, self.activations[name])
         for attention in self.attentions.values():
@@ -111,8 +111,8 @@ def _activation(name: str, mlp: Any) -> fixed.Activation:
     kind = _KINDS.get(type(act).__name__)
     if not gated or kind is None:
         raise NotImplementedError(
-            f"rollout.bitwise: {name} is a {type(mlp).__name__} with {type(act).__name__}; shared is an MLP with a gate "
-            "and SiLU or GELU (tanh)"
+            f"rollout.bitwise: {name} is a {type(mlp).__name__} with {type(act).__name__}; an MLP with a gate and SiLU "
+            "or GELU (tanh) is shared"
         )
     return kind
 

@@ -14,6 +14,7 @@ from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import Sampling
 from longgrpo.model.head import base_model
 from longgrpo.model.load import end_token_ids, load_model, resolve_model
+from longgrpo.model.shared_operators import SharedOperators
 from longgrpo.rollout.protocol import Completion, Finished, Turns, check_prompts, max_length
 from longgrpo.rollout.support import processed_logits
 from longgrpo.rollout.turns import Episodes
@@ -30,7 +31,7 @@ class TransformersEngine:
 
     name = "transformers"
     cache_bytes = 0
-    shared = None
+    shared: SharedOperators | None = None
 
     def __init__(self, config: RolloutConfig, model: ModelConfig) -> None:
         self.directory = resolve_model(model.path, model.quantization)

@@ -17,7 +17,7 @@ from longgrpo.model.head import base_model
 from longgrpo.model.load import architecture, check_weights, end_token_ids, model_on, resolve_model, vocabulary
 from longgrpo.model.lora import linear_names
 from longgrpo.model.shared_operators import SharedOperators
-from longgrpo.rollout import vllm_private
+from longgrpo.rollout import vllm_private, vllm_shared
 from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode
 from longgrpo.rollout.protocol import Completion, Finished, Turns, batched_tokens, check_prompts, max_length
 from longgrpo.rollout.turns import Episodes
@@ -56,9 +56,7 @@ class VllmEngine:
             mergeable = model.dtype == "float32" and model.quantization is None
             refused = model.dtype == "float32" and not vllm_private.is_cpu()
             slots = "vLLM's LoRA layers on a GPU take only model.dtype: bfloat16 or float16" if refused else ""
-            self.lora_mode = choose_mode(
-                lora, mergeable=mergeable, ranks=ranks, slots=slots, bitwise=config.bitwise
-            )
+            self.lora_mode = choose_mode(lora, mergeable=mergeable, ranks=ranks, slots=slots, bitwise=config.bitwise)
             if self.lora_mode != "merge":
                 options |= self._lora_options(min(rank for rank in ranks if rank >= lora.rank))
         try:
@@ -82,7 +80,7 @@ class VllmEngine:
         self._adapter_request: Any = None
         # At exit as well, for an engine that is left to the interpreter's own teardown crashes there now and then.
         self._shut_down = weakref.finalize(self, vllm_private.shut_down, self.llm)
-        self.shared = self._share_operators() if config.bitwise else None
+        self.shared: SharedOperators | None = self._share_operators() if config.bitwise else None
 
     def _not_started(self, error: str) -> str:
         """What to say of vLLM's own error, whose words the settings of the cache are in if they are its cause."""
@@ -101,11 +99,9 @@ class VllmEngine:
                 "rollout.bitwise is for the CPU; on a GPU VLLM_BATCH_INVARIANT=1 makes vLLM agree with itself, and "
                 "`longgrpo parity` says where it parts from the trainer"
             )
-        from longgrpo.rollout.vllm_shared import share_operators
-
-        shared = SharedOperators(self.model, self._max_length)
-        share_operators(self.llm, shared)
-        return shared
+        operators = SharedOperators(self.model, self._max_length)
+        vllm_shared.share_operators(self.llm, operators)
+        return operators
 
     def _some_tokens(self) -> list[int]:
         """A prompt that is the same whenever the engine is built: a resumed run has the scales that it had."""
@@ -178,10 +174,9 @@ class VllmEngine:
     def _enter(self, model: Any) -> Adapter:
         if self.lora_mode == "merge":
             return LoraMerge(model, self.directory)
-        add = None
-        if self.shared:
-            from longgrpo.rollout.vllm_shared import add_adapter as add
-        self._adapter_request = vllm_private.activate_adapter(self.llm, add)
+        self._adapter_request = vllm_private.activate_adapter(
+            self.llm, vllm_shared.add_adapter if self.shared else None
+        )
         return LoraSlots(model, vllm_private.lora_slots(self.llm), views=self.lora_mode == "views")
 
     def generate(

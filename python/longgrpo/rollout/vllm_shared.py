@@ -1,5 +1,5 @@
-"""vLLM runs the operators that the trainer runs (rollout.bitwise): SharedOperators' take the place of its own, module by
-module, in the engine that is given and in no other."""
+"""vLLM runs the operators that the trainer runs (rollout.bitwise): those of SharedOperators take the place of its own,
+module by module, in the engine that is given and in no other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def share_operators(llm: LLM, shared: SharedOperators) -> None:
     """Raises NotImplementedError, which names it, for a part of the engine's model that is not shared."""
     module = vllm_private.engine_module(llm)
     own = dict(shared.base.named_modules())
-    for name, operator in vllm_private.operators(module).items():
+    operators: dict[str, Any] = dict(vllm_private.operators(module))
+    layers: list[Any] = list(module.modules())
+    for name, operator in operators.items():
         kind, (owner, _, leaf) = type(operator).__name__, name.rpartition(".")
         if kind.endswith("RMSNorm"):
             operator._forward_method = functools.partial(_norm, own[name])
@@ -39,7 +41,7 @@ def share_operators(llm: LLM, shared: SharedOperators) -> None:
             operator._forward_method = functools.partial(_gate, shared.activations[owner])
         elif not ("Linear" in kind or kind.endswith("Embedding")):
             raise NotImplementedError(f"rollout.bitwise: the engine's {name} is a {kind}, which is not shared")
-    for layer in module.modules():
+    for layer in layers:
         if vars(layer).get("cpu_linear") is vllm_private.plain_linear:
             layer.cpu_linear = fixed.linear_rows
     _share_head(llm, shared.base)
@@ -53,7 +55,8 @@ def _norm(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Any:
 
 
 def _gate(activation: fixed.Activation, x: Tensor) -> Tensor:
-    return fixed.gated(*x.chunk(2, dim=-1), activation)
+    gate, up = x.chunk(2, dim=-1)
+    return fixed.gated(gate, up, activation)
 
 
 class Rotation(nn.Module):
@@ -149,7 +152,8 @@ def _share_head(llm: LLM, model: Any) -> None:
         logits[:] = [found[:, : model.config.get_text_config().vocab_size].clone()]
         return found if added is None else found.add_(added.float())
 
-    for layer in vllm_private.engine_module(llm).modules():
+    layers: list[Any] = list(vllm_private.engine_module(llm).modules())
+    for layer in layers:
         if vllm_private.is_head(layer) and "cpu_linear" in vars(layer):
             layer.cpu_linear = head
     sampler = vllm_private.sampler_of(llm)
