@@ -64,6 +64,48 @@ inline HeadPlan plan_cpu(const HeadShape& shape, const HeadInputs& in, int64_t r
   return tiles;
 }
 
+// f(first vocabulary row, rows, fp32 [rows, hidden], whether it is the first chunk); `staged` holds an upcast chunk.
+template <class Runtime, class F>
+void weight_chunks(Runtime& runtime, const HeadShape& shape, const HeadInputs& in, const void* weight, float* staged,
+                   F&& f) {
+  if (in.weight_dtype == Dtype::f32)
+    return f(0, shape.vocabulary, const_cast<float*>(static_cast<const float*>(weight)), true);
+  const int64_t h = shape.hidden;
+  for (int64_t j = 0; j < shape.vocabulary; j += weight_chunk(shape)) {
+    const int64_t n = std::min(weight_chunk(shape), shape.vocabulary - j);
+    runtime.parallel_for(n, [&](int64_t i) {
+      to_float(static_cast<const char*>(weight) + (j + i) * h * size_of(in.weight_dtype), in.weight_dtype,
+               staged + i * h, h);
+    });
+    f(j, n, staged, j == 0);
+  }
+}
+
+// The logits of `rows` hidden states, row i of which lies at source(i); at least kMinTileRows rows of `logits`, stride
+// apart, are written. tile: room for as many hidden states; staged: staging_bytes.
+template <class Runtime, class Source>
+void tile_logits(Runtime& runtime, const HeadShape& shape, const HeadInputs& in, const void* weight, int64_t rows,
+                 Source&& source, float* tile, float* logits, int64_t stride, float* staged) {
+  const int64_t h = shape.hidden, v = shape.vocabulary;
+  if (native_bf16(in)) {
+    uint16_t* gathered = reinterpret_cast<uint16_t*>(tile);
+    for (int64_t i = 0; i < rows; ++i) std::memcpy(gathered + i * h, source(i), size_t(h) * 2);
+    bf16::gemm(runtime, {gathered, false, h, true, nullptr}, {weight, false, h, true, nullptr}, rows, v, h, false,
+               logits, stride, staged);
+    return;
+  }
+  const int64_t padded = std::max(rows, kMinTileRows);
+  runtime.parallel_for(padded, [&](int64_t i) {
+    float* to = tile + i * h;
+    if (i >= rows) return std::fill(to, to + h, 0.0f);
+    to_float(source(i), in.hidden_dtype, to, h);
+  });
+  weight_chunks(runtime, shape, in, weight, staged, [&](int64_t j, int64_t n, float* chunk, bool) {
+    runtime.gemm(row_major(tile, padded, h, h), transposed(row_major(chunk, n, h, h)),
+                 row_major(logits + j, padded, n, stride));
+  });
+}
+
 template <class Runtime>
 class CpuHead {
  public:
@@ -114,7 +156,7 @@ class CpuHead {
       bf16::gemm(runtime_, {logits_, true, stride_, true, nullptr}, {in_.weight, false, h, false, nullptr}, rows, h, v,
                  false, direction_, h, staged_);
     } else {
-      weight_chunks(in_.weight, [&](int64_t j, int64_t n, float* weight, bool first) {
+      weight_chunks(runtime_, shape_, in_, in_.weight, staged_, [&](int64_t j, int64_t n, float* weight, bool first) {
         float* product = first ? direction_ : hidden_;  // torch's GEMM does not accumulate; the hidden tile is free now
         runtime_.gemm({logits_ + j, rows, n, stride_, 1}, row_major(weight, n, h, h), row_major(product, rows, h, h));
         if (!first) add(direction_, product, rows * h);
@@ -168,43 +210,10 @@ class CpuHead {
   };
 
   void first_logits(const void* hidden, const void* weight, int64_t begin, int64_t rows, float* tile, float* logits) {
-    const int64_t h = shape_.hidden, v = shape_.vocabulary;
     const auto source = [&](int64_t i) {
-      return static_cast<const char*>(hidden) + rows_[begin + i] * h * size_of(in_.hidden_dtype);
+      return static_cast<const char*>(hidden) + rows_[begin + i] * shape_.hidden * size_of(in_.hidden_dtype);
     };
-    if (bf16_) {
-      uint16_t* gathered = reinterpret_cast<uint16_t*>(tile);
-      for (int64_t i = 0; i < rows; ++i) std::memcpy(gathered + i * h, source(i), size_t(h) * 2);
-      bf16::gemm(runtime_, {gathered, false, h, true, nullptr}, {weight, false, h, true, nullptr}, rows, v, h, false,
-                 logits, stride_, staged_);
-      return;
-    }
-    const int64_t padded = std::max(rows, kMinTileRows);
-    runtime_.parallel_for(padded, [&](int64_t i) {
-      float* to = tile + i * h;
-      if (i >= rows) return std::fill(to, to + h, 0.0f);
-      to_float(source(i), in_.hidden_dtype, to, h);
-    });
-    weight_chunks(weight, [&](int64_t j, int64_t n, float* chunk, bool) {
-      runtime_.gemm(row_major(tile, padded, h, h), transposed(row_major(chunk, n, h, h)),
-                    row_major(logits + j, padded, n, stride_));
-    });
-  }
-
-  // f(first vocabulary row, rows, fp32 [rows, hidden], whether it is the first chunk)
-  template <class F>
-  void weight_chunks(const void* weight, F&& f) {
-    if (in_.weight_dtype == Dtype::f32)
-      return f(0, shape_.vocabulary, const_cast<float*>(static_cast<const float*>(weight)), true);
-    const int64_t h = shape_.hidden;
-    for (int64_t j = 0; j < shape_.vocabulary; j += weight_chunk(shape_)) {
-      const int64_t n = std::min(weight_chunk(shape_), shape_.vocabulary - j);
-      runtime_.parallel_for(n, [&](int64_t i) {
-        to_float(static_cast<const char*>(weight) + (j + i) * h * size_of(in_.weight_dtype), in_.weight_dtype,
-                 staged_ + i * h, h);
-      });
-      f(j, n, staged_, j == 0);
-    }
+    tile_logits(runtime_, shape_, in_, weight, rows, source, tile, logits, stride_, staged_);
   }
 
   Slot row(int64_t i, int64_t token, bool gradient) {

@@ -86,7 +86,53 @@ class CpuRuntime {
 
 using CpuOps = LossOps<CpuRuntime>;
 
+// The logits that the passes of the head see, before its transform: [max(N, kMinTileRows), logits_stride], of which
+// [N, V] are meant.
+Tensor linear_logits(const Tensor& hidden, const Tensor& weight) {
+  CpuRuntime runtime(hidden);
+  const HeadShape shape{hidden.size(0), hidden.size(1), weight.size(0)};
+  HeadInputs in{};
+  in.hidden_dtype = dtype_of(hidden), in.weight_dtype = dtype_of(weight);
+  const int64_t rows = std::max(shape.tokens, kMinTileRows), bytes = shape.hidden * size_of(in.hidden_dtype);
+  const Tensor logits = runtime.zeros({rows, logits_stride(shape)}, ScalarType::Float);
+  const auto memory = runtime.scratch(rows * shape.hidden * int64_t(sizeof(float)) + 2 * kLine +
+                                      staging_bytes(shape, in, false, runtime.threads()));
+  float* tile = aligned(static_cast<float*>(memory.data()));
+  const auto source = [&](int64_t i) { return static_cast<const char*>(hidden.const_data_ptr()) + i * bytes; };
+  tile_logits(runtime, shape, in, weight.const_data_ptr(), shape.tokens, source, tile, data(logits),
+              logits_stride(shape), aligned(tile + rows * shape.hidden));
+  return logits;
+}
+
+// linear_logprob from those logits [N, V], which are written over: logp [N].
+Tensor logits_logprob(const Tensor& logits, const Tensor& target, const OptionalTensor& bias, const Tensor& temperature,
+                      double softcap, double logit_scale) {
+  CpuRuntime runtime(logits);
+  const HeadShape shape{logits.size(0), 0, logits.size(1)};
+  check_targets(static_cast<const int64_t*>(target.const_data_ptr()), shape);
+  const LogitTransform transform{shape.vocabulary, float(logit_scale), float(softcap), pointer(bias)};
+  const Tensor logp = runtime.zeros({shape.tokens}, ScalarType::Float);
+  runtime.parallel_for(shape.tokens, [&](int64_t i) {
+    float* x = data(logits) + i * logits.stride(0);
+    const float factor = prepare_row(transform, read(temperature)[i], x);
+    const int64_t at = static_cast<const int64_t*>(target.const_data_ptr())[i];
+    data(logp)[i] = read_row(x, shape.vocabulary, at, factor, false, false).softmax.logp;
+  });
+  return logp;
+}
+
 }  // namespace
 }  // namespace longgrpo
 
-STABLE_TORCH_LIBRARY_IMPL(longgrpo, CPU, m) { LONGGRPO_REGISTER_LOSS_OPS(m, longgrpo::CpuOps); }
+STABLE_TORCH_LIBRARY_FRAGMENT(longgrpo, m) {
+  m.def("linear_logits(Tensor hidden, Tensor weight) -> Tensor");
+  m.def(
+      "logits_logprob(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor temperature, float softcap, "
+      "float logit_scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(longgrpo, CPU, m) {
+  LONGGRPO_REGISTER_LOSS_OPS(m, longgrpo::CpuOps);
+  m.impl("linear_logits", TORCH_BOX(&longgrpo::linear_logits));
+  m.impl("logits_logprob", TORCH_BOX(&longgrpo::logits_logprob));
+}

@@ -54,7 +54,7 @@ def test_dispatch_cpu_unquantized_gemm():
 def test_every_linear_of_the_engine_runs_on_its_live_weight(llm):
     linears = [m for m in vllm_private.engine_module(llm).modules() if "cpu_linear" in vars(m)]
     assert len(linears) == 2 * 4 + 2  # qkv, o, gate_up, down of two layers; the embedding and the head
-    assert {module.cpu_linear for module in linears} == {vllm_private._linear}
+    assert {module.cpu_linear for module in linears} == {vllm_private.plain_linear}
 
 
 def test_the_operators_are_each_of_the_engines_parts_once_a_layer(llm):
@@ -73,7 +73,7 @@ from longgrpo.rollout import vllm_private
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((5, 64), (48, 64), (48,)))
     expected = torch.addmm(bias.double(), x.double(), weight.double().T)
-    found, epsilon = vllm_private._linear(x, weight, bias).double(), torch.finfo(dtype).eps
+    found, epsilon = vllm_private.plain_linear(x, weight, bias).double(), torch.finfo(dtype).eps
     terms = x.abs().double() @ weight.abs().double().T + bias.abs().double()
     # 65 roundings of a partial sum in float32; below it the result is rounded to the type
     bound = 65 / 2 * epsilon * terms if dtype == torch.float32 else epsilon * (64 + expected.abs())

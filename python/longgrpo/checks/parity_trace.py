@@ -183,16 +183,30 @@ class TrainerTrace:
         if kind == "attn":
             return self._attention(self.module(owner), *inputs[:3])
         if kind == "act_fn":
-            mlp = self.module(owner)
-            act: Any = getattr(mlp, "act_fn", None) or mlp.activation_fn
-            gate, up = inputs[0].chunk(2, -1)
-            return torch.as_tensor(act(gate.contiguous()) * up)
+            return self._gated(self.module(owner), inputs[0])
         if kind == "rotary_emb":
             return self._rotated(self.module(owner), *inputs[:3])
         if len(inputs) == 2:  # a norm that adds the residual first
             inputs = [inputs[0] + inputs[1]]
             return torch.cat((self.module(name)(inputs[0]), inputs[0]), 1)
         return rows_of(tuple(part(inputs[0]) for part in self.parts(name)))
+
+    def _gated(self, mlp: Any, gate_up: Tensor) -> Tensor:
+        """What the MLP gives its last linear, if its first ones give it this."""
+        parts = [gate_up] if hasattr(mlp, "gate_up_proj") else list(gate_up.chunk(2, -1))
+        linears = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+        read: list[Tensor] = []
+        handles = [mlp.down_proj.register_forward_pre_hook(lambda module, args: read.append(args[0]))]
+        for linear, part in zip(linears, parts, strict=True):
+            given = part.contiguous()[None]
+            handles.append(linear.register_forward_hook(lambda module, args, output, given=given: given))
+        try:
+            width = self.base.config.get_text_config().hidden_size
+            mlp(torch.zeros(1, len(gate_up), width, dtype=gate_up.dtype, device=gate_up.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return read[0][0]
 
     def _attention(self, module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         from transformers import AttentionInterface
@@ -202,16 +216,17 @@ class TrainerTrace:
         heads = [x.view(1, length, -1, module.head_dim).transpose(1, 2) for x in (query, key, value)]
         bounds = torch.tensor([0, length], dtype=torch.int32)
         out, _ = attention(
-            module, *heads, None, scaling=module.scaling, cu_seq_lens_q=bounds, max_length_q=length, lengths=[length]
-        )
+            module, *heads, None, scaling=module.scaling, cu_seq_lens_q=bounds, max_length_q=length, lengths=[length],
+            own_lengths=[length],
+        )  # fmt: skip
         return torch.as_tensor(out.reshape(length, -1))
 
     def _rotated(self, module: Any, positions: Tensor, query: Tensor, key: Tensor) -> Tensor:
         length = len(query)
         rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
         rotary: Any = next(m for n, m in self.base.named_modules() if n.endswith("rotary_emb"))
-        kind = {"layer_type": module.layer_type} if "layer_type" in rotary.forward.__code__.co_varnames else {}
-        cos, sin = rotary(query, positions[None], **kind)
+        kinds = {"layer_type": module.layer_type} if hasattr(rotary, "layer_types") else {}
+        cos, sin = rotary(query, positions[None], **kinds)
         heads = [x.view(1, length, -1, module.head_dim).transpose(1, 2) for x in (query, key)]
         return rows_of(tuple(x.transpose(1, 2)[0] for x in rotate(*heads, cos, sin)))
 

@@ -30,6 +30,9 @@ class RolloutConfig:
     sampling: Any = field(default_factory=dict)
     """Any field of vLLM's SamplingParams, as a mapping or (in Python) a SamplingParams. The seeds of the requests are
     derived from `seed`, or from train.seed if it is not set."""
+    bitwise: bool = False
+    """Let vLLM and the trainer share their operators, so that both give a token the same logprob, bit for bit
+    (docs/bitwise.md). On a CPU, with float32 or bfloat16; importance has nothing to correct then."""
     importance: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
     """How the ratio of the trainer's to the engine's probability enters a token's loss. The loss is multiplied by the
     ratio of the token or of its sequence (the exponential of the mean log ratio over its tokens). truncate limits the

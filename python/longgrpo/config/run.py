@@ -119,6 +119,26 @@ class TrainConfig:
             "loss.detach = false is about a rollout without old logprobs: set train.num_iterations and "
             "train.minibatches to 1",
         )
+        if self.rollout.bitwise:
+            self._check_bitwise()
+
+    def _check_bitwise(self) -> None:
+        """What is known by now not to be computed in the same order by both."""
+        rollout, model = self.rollout, self.model
+        sampling = rollout.not_recomputed or (["a distribution that is cut"] if rollout.request().reshapes else [])
+        others = {
+            "rollout.engine = transformers, whose attention is another": rollout.engine == "transformers",
+            "model.dtype = float16; take bfloat16 or float32": model.dtype == "float16",
+            f"model.quantization = {model.quantization}": model.quantization is not None,
+            "lora.mode = merge, whose base is rounded where W x + B A x is not": bool(
+                self.lora and self.lora.mode == "merge"
+            ),
+            f"rollout.kv_cache_dtype = {rollout.kv_cache_dtype}": rollout.kv_cache_dtype != "auto",
+            "rollout.repack_weights, which computes in another order": rollout.repack_weights,
+            f"rollout.sampling: {', '.join(sampling)}": bool(sampling),
+        }
+        for other, has in others.items():
+            require(not has, f"rollout.bitwise cannot be with {other}")
 
     @property
     def best_metric(self) -> str | None:
@@ -137,8 +157,9 @@ class TrainConfig:
 
     @property
     def scores_policy(self) -> bool:
-        """Whether the policy's own logprobs are: as the old ones of several updates, or for the tokens' entropies."""
-        return self.train.updates > 1 or self.train.top_entropy_quantile < 1
+        """Whether the policy's own logprobs are: as the old ones of several updates, or for the tokens' entropies. With
+        rollout.bitwise the engine's are the old ones."""
+        return (self.train.updates > 1 and not self.rollout.bitwise) or self.train.top_entropy_quantile < 1
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def use_lean_lora(model: Model) -> Model:
-    """Switches PEFT's LoRA linears to this forward, in place. The adapter's matmuls run in x's dtype.
+def use_lean_lora(model: Model, add: type[AddLora] | None = None) -> Model:
+    """Switches PEFT's LoRA linears to this forward, in place. The adapter's matmuls run in x's dtype. `add`: another
+    order of the sums.
 
     A layer whose adapter is off or merged, or that has dropout, a bias or another variant, runs PEFT's own forward, and
     so does every layer under autocast.
@@ -25,15 +26,16 @@ def use_lean_lora(model: Model) -> Model:
 
     for module in model.modules():
         if isinstance(module, Linear):
-            module.forward = _Lean(module)  # type: ignore[method-assign]
+            module.forward = _Lean(module, add or AddLora)  # type: ignore[method-assign]
     return model
 
 
 class _Lean:
     """The forward of a LoRA linear."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, add: type[AddLora]) -> None:
         self.layer = layer
+        self.add: Callable[..., Tensor] = add.apply
         self.peft: Callable[..., Tensor] = type(layer).forward
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -48,10 +50,12 @@ class _Lean:
         if not isinstance(layer.lora_dropout[name], nn.Identity) or layer.lora_bias[name]:
             return self.peft(layer, x)
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # [r, in], [out, r]
-        return _add_lora(layer.base_layer(x), x, a, b, layer.scaling[name])
+        return self.add(layer.base_layer(x), x, a, b, layer.scaling[name])
 
 
-class _AddLora(torch.autograd.Function):
+class AddLora(torch.autograd.Function):
+    """(y, x, A, B, scale) -> y + scale B (A x), in place."""
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         down = x.flatten(0, -2) @ a.to(x.dtype).t()  # [T, r]
@@ -71,6 +75,3 @@ class _AddLora(torch.autograd.Function):
         da = (d_down.t() @ x.flatten(0, -2)).to(a.dtype)
         db = (dy.t() @ down).mul_(ctx.scale).to(b.dtype)
         return grad, dx, da, db, None
-
-
-_add_lora: Callable[..., Tensor] = _AddLora.apply

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NAME = "longgrpo_packed"
+ATTENTION = "_longgrpo_attention"  # of an attention layer: what computes it in place of attend_packed
 KEEPS_APART = "_longgrpo_keeps_apart"  # of a model: whether its layers keep packed sequences apart
 
 
@@ -44,6 +45,7 @@ class PackedBatch:
     lengths: Sequence[int]  # B: their differences
     shared_rows: Tensor | None = None  # [K] int64 into the N tokens; None: no sequence has a prefix, and K is N
     own_rows: Tensor | None = None  # [N] int64: the positions of the N tokens within the K rows
+    own_lengths: Sequence[int] = ()  # B: how many of the N tokens each sequence has
 
     def to(self, device: torch.device) -> PackedBatch:
         """On `device`, without waiting for it."""
@@ -68,7 +70,8 @@ def pack_sequences(
     of the sequence that it continues, -1 for none; a prefix has none itself. None: no sequence has one."""
     if prefix is None:
         lengths = [end - start for start, end in pairwise(bounds)]
-        return PackedBatch(input_ids, position_ids, torch.tensor(bounds, dtype=torch.int32), lengths)
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        return PackedBatch(input_ids, position_ids, cu_seqlens, lengths, own_lengths=lengths)
     spans = [torch.arange(start, end) for start, end in pairwise(bounds)]
     whole = [
         torch.cat((spans[before], span)) if before >= 0 else span for span, before in zip(spans, prefix, strict=True)
@@ -76,7 +79,8 @@ def pack_sequences(
     lengths = [len(rows) for rows in whole]
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)  # [B+1]
     own = [torch.arange(end - len(span), end) for span, end in zip(spans, ends[1:].tolist(), strict=True)]
-    return PackedBatch(input_ids, position_ids, ends, lengths, torch.cat(whole), torch.cat(own))
+    own_lengths = [len(span) for span in spans]
+    return PackedBatch(input_ids, position_ids, ends, lengths, torch.cat(whole), torch.cat(own), own_lengths)
 
 
 def use_packed_attention(model: PreTrainedModel | PeftModel) -> None:
@@ -154,6 +158,7 @@ def _hidden(model: PreTrainedModel | PeftModel, batch: PackedBatch) -> Tensor:
         lengths=batch.lengths,
         shared_rows=batch.shared_rows,
         own_rows=batch.own_rows,
+        own_lengths=batch.own_lengths,
     )
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
@@ -173,6 +178,7 @@ def _attention(
     lengths: Sequence[int] = (),
     shared_rows: Tensor | None = None,
     own_rows: Tensor | None = None,
+    own_lengths: Sequence[int] = (),
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; returns [1, N, heads, D]."""
@@ -183,13 +189,36 @@ def _attention(
         raise NotImplementedError(f"a sliding window of {window} under a sequence of {max_length_q} tokens")
     if dropout or options.get("softcap") or options.get("s_aux") is not None:
         raise NotImplementedError(f"{type(module).__name__}: attention with dropout, a softcap or sinks")
-    if shared_rows is not None:  # a prefix is laid before each of its sequences: plain causal attention needs no mask
-        query, key, value = (x.index_select(2, shared_rows) for x in (query, key, value))
-    if _takes_varlen(query):
-        out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None]
-    else:
-        out = _one_by_one(query, key, value, lengths, scaling)
-    return (out if own_rows is None else out.index_select(1, own_rows)), None
+    if attend := getattr(module, ATTENTION, None):
+        return attend(query, key, value, lengths, own_lengths, shared_rows, own_rows, scaling), None
+    if not _takes_varlen(query):
+        return attend_packed(query, key, value, lengths, shared_rows, own_rows, scaling), None
+    query, key, value = _behind_prefixes(query, key, value, shared_rows)
+    out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None]
+    return _own(out, own_rows), None
+
+
+def attend_packed(
+    query: Tensor,  # [1, heads, N, D]
+    key: Tensor,  # [1, kv_heads, N, D]
+    value: Tensor,
+    lengths: Sequence[int],
+    shared_rows: Tensor | None,
+    own_rows: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """[1, N, heads, D] of the sequences of a PackedBatch, by torch's attention."""
+    query, key, value = _behind_prefixes(query, key, value, shared_rows)
+    return _own(_one_by_one(query, key, value, lengths, scale), own_rows)
+
+
+def _behind_prefixes(query: Tensor, key: Tensor, value: Tensor, shared_rows: Tensor | None) -> tuple[Tensor, ...]:
+    """A prefix is laid before each of its sequences: plain causal attention needs no mask."""
+    return tuple(x if shared_rows is None else x.index_select(2, shared_rows) for x in (query, key, value))
+
+
+def _own(out: Tensor, own_rows: Tensor | None) -> Tensor:
+    return out if own_rows is None else out.index_select(1, own_rows)
 
 
 def _takes_varlen(query: Tensor) -> bool:

@@ -38,13 +38,17 @@ class Adapter(Protocol):
         """The context in which a rollout runs."""
 
 
-def choose_mode(lora: LoraConfig, *, mergeable: bool, ranks: Sequence[int], slots: str = "") -> Mode:
+def choose_mode(
+    lora: LoraConfig, *, mergeable: bool, ranks: Sequence[int], slots: str = "", bitwise: bool = False
+) -> Mode:
     """The mode to use: lora.mode, or the fastest safe one, which one log line names.
 
     `mergeable`: the base is in float32. `ranks`: those of the engine's own LoRA tensors. `slots`: why none of them can
-    be used. Raises ValueError for a mode that is not possible.
+    be used. `bitwise`: the engine's sums are to be the trainer's. Raises ValueError for a mode that is not possible.
     """
     obstacles = _obstacles(lora, mergeable, ranks, slots)
+    if bitwise:
+        obstacles |= _not_bitwise(lora, ranks, obstacles)
     if lora.mode != "auto":
         if obstacle := obstacles[lora.mode]:
             raise ValueError(f"lora.mode = {lora.mode}: {obstacle}")
@@ -70,6 +74,14 @@ def _obstacles(lora: LoraConfig, mergeable: bool, ranks: Sequence[int], slots: s
         views = f"the engine has no scale of its own, so lora.alpha = {lora.alpha} must be lora.rank = {lora.rank}"
     copy = "" if lora.rank <= max(ranks) else f"lora.rank = {lora.rank}, and the engine takes at most {max(ranks)}"
     return {"merge": merge, "views": slots or views, "copy": slots or copy}
+
+
+def _not_bitwise(lora: LoraConfig, ranks: Sequence[int], obstacles: Mapping[Mode, str]) -> dict[Mode, str]:
+    """The obstacles that rollout.bitwise adds."""
+    found: dict[Mode, str] = {"merge": "rollout.bitwise: a merged base is rounded where W x + B A x is not"}
+    if lora.rank not in ranks:  # the engine's zeros would be summed with it, and may change the order
+        found["copy"] = f"rollout.bitwise: lora.rank must be one of {', '.join(map(str, ranks))}, not {lora.rank}"
+    return {mode: obstacles[mode] or text for mode, text in found.items()}
 
 
 class LoraSlots:

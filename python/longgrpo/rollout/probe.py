@@ -35,6 +35,8 @@ class Probe:
         self.prompt = (list(prompt) * LENGTH)[:room]
         self.engine = engine
         self.tolerance = FP8_TOLERANCE if config.kv_cache_dtype == "fp8" else TOLERANCE[dtype]
+        if config.bitwise:
+            self.tolerance = 0.0
 
     @torch.no_grad()
     def __call__(self, model: Any) -> float:

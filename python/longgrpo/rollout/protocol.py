@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import Sampling
 from longgrpo.model.load import context_length
+from longgrpo.model.shared_operators import SharedOperators
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -87,6 +88,8 @@ class RolloutEngine(Protocol):
     """The model to train: its parameters are the engine's own, or views of them."""
     cache_bytes: int
     """Size of a rollout's key-value cache, whatever its length; 0 if the cache grows with each sampled token."""
+    shared: SharedOperators | None
+    """The operators that the engine runs and the trainer is to run (rollout.bitwise)."""
 
     def attach(self, model: PreTrainedModel | PeftModel) -> None:
         """Makes generate() sample from `model`: engine.model itself, or engine.model wrapped by PEFT."""

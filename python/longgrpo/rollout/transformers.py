@@ -14,6 +14,7 @@ from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import Sampling
 from longgrpo.model.head import base_model
 from longgrpo.model.load import end_token_ids, load_model, resolve_model
+from longgrpo.model.shared_operators import SharedOperators
 from longgrpo.rollout.protocol import Completion, Finished, Turns, check_prompts, max_length
 from longgrpo.rollout.support import processed_logits
 from longgrpo.rollout.turns import Episodes
@@ -30,6 +31,7 @@ class TransformersEngine:
 
     name = "transformers"
     cache_bytes = 0
+    shared: SharedOperators | None = None
 
     def __init__(self, config: RolloutConfig, model: ModelConfig) -> None:
         self.directory = resolve_model(model.path, model.quantization)
@@ -37,6 +39,8 @@ class TransformersEngine:
             raise ValueError(f"rollout.sampling: {', '.join(others)} needs rollout.engine: vllm")
         if config.kv_cache_dtype != "auto" or config.repack_weights:
             raise ValueError("rollout.kv_cache_dtype and rollout.repack_weights need rollout.engine: vllm")
+        if config.bitwise:
+            raise ValueError("rollout.bitwise needs rollout.engine: vllm")
         self._max_length = max_length(config, self.directory)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = load_model(self.directory, model.dtype, device, model.quantization)

@@ -16,7 +16,8 @@ from longgrpo.config.sampling import NEED_TOKENIZER, Sampling
 from longgrpo.model.head import base_model
 from longgrpo.model.load import architecture, check_weights, end_token_ids, model_on, resolve_model, vocabulary
 from longgrpo.model.lora import linear_names
-from longgrpo.rollout import vllm_private
+from longgrpo.model.shared_operators import SharedOperators
+from longgrpo.rollout import vllm_private, vllm_shared
 from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode
 from longgrpo.rollout.protocol import Completion, Finished, Turns, batched_tokens, check_prompts, max_length
 from longgrpo.rollout.turns import Episodes
@@ -55,7 +56,7 @@ class VllmEngine:
             mergeable = model.dtype == "float32" and model.quantization is None
             refused = model.dtype == "float32" and not vllm_private.is_cpu()
             slots = "vLLM's LoRA layers on a GPU take only model.dtype: bfloat16 or float16" if refused else ""
-            self.lora_mode = choose_mode(lora, mergeable=mergeable, ranks=ranks, slots=slots)
+            self.lora_mode = choose_mode(lora, mergeable=mergeable, ranks=ranks, slots=slots, bitwise=config.bitwise)
             if self.lora_mode != "merge":
                 options |= self._lora_options(min(rank for rank in ranks if rank >= lora.rank))
         try:
@@ -79,6 +80,7 @@ class VllmEngine:
         self._adapter_request: Any = None
         # At exit as well, for an engine that is left to the interpreter's own teardown crashes there now and then.
         self._shut_down = weakref.finalize(self, vllm_private.shut_down, self.llm)
+        self.shared: SharedOperators | None = self._share_operators() if config.bitwise else None
 
     def _not_started(self, error: str) -> str:
         """What to say of vLLM's own error, whose words the settings of the cache are in if they are its cause."""
@@ -90,6 +92,16 @@ class VllmEngine:
         words = ("max_model_len", "max seq len", "kv cache", "kv_cache")
         named = cache if any(word in error.lower() for word in words) else f" for {self._architecture}"
         return f"vLLM does not start{named}: {error}"
+
+    def _share_operators(self) -> SharedOperators:
+        if not vllm_private.is_cpu():
+            raise NotImplementedError(
+                "rollout.bitwise is for the CPU; on a GPU VLLM_BATCH_INVARIANT=1 makes vLLM agree with itself, and "
+                "`longgrpo parity` says where it parts from the trainer"
+            )
+        operators = SharedOperators(self.model, self._max_length)
+        vllm_shared.share_operators(self.llm, operators)
+        return operators
 
     def _some_tokens(self) -> list[int]:
         """A prompt that is the same whenever the engine is built: a resumed run has the scales that it had."""
@@ -132,6 +144,8 @@ class VllmEngine:
             options |= dict(enable_sleep_mode=True)
         if self._masks:
             options |= dict(return_sampling_mask=True)
+        if model.dtype != "float32" and not vllm_private.is_cpu():  # on the CPU: vllm_private.wide_logits
+            options |= dict(hf_overrides={"head_dtype": "float32"})  # read in vLLM 0.32.0, not yet run
         if vllm_private.is_cpu():
             # Short prompts find their prefix in blocks of 32 tokens; the default is 128.
             options |= dict(enforce_eager=True, block_size=32)
@@ -160,7 +174,9 @@ class VllmEngine:
     def _enter(self, model: Any) -> Adapter:
         if self.lora_mode == "merge":
             return LoraMerge(model, self.directory)
-        self._adapter_request = vllm_private.activate_adapter(self.llm)
+        self._adapter_request = vllm_private.activate_adapter(
+            self.llm, vllm_shared.add_adapter if self.shared else None
+        )
         return LoraSlots(model, vllm_private.lora_slots(self.llm), views=self.lora_mode == "views")
 
     def generate(

@@ -120,6 +120,9 @@ def score(config: TrainConfig, state: TrainState, updates: Sequence[Update]) -> 
         with state.reference() as model:
             for batch in batches:
                 batch.tokens = replace(batch.tokens, ref_logp=logprob(model, batch, sampling, alone=True).logp)
+    if config.rollout.bitwise and config.train.updates > 1:
+        for batch in batches:
+            batch.tokens = replace(batch.tokens, old_logp=batch.tokens.sampling_logp)
     if not config.scores_policy:
         return
     entropies: list[Tensor] = []
@@ -127,7 +130,7 @@ def score(config: TrainConfig, state: TrainState, updates: Sequence[Update]) -> 
         logp, entropy = logprob(state.model, batch, sampling, entropy=True)
         assert entropy is not None
         entropies.append(entropy)
-        if config.train.updates > 1:
+        if config.train.updates > 1 and not config.rollout.bitwise:
             batch.tokens = replace(batch.tokens, old_logp=logp)
     if config.train.top_entropy_quantile < 1:
         _silence_low_entropy(batches, entropies, config.train.top_entropy_quantile)

@@ -68,6 +68,8 @@ def _trained_model(engine: RolloutEngine, config: TrainConfig, offload: OffloadE
     use_packed_attention(model)
     if config.lora:
         use_lean_lora(model)
+    if engine.shared:
+        engine.shared.use_in(model)
     if config.memory.tiled_mlp:
         tile_norms(tile_mlp(model, config.memory.tile_rows), config.memory.tile_rows)
     if offload:

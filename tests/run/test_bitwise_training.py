@@ -1,0 +1,139 @@
+"""Training with rollout.bitwise: step after step engine and trainer give the sampled tokens the same logprobs, to the
+bit. What cannot be exact is refused by name, before the engine is built."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from longgrpo._ops import fixed
+from longgrpo.checks.selftest import selftest
+from longgrpo.config.run import build_config, load_config
+from longgrpo.errors import ConfigError
+from longgrpo.run.trainer import Trainer
+from testing import OWN_REWARDS, ROOT
+from testing.families import FAMILIES, write_family
+
+BF16 = pytest.param("bfloat16", marks=pytest.mark.skipif(not fixed.has_bf16(), reason="no AVX512-BF16"), id="bfloat16")
+VIEWS = {"rank": 8, "alpha": 8, "mode": "views"}
+
+
+def tree(directory, family="Llama", dtype="bfloat16", lora=VIEWS, **groups):
+    """Prompts of one to 150 tokens, completions that end by themselves, micro-batches of a few sequences."""
+    rollout = {"engine": "vllm", "max_completion_length": 12, "max_model_len": 256, "kv_cache_gib": 0.05}
+    return {
+        "model": {"path": str(write_family(FAMILIES[family], directory / "model")), "dtype": dtype},
+        "lora": lora,
+        "task": {"name": "chain_sum", "parameters": {"max_terms": 6}, "eval_n": 0},
+        "rewards": [{"function": f"{OWN_REWARDS}:digits"}],
+        "rollout": rollout | {"num_generations": 4, "bitwise": True, "importance": "none"} | groups.pop("rollout", {}),
+        "train": {"prompts_per_step": 3, "steps": 3, "learning_rate": 1e-2, "token_budget": 150, "probe_prompts": 0}
+        | groups.pop("train", {}),
+    } | groups
+
+
+def differences(trainer):
+    """Of each step: the largest difference of the sampled tokens' logprobs, the probe's, and the ratio's mean."""
+    assert trainer.run()
+    lines = (trainer.directory / "metrics.jsonl").read_text().splitlines()
+    steps = [metrics for metrics in map(json.loads, lines) if metrics.get("step")]
+    assert any(metrics["grad_norm"] > 0 for metrics in steps)
+    names = ("engine_trainer_logprob_diff_max", "probe_logprob_diff", "importance_ratio_mean")
+    return [tuple(metrics[name] for name in names) for metrics in steps]
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        ("Llama", VIEWS),
+        *(pytest.param(f, VIEWS, marks=pytest.mark.long) for f in ("Qwen3", "Phi-3, Phi-4", "Gemma 3")),
+        *(pytest.param(f, None, marks=pytest.mark.long) for f in ("Llama", "Qwen3", "Phi-3, Phi-4", "Gemma 3")),
+    ],
+)
+@pytest.mark.parametrize("dtype", [BF16, pytest.param("float32", marks=pytest.mark.long)])
+def test_no_step_has_a_difference(family, lora, dtype, tmp_path):
+    pytest.importorskip("vllm")
+    trainer = Trainer(build_config(tree(tmp_path, family, dtype, lora)), tmp_path / "run")
+    assert differences(trainer) == [(0.0, 0.0, 1.0)] * 3
+
+
+@pytest.mark.parametrize("dtype", [BF16])
+def test_nor_with_offload_tiles_and_several_updates_and_the_selftest_passes(dtype, tmp_path):
+    """The engine's logprobs are the old ones: the policy is not scored for them."""
+    pytest.importorskip("vllm")
+    config = tree(
+        tmp_path, dtype=dtype, memory={"offload": True, "tiled_mlp": True, "tile_rows": 16}, train={"minibatches": 3}
+    )
+    trainer = Trainer(build_config(config), tmp_path / "run")
+    assert not trainer.config.scores_policy
+    assert {check.name: check.passed for check in selftest(trainer.loop, 3).checks if check.name == "agreement"} == {
+        "agreement": True
+    }
+    assert [step[1] for step in differences(trainer)] == [0.0] * 3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [BF16, "float32"])
+@pytest.mark.parametrize("lora", [{"rank": 16, "alpha": 16, "mode": "views"}, None], ids=["views", "full"])
+def test_twenty_steps_of_smollm2(lora, dtype, threads, tmp_path, set_threads):
+    pytest.importorskip("vllm")
+    set_threads(threads)
+    config = build_config(
+        {
+            "model": {"path": "smollm2-135m-instruct", "dtype": dtype},
+            "lora": lora,
+            "task": {"name": str(ROOT / "examples" / "sums.py") + ":rows", "eval_n": 0},
+            "rewards": [{"function": f"{OWN_REWARDS}:digits"}],
+            "rollout": {
+                "engine": "vllm", "bitwise": True, "importance": "none", "num_generations": 4,
+                "max_completion_length": 16, "max_model_len": 512, "kv_cache_gib": 0.25,
+            },
+            "train": {
+                "prompts_per_step": 2, "steps": 20, "learning_rate": 1e-4 if lora else 1e-6, "token_budget": 512,
+                "probe_prompts": 0,
+            },
+        }
+    )  # fmt: skip
+    assert differences(Trainer(config, tmp_path / "run")) == [(0.0, 0.0, 1.0)] * 20
+
+
+REFUSED = {
+    "rollout.engine = transformers": {"rollout": {"engine": "transformers"}},
+    "model.dtype = float16": {"model": {"dtype": "float16"}},
+    "model.quantization = nf4": {"model": {"quantization": "nf4"}},
+    "lora.mode = merge": {"lora": {"mode": "merge"}},
+    "rollout.kv_cache_dtype = fp8": {"rollout": {"kv_cache_dtype": "fp8"}},
+    "rollout.repack_weights": {"rollout": {"repack_weights": True}},
+    "rollout.sampling: a distribution that is cut": {"rollout": {"sampling": {"top_p": 0.9}}},
+    "rollout.sampling: repetition_penalty": {"rollout": {"sampling": {"repetition_penalty": 1.1}}},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_exact_is_refused_by_name(what, tmp_path):
+    given = tree(tmp_path)
+    for group, keys in REFUSED[what].items():
+        given[group] = given[group] | keys
+    with pytest.raises(ConfigError, match=re.escape(f"rollout.bitwise cannot be with {what}")):
+        build_config(given)
+
+
+def test_an_auto_mode_is_never_merge():
+    from longgrpo.config.model import LoraConfig
+    from longgrpo.rollout.adapters import choose_mode
+
+    ranks = (1, 8, 16)
+    assert choose_mode(LoraConfig(rank=8, alpha=8), mergeable=True, ranks=ranks) == "merge"
+    assert choose_mode(LoraConfig(rank=8, alpha=8), mergeable=True, ranks=ranks, bitwise=True) == "views"
+    assert choose_mode(LoraConfig(rank=8, alpha=16), mergeable=True, ranks=ranks, bitwise=True) == "copy"
+    with pytest.raises(ValueError, match=r"rollout\.bitwise: lora\.rank must be one of 1, 8, 16, not 6"):
+        choose_mode(LoraConfig(rank=6, alpha=6), mergeable=True, ranks=ranks, bitwise=True)
+
+
+def test_a_config_without_it_reads_as_before(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text((ROOT / "examples" / "smollm2-sums.yaml").read_text())
+    assert load_config(file, ["--task.name", str(ROOT / "examples" / "sums.py") + ":rows"]).rollout.bitwise is False
