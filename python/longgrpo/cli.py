@@ -23,7 +23,7 @@ from longgrpo.visible import listening, visible
 
 OPTIONS = (
     "--help", "--resume", "--print-config", "--force", "--checkpoint", "--as", "--dtype", "--output", "--card",
-    "--prompt-length", "--dry-run", "--json", "--tokens", "--any-bits",
+    "--prompt-length", "--dry-run", "--json", "--tokens", "--any-bits", "--ranks",
 )  # fmt: skip
 EPILOG = """any key of the config can be overridden: --train.steps 5 --rewards.1.weight 0.5
 exit status: 0 done, 1 the self-test failed, 2 a user error, 128 + n stopped by signal n (the run is saved)"""
@@ -32,18 +32,20 @@ exit status: 0 done, 1 the self-test failed, 2 a user error, 128 + n stopped by 
 def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
         sys.stderr = _Heard(sys.stderr)
-    rest, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    rest, overrides = _split_overrides(given)
     options = _parser().parse_args(rest)
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Shown("%(message)s"))
+    options.given = given
+    handler, rank = logging.StreamHandler(), int(os.environ.get("RANK", "0"))
+    handler.setFormatter(_Shown(f"rank {rank}: %(message)s" if rank else "%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("longgrpo").setLevel(logging.INFO)
+    logging.getLogger("longgrpo").setLevel(logging.WARNING if rank else logging.INFO)
     try:
         status: int = options.run(options, overrides)
         sys.stdout.flush()
         return status
     except UserError as error:
-        return _say(f"longgrpo: {error}", 2)
+        return _say(f"longgrpo: {error}", 2) if _tells(error, rank) else 2
     except ModuleNotFoundError as error:
         if str(error.name).startswith("longgrpo"):
             raise
@@ -95,6 +97,15 @@ def _say(message: str, status: int) -> int:
     return status
 
 
+def _tells(error: UserError, rank: int) -> bool:
+    """Whether this process is to tell of it: of several ranks one does."""
+    if rank == 0:
+        return True
+    from longgrpo.train.ranks import tells
+
+    return tells(error)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="longgrpo", description="GRPO for long contexts")
     commands = parser.add_subparsers(required=True)
@@ -111,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--print-config", action="store_true", help="print the whole config, defaults included, and stop"
     )
+    train.add_argument("--ranks", type=int, metavar="N", help="on N GPUs of this machine (docs/ranks.md)")
     train.add_argument("--force", action="store_true", help="train even if the memory does not suffice")
     plan = command("plan", _plan, "predict the memory of a run; exit status 1: it does not fit")
     plan.add_argument("config", type=Path)
@@ -189,16 +201,26 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         print(dump_config(config), end="")
         return 0
 
-    from longgrpo.run.trainer import Trainer
+    if (options.ranks or 1) != 1:
+        from longgrpo.run.launch import launch, without_ranks
 
-    if options.resume:
-        trainer = Trainer.resume(options.resume, overrides, force=options.force)
-    else:
-        trainer = Trainer(config, force=options.force, name=options.config.stem)
-    summary = trainer.run()
+        return launch(options.ranks, without_ranks(options.given))
+
+    from longgrpo.run.trainer import Trainer
+    from longgrpo.train.ranks import leave
+
+    try:
+        if options.resume:
+            trainer = Trainer.resume(options.resume, overrides, force=options.force)
+        else:
+            trainer = Trainer(config, force=options.force, name=options.config.stem)
+        summary = trainer.run()
+    finally:
+        leave()
     if summary is None:
         return 128 + (trainer.stop.signal or 0)
-    print(visible(f"done: {trainer.directory}/summary.json, {trainer.directory}/metrics.jsonl"))
+    if trainer.ranks.is_first:
+        print(visible(f"done: {trainer.directory}/summary.json, {trainer.directory}/metrics.jsonl"))
     return 0
 
 

@@ -29,12 +29,15 @@ log = logging.getLogger(__name__)
 
 
 class Forecast:
-    """What a run will need on a card, or without one on this machine: `--card`'s name or GiB; None: what is here.
+    """What a rank will need on a card, or without one on this machine: `--card`'s name or GiB; None: what is here.
 
     Raises ConfigError for a config that contradicts itself, an unknown architecture or card.
     """
 
-    def __init__(self, config: TrainConfig, card_name: str | None = None, prompt_length: int | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, card_name: str | None = None, prompt_length: int | None = None, ranks: int = 1
+    ) -> None:
+        self.ranks = ranks
         try:
             self.capacity, self.target = _capacity(card_name)
             self.config, self.prompt_length = with_adapter(config), prompt_length
@@ -124,17 +127,18 @@ class Forecast:
         """The rollout of a step, a token each: the cache has its size from the start. No group shares a prefix."""
         train, group = self.config.train, self.config.rollout.num_generations
         length = len(self.rollout.samples[0].prompt_ids)
-        prompts = [[i, *[0] * (length - 1)] for i in range(train.prompts_per_step) for _ in range(group)]
+        own = -(-train.prompts_per_step // self.ranks)
+        prompts = [[i, *[0] * (length - 1)] for i in range(own) for _ in range(group)]
         sampling = replace(self.config.rollout.request(), max_tokens=1, others={})
         engine.generate(prompts, sampling, range(len(prompts)))
         engine.drop_caches()
 
 
-def forecast_run(config: TrainConfig, prompt_length: int, force: bool) -> Forecast | None:
+def forecast_run(config: TrainConfig, prompt_length: int, force: bool, ranks: int = 1) -> Forecast | None:
     """Logs what a run here will need. Raises ConfigError, with the remedies, if that does not fit, unless `force`.
     None for a model that is neither computed nor counted."""
     try:
-        forecast = Forecast(config, prompt_length=prompt_length)
+        forecast = Forecast(config, prompt_length=prompt_length, ranks=ranks)
     except ConfigError as error:
         if not isinstance(error.__cause__, UnknownArchitecture):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from longgrpo.config.run import TrainConfig
 from longgrpo.loss import loss_normalizer
 from longgrpo.tasks.sample import Rollout
 from longgrpo.train.packing import MicroBatch, micro_batches
+from longgrpo.train.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,15 @@ class Update:
     trains: bool
     """Whether any sample has a gradient. If none has, one micro-batch is scored anyway: every step compares
     engine and trainer."""
-
-    @property
-    def tokens(self) -> int:
-        """Completion tokens that are trained on."""
-        return sum(len(batch.target) for batch in self.batches) if self.trains else 0
+    tokens: int
+    """Completion tokens that are trained on, by all ranks."""
 
 
-def plan_updates(config: TrainConfig, rollout: Rollout, device: torch.device, parts: int | None = None) -> list[Update]:
+def plan_updates(
+    config: TrainConfig, rollout: Rollout, device: torch.device, parts: int | None = None, ranks: Ranks = ALONE
+) -> list[Update]:
     """The updates of one pass over the rollout, train.minibatches of them unless `parts` says otherwise; its tensors go
-    to the device here, and only here."""
+    to the device here, and only here. A rank gets the micro-batches of its share, the rest is of all."""
     parts = config.train.minibatches if parts is None else parts
     counted = in_loss(config, rollout)
     active = _with_gradient(config, rollout, counted)
@@ -41,7 +42,7 @@ def plan_updates(config: TrainConfig, rollout: Rollout, device: torch.device, pa
         def own(indices: Sequence[int]) -> list[int]:
             return [i for i in indices if rollout.samples[i].group % parts == part]
 
-        return _update(config, rollout, own(range(len(rollout.samples))), own(counted), own(active), device)
+        return _update(config, rollout, own(range(len(rollout.samples))), own(counted), own(active), device, ranks)
 
     return [update(part) for part in range(parts)]
 
@@ -59,15 +60,36 @@ def _update(
     counted: Sequence[int],
     active: Sequence[int],
     device: torch.device,
+    ranks: Ranks,
 ) -> Update:
     """every, counted, active: the update's samples, those of the loss, and those with a gradient."""
-    batches = batches_of(config, rollout, active, device) or batches_of(config, rollout, every, device)[:1]
+    batches = batches_of(config, rollout, share_of(rollout, active, ranks), device)
+    if not active and ranks.is_first:
+        batches = batches_of(config, rollout, every, device)[:1]
     tokens = sum(len(rollout.samples[i]) for i in counted)
     return Update(
         batches,
         float(loss_normalizer(config.loss, len(every), tokens, config.rollout.max_completion_length)),
         bool(active),
+        sum(len(rollout.samples[i]) for i in active),
     )
+
+
+def share_of(rollout: Rollout, indices: Sequence[int], ranks: Ranks) -> list[int]:
+    """Of the samples `indices` those that this rank trains on, whoever sampled them: whole groups, each to the rank
+    that has the fewest tokens so far, the longest groups first."""
+    if ranks.world == 1:
+        return list(indices)
+    lengths: Counter[int] = Counter()
+    for i in indices:
+        lengths[rollout.samples[i].group] += len(rollout.samples[i].completion.token_ids)
+    loads, own = [0] * ranks.world, set()
+    for group, length in sorted(lengths.items(), key=lambda item: (-item[1], item[0])):
+        rank = loads.index(min(loads))
+        loads[rank] += length
+        if rank == ranks.rank:
+            own.add(group)
+    return [i for i in indices if rollout.samples[i].group in own]
 
 
 def in_loss(config: TrainConfig, rollout: Rollout) -> list[int]:
