@@ -348,11 +348,11 @@ def shut_down(llm: LLM) -> None:
     from torch import distributed
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    llm.llm_engine.engine_core.shutdown()
     destroy = distributed.destroy_process_group
     if distributed.is_initialized() and distributed.get_world_size() > 1:  # the ranks' own group, which goes on
         distributed.destroy_process_group = lambda group=None: group and destroy(group)
     try:
+        llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
     finally:
         distributed.destroy_process_group = destroy

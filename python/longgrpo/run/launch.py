@@ -26,6 +26,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     if "RANK" in os.environ:
         raise ConfigError("--ranks starts torchrun, and this process is a rank of one already: leave it out")
     options = ["--standalone", "--nproc-per-node", str(ranks), "--virtual-local-rank", "--shutdown-timeout"]
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a rank that is gone its own error tells
     # Each rank would otherwise take all cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     try:

@@ -128,9 +128,9 @@ def tells(error: BaseException) -> bool:
         return True
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, RankLost):
+        if isinstance(cause, RankLost) and cause.missing:
             return 0 in cause.missing
-        if isinstance(cause, RankError) or getattr(cause, "agreed", False):
+        if getattr(cause, "agreed", False) or (isinstance(cause, RankError) and not isinstance(cause, RankLost)):
             return False
         cause = cause.__cause__
     return True
