@@ -24,6 +24,7 @@ from longgrpo.visible import listening, visible
 OPTIONS = (
     "--help", "--resume", "--print-config", "--force", "--checkpoint", "--as", "--dtype", "--output", "--card",
     "--prompt-length", "--dry-run", "--json", "--tokens", "--any-bits", "--ranks",
+    "--bandwidth",
 )  # fmt: skip
 EPILOG = """any key of the config can be overridden: --train.steps 5 --rewards.1.weight 0.5
 exit status: 0 done, 1 the self-test failed, 2 a user error, 128 + n stopped by signal n (the run is saved)"""
@@ -127,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "predict the memory of a run; exit status 1: it does not fit")
     plan.add_argument("config", type=Path)
     plan.add_argument("--card", help="h100-80, h200-141, rtx4090-24, t4-16 or GiB; default: this machine")
+    plan.add_argument("--ranks", default="1", metavar="N", help="of a run on N GPUs; 2x8: on 2 machines with 8 each")
+    plan.add_argument("--bandwidth", type=float, help="GB/s between the ranks; default: 25, of PCIe 4.0")
     plan.add_argument("--prompt-length", type=int, help="tokens of the longest prompt")
     plan.add_argument("--dry-run", action="store_true", help="also count it, on a step that runs without storage")
     plan.add_argument("--json", action="store_true", help="print JSON")
@@ -156,8 +159,14 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from longgrpo.checks.rehearsal import Forecast, as_json
     from longgrpo.config.run import load_config
+    from longgrpo.memory.ranks import BANDWIDTH, Layout
 
-    forecast = Forecast(load_config(options.config, overrides), options.card, options.prompt_length)
+    try:
+        layout = Layout.of(options.ranks)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    bandwidth = BANDWIDTH if options.bandwidth is None else options.bandwidth
+    forecast = Forecast(load_config(options.config, overrides), options.card, options.prompt_length, layout, bandwidth)
     counted = forecast.dry_run() if options.dry_run else {}
     if options.json:
         dry = {"dry_run": {name: as_json(phase) for name, phase in counted.items()}} if counted else {}

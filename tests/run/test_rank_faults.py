@@ -138,7 +138,13 @@ def test_fewer_prompts_than_ranks_are_refused(config, run, tmp_path):
 
 
 def test_ranks_that_draw_other_prompts_are_told_so(config, run, tmp_path):
-    file = config(task={"name": f"{OWN_REWARDS.with_name('own_data.py')}:thirty", "sampler": f"{RANKED_REWARDS}:Apart", "parameters": {}})
+    file = config(
+        task={
+            "name": f"{OWN_REWARDS.with_name('own_data.py')}:thirty",
+            "sampler": f"{RANKED_REWARDS}:Apart",
+            "parameters": {},
+        }
+    )
     ended = train(tmp_path, *started(file, run))
     assert [one.status for one in ended] == [2, 2]
     assert "rank 1 drew other prompts than rank 0" in ended[0].said
@@ -197,7 +203,7 @@ def apart(whole, part):
 
 
 def positions(whole, part):
-    """Where the stream of two runs' last checkpoints differs, and where weights and moments do by more than rounding."""
+    """Where the stream of two runs' last checkpoints differs, and where weights and moments do beyond rounding."""
     import torch
 
     one, two = (checkpoint.find(run, "last") for run in (whole, part))

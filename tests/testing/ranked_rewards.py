@@ -110,6 +110,7 @@ def changes_a_weight(completions, trainer_state, **columns):
     import gc
 
     import torch
+
     from longgrpo.train.state import TrainState
 
     if _now(trainer_state):

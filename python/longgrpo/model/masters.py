@@ -3,11 +3,22 @@ than 2^-9 of it would round to nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+BUCKET = 1 << 27  # bytes that one collective of the ranks moves: its buffer comes beside the gradients
+
+
+def balanced(sizes: Sequence[int], parts: int) -> list[int]:
+    """Of each size its part: the largest first, each to the part that has the least so far."""
+    loads, found = [0] * parts, [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        found[i] = loads.index(min(loads))
+        loads[found[i]] += sizes[i]
+    return found
 
 
 class MasterWeights:

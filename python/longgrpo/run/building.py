@@ -69,7 +69,7 @@ def build(config: TrainConfig, directory: Path, force: bool, given: Mapping[str,
     first = stream.peek(config.train.prompts_per_step)
     problems = [*first, *(problem for problems in held_out.values() for problem in problems)]
     prompts = [as_tokens.encode(problem) for problem in problems]
-    forecast = forecast_run(config, max(map(len, prompts)), force, ranks.world)
+    forecast = forecast_run(config, max(map(len, prompts)), force, ranks.layout)
     try:
         engine = make_engine(config.rollout, config.model, config.lora)
     except (ValueError, NotImplementedError, ImportError) as error:

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 8 --virtual-local-rank --shutdown-timeout 600 -m longg
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks tell what happens
     if ranks < 1:
         raise ConfigError(f"--ranks {ranks}: must be at least 1")
     if "RANK" in os.environ:

@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from longgrpo.errors import ConfigError, TrainingError, UserError
+from longgrpo.memory.ranks import Layout
 
 T = TypeVar("T")
 
@@ -53,6 +54,11 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is rank 0, which writes files and talks."""
         return self.rank == 0
+
+    @property
+    def layout(self) -> Layout:
+        """Machines, and ranks on each."""
+        return Layout(1, self.world)
 
     def gather(self, value: T, what: str = "values") -> list[T]:
         """What each rank gives, by rank, on all of them. `what` names it in an error."""
@@ -163,6 +169,11 @@ class Group(Ranks):
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=wait)
         hosts = self.gather(socket.gethostname(), "host names")
         self._leads_machine = hosts.index(hosts[self.rank]) == self.rank
+        self._machines = len(set(hosts))
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self._machines, -(-self.world // self._machines))
 
     def gather(self, value: T, what: str = "values") -> list[T]:
         own = pickle.dumps(value)  # before the meeting: what cannot be sent is an error of this rank

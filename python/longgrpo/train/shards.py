@@ -13,19 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from longgrpo.model.masters import MasterWeights
+from longgrpo.model.masters import BUCKET, MasterWeights, balanced
 from longgrpo.train.ranks import Ranks
-
-BUCKET = 1 << 27  # bytes that one collective moves: its buffer comes beside the gradients
 
 
 def owners_of(parameters: Mapping[str, Tensor], world: int) -> dict[str, int]:
-    """By name the rank that owns a parameter: the largest first, each to the rank that has the fewest elements."""
-    loads, owners = [0] * world, {}
-    for name in sorted(parameters, key=lambda name: (-parameters[name].numel(), name)):
-        owners[name] = loads.index(min(loads))
-        loads[owners[name]] += parameters[name].numel()
-    return owners
+    """By name the rank that owns a parameter, so that all have about as many elements."""
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    return dict(zip(parameters, balanced(sizes, world), strict=True))
 
 
 @torch.no_grad()
@@ -39,10 +34,7 @@ def sum_gradients(
         present = ranks.gather([name for name, holder in holders.items() if holder.grad is not None], "the gradient")
         names = {name for own in present for name in own}
         for owner, bucket in _buckets([name for name in parameters if name in names], parameters, owners, 4):
-            device = parameters[bucket[0]].device
-            parts = [holders[name].grad for name in bucket]
-            zeros = (torch.zeros(parameters[name].numel(), device=device) for name in bucket)
-            flat = torch.cat([zero if g is None else g.flatten() for g, zero in zip(parts, zeros, strict=True)])
+            flat = torch.cat([_flat(holders[name].grad, parameters[name]) for name in bucket])
             ranks.sum(flat, "the gradient", to=owner)
             summed = flat.split([parameters[name].numel() for name in bucket])
             for name, own in zip(bucket, summed, strict=True):
@@ -68,6 +60,10 @@ def share_parameters(parameters: Mapping[str, Tensor], owners: Mapping[str, int]
         if owner != ranks.rank:
             for name, own in zip(bucket, flat.split([parameters[name].numel() for name in bucket]), strict=True):
                 parameters[name].copy_(own.view(parameters[name].shape))
+
+
+def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    return torch.zeros(parameter.numel(), device=parameter.device) if gradient is None else gradient.flatten()
 
 
 def _buckets(

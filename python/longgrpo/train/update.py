@@ -10,6 +10,7 @@ import torch
 
 from longgrpo.config.run import TrainConfig
 from longgrpo.loss import loss_normalizer
+from longgrpo.model.masters import balanced
 from longgrpo.tasks.sample import Rollout
 from longgrpo.train.packing import MicroBatch, micro_batches
 from longgrpo.train.ranks import ALONE, Ranks
@@ -83,13 +84,8 @@ def share_of(rollout: Rollout, indices: Sequence[int], ranks: Ranks) -> list[int
     lengths: Counter[int] = Counter()
     for i in indices:
         lengths[rollout.samples[i].group] += len(rollout.samples[i].completion.token_ids)
-    loads, own = [0] * ranks.world, set()
-    for group, length in sorted(lengths.items(), key=lambda item: (-item[1], item[0])):
-        rank = loads.index(min(loads))
-        loads[rank] += length
-        if rank == ranks.rank:
-            own.add(group)
-    return [i for i in indices if rollout.samples[i].group in own]
+    rank_of = dict(zip(lengths, balanced(list(lengths.values()), ranks.world), strict=True))
+    return [i for i in indices if rank_of[rollout.samples[i].group] == ranks.rank]
 
 
 def in_loss(config: TrainConfig, rollout: Rollout) -> list[int]:
