@@ -34,15 +34,27 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     options, overrides = parser.parse_known_args()
     cores = len(os.sched_getaffinity(0))
-    print(f"{'ranks':>5} {'threads':>8} {'s a step':>9} {'tokens/s':>9} {'rollout s':>10} {'collectives':>12} {'skew s':>7}")
+    names = ("ranks", "threads", "s a step", "tokens/s", "rollout s", "collectives", "skew s")
+    print("".join(f"{name:>12}" for name in names))
     for ranks in (1, options.ranks):
         with tempfile.TemporaryDirectory() as folder:
             steps = trained(options.config, Path(folder) / "run", ranks, cores, overrides)
         seconds, rollout = (fmean(step[f"seconds/{name}"] for step in steps) for name in ("step", "roll_out"))
         tokens = fmean(step["completion_length/sum"] / step["seconds/step"] for step in steps)
-        spent, skew = (fmean(step.get(f"seconds/{name}", 0.0) for step in steps) for name in ("collectives", "rank_skew"))
+        spent, skew = (
+            fmean(step.get(f"seconds/{name}", 0.0) for step in steps) for name in ("collectives", "rank_skew")
+        )
         share = f"{spent / (seconds - rollout):.1%}"  # of the time beside the rollout
-        print(f"{ranks:5} {cores // ranks:8} {seconds:9.2f} {tokens:9.1f} {rollout:10.2f} {share:>12} {skew:7.2f}")
+        row = (
+            str(ranks),
+            str(cores // ranks),
+            f"{seconds:.2f}",
+            f"{tokens:.1f}",
+            f"{rollout:.2f}",
+            share,
+            f"{skew:.2f}",
+        )
+        print("".join(f"{value:>12}" for value in row), flush=True)
 
 
 if __name__ == "__main__":

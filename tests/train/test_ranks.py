@@ -7,20 +7,23 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError
 from longgrpo.memory.ranks import Layout
 from longgrpo.model.masters import MasterWeights, balanced
 from longgrpo.rollout import Completion
-from longgrpo.run.checkpoint import Shards
+from longgrpo.run.shards import Shards
 from longgrpo.tasks.sample import Rollout, Sample
 from longgrpo.train.metrics import over_ranks
 from longgrpo.train.ranks import ALONE, RankError, Ranks, join, leave, merged
 from longgrpo.train.shards import owners_of, share_parameters, sum_gradients
-from longgrpo.train.update import share_of
+from longgrpo.train.update import batches_of
 from testing.ranks import run_ranks
+
+CPU = torch.device("cpu")
 
 
 class Rank(Ranks):
@@ -65,8 +68,15 @@ def test_no_part_is_heavier_than_its_share_and_the_largest_size(sizes, parts):
     assert max(loads) <= sum(sizes) / parts + max(sizes, default=0)
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 5), st.data())
-def test_each_sample_is_trained_by_one_rank_and_groups_stay_whole(lengths, world, data):
+@pytest.fixture(params=[4096, 1])
+def config(request, tree):
+    return build_config(tree | {"train": tree["train"] | {"token_budget": request.param}})
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=9), world=st.integers(1, 5), data=st.data())
+def test_each_sample_is_trained_by_one_rank(config, lengths, world, data):
+    """With a budget that many samples fit, and with one that none does."""
     samples = [
         Sample(group, [1], Completion([0] * length, [0.0] * length, "stop"), "")
         for group, length in enumerate(lengths)
@@ -74,15 +84,20 @@ def test_each_sample_is_trained_by_one_rank_and_groups_stay_whole(lengths, world
     ]
     rollout = Rollout.of([], samples, torch.zeros(0, 1, len(samples)))
     active = sorted(data.draw(st.sets(st.sampled_from(range(len(samples))))))
-    shares = [share_of(rollout, active, Rank(rank, world)) for rank in range(world)]
-    assert sorted(i for share in shares for i in share) == active
-    assert all(share == sorted(share) for share in shares)
-    groups = [{samples[i].group for i in share} for share in shares]
-    assert sum(map(len, groups)) == len(set().union(*groups))
+    one_rank = batches_of(config, rollout, active, CPU)
+    shares = [batches_of(config, rollout, active, CPU, Rank(rank, world)) for rank in range(world)]
+    places = {id(sample): i for i, sample in enumerate(samples)}
+    found = [[places[id(sample)] for sample in batch.samples] for share in shares for batch in share]
+    assert sorted(i for part in found for i in part) == active
+    if len(one_rank) >= world:
+        assert sorted(found) == [[places[id(sample)] for sample in batch.samples] for batch in one_rank]
+        assert all(shares)
 
 
 def test_a_phase_lasts_as_long_as_on_the_slowest_rank():
-    found = over_ranks([{"seconds/a": 1.0, "offload/bytes_in": 2}, {"seconds/a": 3.0, "offload/bytes_in": 5}], [0.5, 2.0])
+    found = over_ranks(
+        [{"seconds/a": 1.0, "offload/bytes_in": 2}, {"seconds/a": 3.0, "offload/bytes_in": 5}], [0.5, 2.0]
+    )
     assert found == {
         "seconds/a": 3.0, "offload/bytes_in": 7, "seconds/collectives": 0.5, "seconds/rank_skew": 1.5,
     }  # fmt: skip
@@ -175,7 +190,7 @@ def another_weight():
     shards.check_alike({"w": weight})
     if ranks.rank == 2:
         weight[3] = 1.0078125  # the next bfloat16
-    with pytest.raises(Exception, match="rank 2 has other weights than rank 0 .* first w"):
+    with pytest.raises(Exception, match=r"rank 2 has other weights than rank 0 .* first w"):
         shards.check_alike({"v": torch.zeros(2), "w": weight})
     leave()
 

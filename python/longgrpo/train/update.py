@@ -12,7 +12,7 @@ from longgrpo.config.run import TrainConfig
 from longgrpo.loss import loss_normalizer
 from longgrpo.model.masters import balanced
 from longgrpo.tasks.sample import Rollout
-from longgrpo.train.packing import MicroBatch, micro_batches
+from longgrpo.train.packing import MicroBatch, pack, parts_of
 from longgrpo.train.ranks import ALONE, Ranks
 
 
@@ -48,10 +48,23 @@ def plan_updates(
     return [update(part) for part in range(parts)]
 
 
-def batches_of(config: TrainConfig, rollout: Rollout, indices: Sequence[int], device: torch.device) -> list[MicroBatch]:
-    """The samples `indices`, packed, on the device."""
-    packed = micro_batches(rollout, indices, config.train.token_budget, share_prompts=config.memory.share_prompts)
-    return [batch.to(device) for batch in packed]
+def batches_of(
+    config: TrainConfig, rollout: Rollout, indices: Sequence[int], device: torch.device, ranks: Ranks = ALONE
+) -> list[MicroBatch]:
+    """The samples `indices`, packed, on the device: of several ranks this one's share, whoever sampled them.
+
+    The micro-batches are those of one rank, so that the gradient is the same sum in another order. Only if there are
+    fewer than ranks each packs groups of its own.
+    """
+    budget, shared = config.train.token_budget, config.memory.share_prompts
+    parts = parts_of(rollout, indices, budget, shared)
+    if len(parts) < ranks.world:
+        parts = parts_of(rollout, _own_groups(rollout, indices, ranks), budget, shared)
+    elif ranks.world > 1:
+        lengths = [sum(len(rollout.samples[i].completion.token_ids) for i in part) for part in parts]
+        owners = balanced(lengths, ranks.world)
+        parts = [part for part, rank in zip(parts, owners, strict=True) if rank == ranks.rank]
+    return [pack(rollout, part, share_prompts=shared).to(device) for part in parts]
 
 
 def _update(
@@ -64,8 +77,9 @@ def _update(
     ranks: Ranks,
 ) -> Update:
     """every, counted, active: the update's samples, those of the loss, and those with a gradient."""
-    batches = batches_of(config, rollout, share_of(rollout, active, ranks), device)
-    if not active and ranks.is_first:
+    if active or not ranks.is_first:
+        batches = batches_of(config, rollout, active, device, ranks)
+    else:
         batches = batches_of(config, rollout, every, device)[:1]
     tokens = sum(len(rollout.samples[i]) for i in counted)
     return Update(
@@ -76,11 +90,8 @@ def _update(
     )
 
 
-def share_of(rollout: Rollout, indices: Sequence[int], ranks: Ranks) -> list[int]:
-    """Of the samples `indices` those that this rank trains on, whoever sampled them: whole groups, each to the rank
-    that has the fewest tokens so far, the longest groups first."""
-    if ranks.world == 1:
-        return list(indices)
+def _own_groups(rollout: Rollout, indices: Sequence[int], ranks: Ranks) -> list[int]:
+    """Of the samples `indices` the groups of this rank, all with about as many tokens."""
     lengths: Counter[int] = Counter()
     for i in indices:
         lengths[rollout.samples[i].group] += len(rollout.samples[i].completion.token_ids)
