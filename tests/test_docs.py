@@ -153,6 +153,7 @@ RULES = [
     Rule("python bench/*", has_files, "a measurement, minutes to hours"),
     Rule("python scripts/*", has_files, "writes into the source tree; a test of its own compares"),
     Rule("python -m pytest *", has_files, "the tests themselves"),
+    Rule("torchrun *", is_known, "a training run on several machines"),
     Rule("pytest *", has_files, "the tests themselves"),
     Rule("make gpu*", is_a_target, "needs a GPU"),
     Rule("make *", is_a_target, "sets up the machine, then trains, tests or measures for minutes to hours"),

@@ -35,10 +35,11 @@ STATUS = "exit status: 0 done, 1 the self-test failed, 2 a user error, 128 + n s
 def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
         sys.stderr = Heard(sys.stderr)
-    parser = _parser()
-    rest, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments, _options_of(parser))
+    parser, given = _parser(), sys.argv[1:] if arguments is None else arguments
+    rest, overrides = _split_overrides(given, _options_of(parser))
     options = parser.parse_args(rest)
-    log_to_stderr(options.verbose)
+    options.given, rank = given, int(os.environ.get("RANK", "0"))
+    log_to_stderr(options.verbose, rank)
     try:
         if overrides and not options.keys:
             raise ConfigError(
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
+        if not _tells(error, rank):
+            return 2
         failed = error.__cause__ if isinstance(error.__cause__, ImportError) and error.__cause__.__cause__ else None
         return _say(f"longgrpo: {_import_failed(failed) if failed else error}", 2)
     except ImportError as error:
@@ -84,6 +87,15 @@ def _version() -> str:
         return "of a source tree"
 
 
+def _tells(error: UserError, rank: int) -> bool:
+    """Whether this process is to tell of it: of several ranks one does."""
+    if rank == 0:
+        return True
+    from longgrpo.train.ranks import tells
+
+    return tells(error)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="longgrpo", description="GRPO for long contexts", epilog="longgrpo COMMAND --help says more of each"
@@ -109,10 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--print-config", action="store_true", help="print the whole config, defaults included, and stop"
     )
+    train.add_argument("--ranks", type=int, metavar="N", help="on N GPUs of this machine (docs/ranks.md)")
     train.add_argument("--force", action="store_true", help="train even if the memory does not suffice")
     plan = command("plan", _plan, "predict the memory of a run; exit status 1: it does not fit")
     plan.add_argument("config", type=Path)
     plan.add_argument("--card", help="h100-80, h200-141, rtx4090-24, t4-16 or GiB; default: this machine")
+    plan.add_argument("--ranks", default="1", metavar="N", help="of a run on N GPUs; 2x8: on 2 machines with 8 each")
+    plan.add_argument("--bandwidth", type=float, help="GB/s between the ranks; default: 25, of PCIe 4.0")
     plan.add_argument("--prompt-length", type=int, help="tokens of the longest prompt")
     plan.add_argument("--dry-run", action="store_true", help="also count it, on a step that runs without storage")
     plan.add_argument("--json", action="store_true", help="print JSON")
@@ -179,8 +194,14 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from longgrpo.checks.rehearsal import Forecast, as_json
     from longgrpo.config.run import load_config
+    from longgrpo.memory.ranks import BANDWIDTH, Layout
 
-    forecast = Forecast(load_config(options.config, overrides), options.card, options.prompt_length)
+    try:
+        layout = Layout.of(options.ranks)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    bandwidth = BANDWIDTH if options.bandwidth is None else options.bandwidth
+    forecast = Forecast(load_config(options.config, overrides), options.card, options.prompt_length, layout, bandwidth)
     counted = forecast.dry_run() if options.dry_run else {}
     if options.json:
         dry = {"dry_run": {name: as_json(phase) for name, phase in counted.items()}} if counted else {}
@@ -224,17 +245,27 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         print(dump_config(config), end="")
         return 0
 
-    from longgrpo.run.trainer import Trainer
+    if (options.ranks or 1) != 1:
+        from longgrpo.run.launch import launch, without_ranks
 
-    with _native_aside(options):
-        if options.resume:
-            trainer = Trainer.resume(options.resume, overrides, force=options.force)
-        else:
-            trainer = Trainer(config, force=options.force, name=options.config.stem)
-    summary = trainer.run()
+        return launch(options.ranks, without_ranks(options.given))
+
+    from longgrpo.run.trainer import Trainer
+    from longgrpo.train.ranks import leave
+
+    try:
+        with _native_aside(options):
+            if options.resume:
+                trainer = Trainer.resume(options.resume, overrides, force=options.force)
+            else:
+                trainer = Trainer(config, force=options.force, name=options.config.stem)
+        summary = trainer.run()
+    finally:
+        leave()
     if summary is None:
         return 128 + (trainer.stop.signal or 0)
-    print(visible(f"done: {trainer.directory}/summary.json, {trainer.directory}/metrics.jsonl"))
+    if trainer.ranks.is_first:
+        print(visible(f"done: {trainer.directory}/summary.json, {trainer.directory}/metrics.jsonl"))
     return 0
 
 

@@ -178,12 +178,13 @@ def test_the_sign_of_the_loss(start, monkeypatch):
 
 
 def test_a_mask_shifted_by_one(start, monkeypatch):
-    right = update.micro_batches
+    right = update.pack
 
     def shifted(*arguments, **options):
-        return [replace(batch, rows=(batch.rows - 1).clamp(min=0)) for batch in right(*arguments, **options)]
+        batch = right(*arguments, **options)
+        return replace(batch, rows=(batch.rows - 1).clamp(min=0))
 
-    monkeypatch.setattr(update, "micro_batches", shifted)
+    monkeypatch.setattr(update, "pack", shifted)
     assert "different tokens" in failed(start())["agreement"]
 
 

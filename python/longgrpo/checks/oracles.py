@@ -52,7 +52,21 @@ def set_weights(state: TrainState, weights: dict[str, Tensor], scale: float = 0.
     for name, parameter in state.parameters.items():
         origin = weights[name].to(parameter.device)
         parameter.copy_(torch.lerp(origin, parameter, scale) if scale else origin)
-    state.masters.publish()
+    state.publish()
+
+
+def alike(loop: Loop, check: Check) -> Check:
+    """A check of all ranks: one that failed on any, else that of rank 0."""
+    found = loop.ranks.gather(check, "a check")
+    return next((one for one in found if not one.passed), found[0])
+
+
+def planned(loop: Loop, rollout: Rollout) -> tuple[Update, Update]:
+    """One update as this rank trains it, and the whole of it, to look at."""
+    device = loop.state.model.device
+    (update,) = plan_updates(loop.config, rollout, device, ranks=loop.ranks)
+    (whole,) = [update] if loop.ranks.world == 1 else plan_updates(loop.config, rollout, device)
+    return update, whole
 
 
 # ---- before the update
@@ -266,10 +280,10 @@ def engine_follows(loop: Loop, rollout: Rollout, weights: dict[str, Tensor]) -> 
     unrewarded = torch.empty(0, len(rollout.problems), sampling.num_generations)
     answered = Rollout.of(rollout.problems, samples, unrewarded)
     batches = batches_of(config, answered, range(len(samples)), state.model.device)
-    new = _gap(batches, logprobs(loop, state.model, batches))
+    new = _gap(batches, _own_logprobs(loop, state.model, batches))
     updated = {name: p.detach().clone() for name, p in state.parameters.items()}
     set_weights(state, weights)
-    old = _gap(batches, logprobs(loop, state.model, batches))
+    old = _gap(batches, _own_logprobs(loop, state.model, batches))
     set_weights(state, updated)
     return Check(
         "engine",
@@ -297,18 +311,19 @@ def kl_falls(loop: Loop, rollout: Rollout) -> Check:
     loop = with_config(loop, replace(loop.config, loss=replace(loop.config.loss, beta=1.0)))
     config, state = loop.config, loop.state
     without_policy = replace(rollout, advantages=torch.zeros_like(rollout.advantages))
-    (update,) = plan_updates(config, without_policy, state.model.device)
-    reference = _reference_logprobs(loop, update.batches)
+    update, whole = planned(loop, without_policy)
+    reference = _reference_logprobs(loop, whole.batches)
     estimator = "k3" if config.loss.exact_kl else config.loss.kl
 
     def value() -> float:
-        return kl_estimate(estimator, logprobs(loop, state.model, update.batches), reference).mean().item()
+        return kl_estimate(estimator, logprobs(loop, state.model, whole.batches), reference).mean().item()
 
     score(config, state, [update])
     loss_and_backward(loop.loss, state, update)
     start = {name: p.detach().clone() for name, p in state.parameters.items()}
     gradient = dict(state.gradients)
     before, square = value(), sum(g.square().sum().item() for g in gradient.values())
+    square = sum(loop.ranks.gather(square, "the gradient")) if state.owners else square
     length = 0.5 * abs(before) / max(square, 1e-30)
     for _ in range(6):
         set_weights(state, {name: p - length * gradient[name] if name in gradient else p for name, p in start.items()})
@@ -321,9 +336,14 @@ def kl_falls(loop: Loop, rollout: Rollout) -> Check:
 
 
 # ---- used by several
-@torch.no_grad()
 def logprobs(loop: Loop, model: Any, batches: Sequence[MicroBatch]) -> Tensor:
-    """[T] float32: the trainer's."""
+    """[T] float32: the trainer's, of batches that all ranks have. They are rank 0's, so that all see the same."""
+    own = _own_logprobs(loop, model, batches)
+    return own if loop.ranks.world == 1 else loop.ranks.broadcast(own.cpu(), "logprobs").to(own.device)
+
+
+@torch.no_grad()
+def _own_logprobs(loop: Loop, model: Any, batches: Sequence[MicroBatch]) -> Tensor:
     return torch.cat([logprob(model, batch, loop.config.rollout.request()).logp for batch in batches])
 
 

@@ -11,6 +11,7 @@ import torch
 
 from longgrpo._ops.offload import host_budget
 from longgrpo.checks.counted import NOT_TRAINERS, counted_plan, dry_run, longest_rollout, rows_of
+from longgrpo.config.check import require
 from longgrpo.config.run import TrainConfig
 from longgrpo.errors import ConfigError
 from longgrpo.memory.cards import GIB, card
@@ -18,7 +19,8 @@ from longgrpo.memory.internal import CPU, Internal, Target
 from longgrpo.memory.ladder import Change, cheapest_changes
 from longgrpo.memory.live import LiveStorages
 from longgrpo.memory.phases import Phase, Plan
-from longgrpo.memory.plan import plan_memory
+from longgrpo.memory.plan import Formulas, plan_memory
+from longgrpo.memory.ranks import BANDWIDTH, ONE, Layout, sent
 from longgrpo.memory.shape import UnknownArchitecture, model_shape
 from longgrpo.model.lora import with_adapter
 from longgrpo.rollout.protocol import RolloutEngine
@@ -29,13 +31,29 @@ log = logging.getLogger(__name__)
 
 
 class Forecast:
-    """What a run will need on a card, or without one on this machine: `--card`'s name or GiB; None: what is here.
+    """What a rank will need on a card, or without one on this machine: `--card`'s name or GiB; None: what is here.
 
     Raises ConfigError for a config that contradicts itself, an unknown architecture or card.
     """
 
-    def __init__(self, config: TrainConfig, card_name: str | None = None, prompt_length: int | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        card_name: str | None = None,
+        prompt_length: int | None = None,
+        layout: Layout = ONE,
+        bandwidth: float = BANDWIDTH,
+    ) -> None:
+        """layout: of the ranks, which the plan of an architecture without formulas does not look at; bandwidth: of
+        each to the others, in GB/s."""
+        self.layout, self.bandwidth = layout, bandwidth
         try:
+            require(
+                config.train.prompts_per_step >= layout.ranks,
+                f"train.prompts_per_step = {config.train.prompts_per_step}, and there are {layout.ranks} ranks: each "
+                "needs a prompt; raise it, or take fewer ranks",
+            )
+            require(bandwidth > 0, f"--bandwidth {bandwidth:g}: must be above 0 GB/s")
             self.capacity, self.target = _capacity(card_name)
             self.config, self.prompt_length = with_adapter(config), prompt_length
             self.shape = model_shape(config.model.path)
@@ -49,7 +67,21 @@ class Forecast:
         rows = rows_of(config, rollout)
         if not self.shape.has_formulas:
             return counted_plan(config, self.shape, rollout, rows, self.target)
-        return plan_memory(config, self.shape, rows, self.target)
+        return plan_memory(config, self.shape, rows, self.target, self.layout.ranks)
+
+    def exchange(self) -> dict[str, float]:
+        """Of several ranks: the host memory that those of a machine need together, what each sends for an update, and
+        the seconds that this takes at the bandwidth."""
+        if self.layout.ranks == 1 or not self.shape.has_formulas:
+            return {}
+        trained = Formulas(self.config, self.shape, self.plan.rows, self.target).trained
+        element = getattr(torch, self.config.model.dtype).itemsize
+        size = sent(self.config, element, trained, self.layout.ranks)
+        return {
+            "machine_host_bytes": self.layout.each * self.plan.host_bytes,
+            "sent_bytes": size,
+            "sent_seconds": size / (1e9 * self.bandwidth),
+        }
 
     def needs(self, plan: Plan) -> int:
         """Bytes that must fit: without a GPU device and host are one memory."""
@@ -73,6 +105,12 @@ class Forecast:
             lines.append(f"  {phase.name:9}{phase.device_bytes / GIB:8.2f} GiB{host}")
             terms = (phase.terms | {f"{name} (host)": size for name, size in phase.host_terms.items()}).items()
             lines += [f"    {size / GIB:8.2f}  {name}" for name, size in terms if size >= GIB / 200]
+        if exchange := self.exchange():
+            lines.append(
+                f"  each of {self.layout.ranks} ranks; host memory of a machine's {self.layout.each}: "
+                f"{exchange['machine_host_bytes'] / GIB:.2f} GiB; an update sends {exchange['sent_bytes'] / GIB:.2f} "
+                f"GiB a rank, {exchange['sent_seconds']:.2g} s at {self.bandwidth:g} GB/s"
+            )
         lines.append(self._verdict())
         if not self.fits():
             changes = self.changes()
@@ -97,6 +135,7 @@ class Forecast:
             "capacity_bytes": self.capacity,
             "rows": self.plan.rows._asdict(),
             **{phase.name: as_json(phase) for phase in self.plan.phases},
+            **({"ranks": {"ranks": self.layout.ranks, **exchange}} if (exchange := self.exchange()) else {}),
             "changes": [
                 {"change": change.text, "needs_bytes": self.needs(change.plan), "fits": self.fits(change.plan)}
                 for change in ([] if self.fits() else self.changes())
@@ -133,17 +172,18 @@ class Forecast:
         """The rollout of a step, a token each: the cache has its size from the start. No group shares a prefix."""
         train, group = self.config.train, self.config.rollout.num_generations
         length = len(self.rollout.samples[0].prompt_ids)
-        prompts = [[i, *[0] * (length - 1)] for i in range(train.prompts_per_step) for _ in range(group)]
+        own = -(-train.prompts_per_step // self.layout.ranks)
+        prompts = [[i, *[0] * (length - 1)] for i in range(own) for _ in range(group)]
         sampling = replace(self.config.rollout.request(), max_tokens=1, others={})
         engine.generate(prompts, sampling, range(len(prompts)))
         engine.drop_caches()
 
 
-def forecast_run(config: TrainConfig, prompt_length: int, force: bool) -> Forecast | None:
+def forecast_run(config: TrainConfig, prompt_length: int, force: bool, layout: Layout = ONE) -> Forecast | None:
     """Logs what a run here will need. Raises ConfigError, with the remedies, if that does not fit, unless `force`.
     None for a model that is neither computed nor counted."""
     try:
-        forecast = Forecast(config, prompt_length=prompt_length)
+        forecast = Forecast(config, prompt_length=prompt_length, layout=layout)
     except ConfigError as error:
         if not isinstance(error.__cause__, UnknownArchitecture):
             raise

@@ -7,7 +7,8 @@ until the logprobs move by oracles.VISIBLE: rounding then neither hides a change
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -22,7 +23,7 @@ from longgrpo.tasks.data import Problem
 from longgrpo.tasks.sample import Rollout, Sample
 from longgrpo.train.generators import random_states, set_random_states
 from longgrpo.train.loop import Loop, advantage, loss_and_backward, optimizer_step, score
-from longgrpo.train.update import batches_of, plan_updates
+from longgrpo.train.update import batches_of
 
 ROUNDS = 4  # rollouts until a group has spread
 ABOVE_NOISE = 3  # times the engine's own noise: so far the update is lengthened
@@ -46,10 +47,13 @@ class SelfTest:
 
 def selftest(loop: Loop, prompts: int) -> SelfTest:
     """Runs the phases of a step on `prompts` prompts, more if no group has spread. Afterwards weights,
-    optimizer, stream and random generators are restored, bit for bit. The optimizer must not have stepped before."""
+    optimizer, stream and random generators are restored, bit for bit. The optimizer must not have stepped before.
+
+    All ranks test the update together, on the rollout of rank 0, and each its own engine after it."""
     result = SelfTest()
     with _put_back(loop) as weights:
-        result.checks += _checks(oracles.with_config(loop, _trial(loop.config)), weights, prompts, result.groups)
+        checks = _checks(oracles.with_config(loop, _trial(loop.config)), weights, prompts, result.groups)
+        result.checks += [oracles.alike(loop, check) for check in checks]
     return result
 
 
@@ -91,24 +95,22 @@ def _checks(loop: Loop, weights: dict[str, Tensor], prompts: int, groups: list[b
     problems: list[Problem] = []
     samples: list[Sample] = []
     rewards: list[Tensor] = []  # [F, P, G] a round
-    try:
-        for _ in range(ROUNDS):
-            if any(groups):
-                break
-            asked = collector.sample_prompts(prompts)
-            answered = collector.roll_out(asked, 0, first_group=len(problems))
-            problems, samples = problems + asked, samples + answered
-            rewards.append(collector.reward(asked, answered, 0))
-            groups += collector.spread(rewards[-1])
-    except UserError as error:
-        yield Check("rewards", False, str(error), "correct the function")
+    wrong = ""
+    while not (any(groups) or wrong or len(rewards) == ROUNDS):
+        asked, first = collector.sample_prompts(prompts), len(problems)
+        answered, values, wrong = loop.ranks.of_first(functools.partial(_answers, loop, asked, first), "a rollout")
+        problems, samples = problems + asked, samples + answered
+        rewards.append(values)
+        groups += collector.spread(values)
+    if wrong:
+        yield Check("rewards", False, wrong, "correct the function")
+    if samples:
+        yield oracles.template_ends(loop, problems[0], samples)
+        yield oracles.seeds_differ(samples)
+        if collector.conversations:
+            yield oracles.calls_are_answered(samples)
+    if wrong:
         return
-    finally:
-        if samples:
-            yield oracles.template_ends(loop, problems[0], samples)
-            yield oracles.seeds_differ(samples)
-            if collector.conversations:
-                yield oracles.calls_are_answered(samples)
     yield oracles.rewards_have_spread(groups)
     if not any(groups):
         return
@@ -117,6 +119,18 @@ def _checks(loop: Loop, weights: dict[str, Tensor], prompts: int, groups: list[b
         [problems[i] for i in chosen], [s for s in samples if s.group in chosen], torch.cat(rewards, 1)[:, chosen]
     )
     yield from _update(loop, rollout, weights)
+
+
+def _answers(loop: Loop, problems: Sequence[Problem], first: int) -> tuple[list[Sample], Tensor, str]:
+    """Completions of the problems, their rewards [F, P, G], and what is wrong with the functions, if something is."""
+    collector, samples = loop.collector, []
+    try:
+        samples = collector.roll_out(problems, 0, first_group=first)
+        rewards = collector.reward(problems, samples, 0)
+    except UserError as error:
+        nothing = torch.empty(len(collector.rewarding.rewards), 0, loop.config.rollout.num_generations)
+        return [sample.shed() for sample in samples], nothing, str(error)
+    return [sample.shed() for sample in samples], rewards, ""
 
 
 def _update(loop: Loop, rollout: Rollout, weights: dict[str, Tensor]) -> Iterator[Check]:
@@ -129,27 +143,29 @@ def _update(loop: Loop, rollout: Rollout, weights: dict[str, Tensor]) -> Iterato
         yield oracles.later_turns_agree(loop, rollout, batches, old)
     noise = oracles.engine_noise(batches, old)
     yield oracles.advantages_follow_rewards(loop, rollout)
-    (update,) = plan_updates(config, rollout, state.model.device)
-    yield (trains := oracles.something_trains(state, rollout, update))
+    update, whole = oracles.planned(loop, rollout)
+    yield (trains := oracles.something_trains(state, rollout, whole))
     if not trains.passed:
         return
     score(config, state, [update])
-    old = oracles.logprobs(loop, state.model, update.batches)
+    if whole is not update:
+        score(config, state, [whole])
+    old = oracles.logprobs(loop, state.model, whole.batches)
     norm, _ = loss_and_backward(loop.loss, state, update)
-    yield (found := oracles.gradient(state))
+    yield (found := oracles.alike(loop, oracles.gradient(state)))
     if not found.passed:
         return
     touched = [name for name, gradient in state.gradients.items() if gradient.any()]
     optimizer_step(config, state, max(config.train.warmup_steps, 1), update, norm)
-    yield (moved := oracles.weights_move(state, weights, touched))
+    yield (moved := oracles.alike(loop, oracles.weights_move(state, weights, touched)))
     if not moved.passed:
         return
-    new = oracles.make_visible(loop, weights, update.batches, old)
-    yield oracles.update_follows_advantages(config, update.batches, old, new)
+    new = oracles.make_visible(loop, weights, whole.batches, old)
+    yield oracles.update_follows_advantages(config, whole.batches, old, new)
     if noise > oracles.VISIBLE / ABOVE_NOISE:  # the engine is to be told apart from the one before the update
-        new = oracles.make_visible(loop, weights, update.batches, old, ABOVE_NOISE * noise)
+        new = oracles.make_visible(loop, weights, whole.batches, old, ABOVE_NOISE * noise)
     yield oracles.engine_follows(loop, rollout, weights)
     if state.reference:
-        yield (differs := oracles.reference_differs(loop, update.batches, old, new))
+        yield (differs := oracles.reference_differs(loop, whole.batches, old, new))
         if differs.passed:
             yield oracles.kl_falls(loop, rollout)

@@ -86,6 +86,9 @@ class LoopConfig:
     callbacks: list[str] = field(default_factory=list)
     """transformers' TrainerCallbacks: path/to/file.py:Class or package.module:Class, for example
     transformers:EarlyStoppingCallback (docs/callbacks.md)."""
+    rank_timeout: float = 1800.0
+    """Seconds after which a rank that does not come to where the others are counts as lost, and the run ends
+    (docs/ranks.md). It must be longer than a rollout may take on one rank and not on another."""
     best_metric: str | None = None
     """The checkpoint of the step with the highest value of this metric, for example reward/mean, is kept as well; with
     a minus before the name, the lowest value. Default: eval/accuracy if task.eval_steps is set. An evaluation that is
@@ -106,6 +109,7 @@ class LoopConfig:
             "warmup_steps", "probe_prompts", "save_steps", "max_refills", "reference_sync_steps"
         ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}: must not be negative")
+        require(self.rank_timeout > 0, f"rank_timeout = {self.rank_timeout}: must be above 0 seconds")
         require(self.rate > 0, f"learning_rate = {self.learning_rate}: must be above 0")
         for name in ("top_entropy_quantile", "reference_mixup"):
             require(0 < getattr(self, name) <= 1, f"{name} = {getattr(self, name)}: must lie in (0, 1]")

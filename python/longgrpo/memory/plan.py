@@ -15,6 +15,7 @@ from longgrpo.loss.linear import DEFAULT_WORKSPACE
 from longgrpo.memory.cards import CONTEXT, GIB
 from longgrpo.memory.internal import Target, attention_workspace, head_gradient, head_workspace, ring_bytes
 from longgrpo.memory.phases import Phase, Plan, Rows
+from longgrpo.memory.ranks import owned, sum_buffer
 from longgrpo.memory.shape import ModelShape
 from longgrpo.rollout.protocol import batched_tokens
 
@@ -27,13 +28,13 @@ KEPT_RECORDS = 3  # sources that the offload engine still holds when the backwar
 MIN_RECORD = 1 << 20  # smaller layer inputs stay on the device (OffloadEngine's min_bytes)
 
 
-def plan_memory(config: TrainConfig, shape: ModelShape, rows: Rows, target: Target) -> Plan:
-    """The peaks of a run of `config` whose longest micro-batch is `rows`.
+def plan_memory(config: TrainConfig, shape: ModelShape, rows: Rows, target: Target, ranks: int = 1) -> Plan:
+    """The peaks of a rank of a run of `config` whose longest micro-batch is `rows`.
 
     Raises ValueError for a config that contradicts itself: see `check`.
     """
     check(config, shape, rows)
-    model = Formulas(config, shape, rows, target)
+    model = Formulas(config, shape, rows, target, ranks)
     return Plan(model.rollout(), model.scoring(), model.training(), rows)
 
 
@@ -66,8 +67,9 @@ def kv_bytes(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
 class Formulas:
     """Attributes named as a width are one micro-batch's bytes of a tensor of that width."""
 
-    def __init__(self, config: TrainConfig, shape: ModelShape, rows: Rows, target: Target) -> None:
-        self.config, self.shape, self.rows, self.target = config, shape, rows, target
+    def __init__(self, config: TrainConfig, shape: ModelShape, rows: Rows, target: Target, ranks: int = 1) -> None:
+        self.config, self.shape, self.rows, self.target, self.ranks = config, shape, rows, target, ranks
+        self.prompts = -(-config.train.prompts_per_step // ranks)  # a rank's
         self.full = config.lora is None
         self.tiled = config.memory.tiled_mlp
         self.quantized = config.model.quantization == "nf4"
@@ -92,10 +94,10 @@ class Formulas:
         if self.config.lora:
             terms["adapter"] = self.trained * FP32
         elif element < FP32:
-            terms["float32 masters"] = FP32 * shape.parameters
+            terms["float32 masters"] = FP32 * self.stepped
         if self.config.loss.beta and self.full:
             terms["reference"] = shape.parameters * element
-        terms["optimizer"] = self.config.train.state_bytes * self.trained
+        terms["optimizer"] = self.config.train.state_bytes * self.stepped
         return terms | self.beside_the_trainer()
 
     def beside_the_trainer(self) -> dict[str, int]:
@@ -108,8 +110,13 @@ class Formulas:
         return context | {"engine's adapter": self.trained * self.element}
 
     @property
+    def stepped(self) -> int:
+        """Elements that the optimizer of a rank steps."""
+        return owned(self.shape, self.ranks) if self.full and self.ranks > 1 else self.trained
+
+    @property
     def trained(self) -> int:
-        """Elements that the optimizer steps."""
+        """Elements that have a gradient."""
         if self.full:
             return self.shape.parameters
         assert self.config.lora
@@ -128,12 +135,12 @@ class Formulas:
     def rollout(self) -> Phase:
         rollout, shape = self.config.rollout, self.shape
         if rollout.engine == "transformers":
-            batch = min(64, self.config.train.prompts_per_step * rollout.num_generations)
+            batch = min(64, self.prompts * rollout.num_generations)
             cache = batch * kv_bytes(self.config, shape, self.rows.longest)
             # float32 scores, logp, its exponential and sum in float64, the forced choice
             logits = batch * shape.vocabulary * (3 * FP32 + 2 * 8)
             return Phase("rollout", self.resident() | {"KV cache": cache, "logits": logits})
-        longest, live = self.rows.longest, self.config.train.prompts_per_step * rollout.num_generations
+        longest, live = self.rows.longest, self.prompts * rollout.num_generations
         if self.target.is_cuda:  # vLLM tries itself out with all that it was told to expect
             longest, live = rollout.max_model_len or shape.context, rollout.max_num_seqs
         forward = batched_tokens(longest) * self.element * (2 * shape.hidden + 3 * shape.mlp)
@@ -164,6 +171,8 @@ class Formulas:
         slots = {"offload's slots": self._slots} if self._moves else {}
         moments.append(slots | {"embedding's backward": self._embedding_backward()})
         moments.append(slots | {"optimizer's temporaries": self._optimizer()})
+        if self.ranks > 1:
+            moments.append(slots | {"gradient's sum": sum_buffer(self.trained, self._largest)})
         peak = max(moments, key=lambda moment: sum(moment.values()))
         return Phase("training", terms | peak, {"layer inputs": host} if host else {})
 
@@ -335,9 +344,13 @@ class Formulas:
     def _optimizer(self) -> int:
         """torch's AdamW: on a GPU all square roots at once, else two tensors of the largest parameter."""
         if self.target.is_cuda:
-            return FP32 * self.trained
-        largest = max(self.shape.embeddings, *(x.inputs * x.outputs for x in self.shape.linears))
-        return 2 * FP32 * largest if self.full else 0
+            return FP32 * self.stepped
+        return 2 * FP32 * self._largest if self.full else 0
+
+    @property
+    def _largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max(self.shape.embeddings, *(x.inputs * x.outputs for x in self.shape.linears))
 
 
 def _largest(moments: dict[str, int]) -> dict[str, int]:

@@ -3,10 +3,22 @@ than 2^-9 of it would round to nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+BUCKET = 1 << 27  # bytes that one collective of the ranks moves: its buffer comes beside the gradients
+
+
+def balanced(sizes: Sequence[int], parts: int) -> list[int]:
+    """Of each size its part: the largest first, each to the part that has the least so far."""
+    loads, found = [0] * parts, [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        found[i] = loads.index(min(loads))
+        loads[found[i]] += sizes[i]
+    return found
 
 
 class MasterWeights:
@@ -15,18 +27,27 @@ class MasterWeights:
 
     A master takes over its parameter's gradient, micro-batch by micro-batch, so that the sum is in float32 as well.
     publish() rounds the masters into the parameters, in place: whoever shares their storage sees it.
+
+    With `owned` only the parameters of these names are stepped here and get a master; the others are of other ranks,
+    and only their gradients are added up.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], owned: Collection[str] | None = None) -> None:
         self.parameters: dict[str, Tensor] = {}
+        self.holders: dict[str, Any] = {}
+        """What holds the gradient of each parameter, owned or not, as .grad: float32, or None."""
         self._rounded: list[tuple[Tensor, Tensor]] = []  # a parameter and its master
         for name, parameter in parameters.items():
-            master = parameter
+            holder: Any = parameter
+            own = owned is None or name in owned
             if parameter.dtype != torch.float32:
-                master = nn.Parameter(parameter.detach().float())
-                parameter.register_post_accumulate_grad_hook(_Handover(master))
-                self._rounded.append((parameter, master))
-            self.parameters[name] = master
+                holder = nn.Parameter(parameter.detach().float()) if own else _Gradient()
+                parameter.register_post_accumulate_grad_hook(_Handover(holder))
+            if own and holder is not parameter:
+                self._rounded.append((parameter, holder))
+            if own:
+                self.parameters[name] = holder
+            self.holders[name] = holder
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -34,10 +55,16 @@ class MasterWeights:
             parameter.copy_(master)
 
 
+class _Gradient:
+    """Holds the gradient of a parameter without a master."""
+
+    grad: Tensor | None = None
+
+
 class _Handover:
     """Adds a parameter's gradient to its master's, and leaves it none."""
 
-    def __init__(self, master: nn.Parameter) -> None:
+    def __init__(self, master: nn.Parameter | _Gradient) -> None:
         self.master = master
 
     def __call__(self, parameter: Tensor) -> None:

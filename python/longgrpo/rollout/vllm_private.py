@@ -85,13 +85,13 @@ def no_dynamo() -> Iterator[None]:
 @contextmanager
 def no_side_effects() -> Iterator[None]:
     """Building an engine seeds the global generators, disarms torch.set_num_threads, on a GPU sets threads and matmul
-    precision, and sets LD_PRELOAD, with which every later child process (a reward's sandbox, a compiler) would start:
-    all are put back."""
+    precision, and sets LD_PRELOAD, with which every later child process (a reward's sandbox, a compiler) would start,
+    and LOCAL_WORLD_SIZE, by which ranks share a machine's memory: all are put back."""
     import numpy
 
     python_state, numpy_state, set_num_threads = random.getstate(), numpy.random.get_state(), torch.set_num_threads
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    preload = os.environ.get("LD_PRELOAD")
+    environment = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE")}
     try:
         with torch.random.fork_rng():
             yield
@@ -102,9 +102,10 @@ def no_side_effects() -> Iterator[None]:
         if not is_cpu():
             torch.set_num_threads(threads)
             torch.set_float32_matmul_precision(precision)
-        os.environ.pop("LD_PRELOAD", None)
-        if preload is not None:
-            os.environ["LD_PRELOAD"] = preload
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -384,7 +385,14 @@ def is_cpu() -> bool:
 
 
 def shut_down(llm: LLM) -> None:
+    from torch import distributed
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    llm.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
+    destroy = distributed.destroy_process_group
+    if distributed.is_initialized() and distributed.get_world_size() > 1:  # the ranks' own group, which goes on
+        distributed.destroy_process_group = lambda group=None: group and destroy(group)
+    try:
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+    finally:
+        distributed.destroy_process_group = destroy

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from longgrpo.config.run import TrainConfig
 from longgrpo.errors import ConfigError
 from longgrpo.tasks.user_code import load_function
+from longgrpo.train.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
@@ -22,7 +23,9 @@ class Callbacks:
     is also eval_accuracy.
     """
 
-    def __init__(self, config: TrainConfig, directory: Path, given: Sequence[TrainerCallback | type]) -> None:
+    def __init__(
+        self, config: TrainConfig, directory: Path, given: Sequence[TrainerCallback | type], ranks: Ranks = ALONE
+    ) -> None:
         from transformers import TrainerControl, TrainerState
 
         named = [load_function(name, "train.callbacks")() for name in config.train.callbacks]
@@ -33,8 +36,11 @@ class Callbacks:
         self._config, self._directory = config, directory
         self._args: TrainingArguments | None = None
         self._objects: dict[str, Any] = {}
-        self.state = TrainerState(max_steps=config.train.steps, global_step=0)
-        self.control = TrainerControl()
+        first = ranks.is_first
+        self.state = TrainerState(
+            max_steps=config.train.steps, global_step=0, is_local_process_zero=first, is_world_process_zero=first
+        )
+        self.control, self._ranks = TrainerControl(), ranks
 
     def begin(self, step: int, **objects: Any) -> None:
         """The run goes on after `step` steps. objects: the model and what else an event has with it."""
@@ -49,6 +55,13 @@ class Callbacks:
         for callback in self._callbacks:
             answer = getattr(callback, name)(self._args, self.state, self.control, **self._objects, **also)
             self.control = answer or self.control
+
+    def agree(self) -> None:
+        """What a callback of any rank wants, all do."""
+        names = ("should_evaluate", "should_save", "should_training_stop")
+        wishes = self._ranks.gather([bool(getattr(self.control, name)) for name in names], "what callbacks want")
+        for name, wish in zip(names, zip(*wishes, strict=True), strict=True):
+            setattr(self.control, name, any(wish))
 
     def step_begin(self) -> None:
         self.control.should_save = self.control.should_evaluate = self.control.should_log = False

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from longgrpo.errors import UserError
 from longgrpo.run.files import read_json, remove_directory, replace_directory
+from longgrpo.run.shards import WHOLE, Shards
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def save(
     write_adapter: Callable[[Path], None] | None,
     keep: int,
     metric: float | None = None,
+    shards: Shards = WHOLE,
 ) -> Path:
     """Saves everything that the steps after `step` depend on, then drops all but the newest `keep` checkpoints and the
     one with the highest `metric`.
@@ -52,7 +54,7 @@ def save(
     The checkpoint of a step is written once: replacing it would leave a moment without it.
     """
     directory = run / "checkpoints" / f"step-{step:06d}"
-    tensors = {f"{WEIGHT}.{name}": parameter for name, parameter in parameters.items()}
+    tensors: dict[str, Tensor] = {f"{WEIGHT}.{name}": parameter for name, parameter in parameters.items()}
     numbers: dict[str, dict[str, Any]] = {}
     moments: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
@@ -61,6 +63,9 @@ def save(
                 moments[f"{key}.{name}"] = value
             else:
                 numbers.setdefault(name, {})[key] = value
+    tensors, moments, numbers = shards.collect(tensors), shards.collect(moments), shards.merge(numbers)
+    if not shards.ranks.is_first:
+        return directory
 
     def write(directory: Path) -> None:
         save_file(_apart(tensors | moments), directory / "state.safetensors")
@@ -201,16 +206,25 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         raise _damaged(directory, error) from error
 
 
-def load(directory: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Copies a checkpoint into the parameters and the optimizer, in place; returns the rest of its state.
+def load(
+    directory: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, shards: Shards = WHOLE
+) -> dict[str, Any]:
+    """Copies a checkpoint, which rank 0 reads, into the parameters and the optimizer, in place; returns the rest of its
+    state.
 
     Raises UserError, before anything is changed, if the checkpoint cannot be read or was saved from other weights.
     """
-    saved, state = read_tensors(directory), read_state(directory)
+
+    def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        saved, state = read_tensors(directory), read_state(directory)
+        if lost := sorted(set(state.get("optimizer", {}).get("tensors", ())) - set(saved)):
+            raise _damaged(directory, f"the optimizer's {lost[0]} is missing in state.safetensors")
+        _check_weights(directory, saved, parameters)
+        return state, saved
+
+    state, saved = shards.distribute(read)
     kept = state.pop("optimizer", {})
-    if lost := sorted(set(kept.get("tensors", ())) - set(saved)):
-        raise _damaged(directory, f"the optimizer's {lost[0]} is missing in state.safetensors")
-    load_weights(directory, saved, parameters)
+    _copy_weights(saved, parameters)
     _load_optimizer(optimizer, kept, saved, parameters)
     return state
 
@@ -242,9 +256,13 @@ def _load_optimizer(
     )
 
 
-@torch.no_grad()
 def load_weights(directory: Path, saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     """Copies the weights among the `saved` tensors of a checkpoint into the parameters, in place, all or none."""
+    _check_weights(directory, saved, parameters)
+    _copy_weights(saved, parameters)
+
+
+def _check_weights(directory: Path, saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     names = {name.removeprefix(f"{WEIGHT}.") for name in saved if name.startswith(f"{WEIGHT}.")}
     if names != set(parameters):
         odd = sorted(names ^ set(parameters))
@@ -258,5 +276,10 @@ def load_weights(directory: Path, saved: Mapping[str, Tensor], parameters: Mappi
                 f"{directory}: {name} was saved as {list(weights[name].shape)}, now {list(parameter.shape)}: "
                 "model and lora must not change"
             )
+
+
+@torch.no_grad()
+def _copy_weights(saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
+        if f"{WEIGHT}.{name}" in saved:  # else another rank has it, and hands it on
+            parameter.copy_(saved[f"{WEIGHT}.{name}"])

@@ -158,6 +158,31 @@ class Claim:
         self.close()
 
 
+class Unclaimed(Claim):
+    """Of a rank that writes nothing: rank 0 has the claim."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.made = directory, set()
+
+    def adopt(self, config: TrainConfig) -> None:
+        pass
+
+    def add(self, names: Iterable[str]) -> None:
+        pass
+
+    def check(self, names: Iterable[str]) -> None:
+        pass
+
+    def withdraw_end(self, step: int) -> None:
+        pass
+
+    def undo(self) -> None:
+        pass
+
+    def close(self) -> None:  # type: ignore[override]
+        pass
+
+
 def claim_new(parent: Path, name: str) -> Claim:
     """A claim of parent/name, made now, or parent/name-2 and so on: a second run never touches the first."""
     for candidate in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))):

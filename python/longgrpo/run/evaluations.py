@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,20 @@ from longgrpo.tasks.evaluation import Evaluation, HeldOut, evaluate, paired_inte
 from longgrpo.tasks.rewards import Reward, load_reward
 from longgrpo.train.collect import Collector
 from longgrpo.train.generators import random_states, seed_everything, set_random_states
+from longgrpo.train.ranks import merged
 
 Say = Callable[[str], None]
 
 _NAME = re.compile(r"step-(\d{6,})(?:_\w+)?\.json")
+
+
+def _joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """Of the evaluations of a set's parts, a rank's each."""
+    if len(parts) == 1:
+        return parts[0]
+    lists = ("questions", "replies", "scores", "samples", "sample_scores")
+    whole: dict[str, Any] = {name: merged([getattr(part, name) for part in parts]) for name in lists}
+    return Evaluation(**whole, reward=parts[0].reward)
 
 
 class Evaluations:
@@ -49,20 +59,22 @@ class Evaluations:
         return self._rewards[function]
 
     def of(self, collector: Collector, name: str = "", prefill: str | None = None) -> Evaluation:
-        """Evaluates a set now. The global random generators are seeded for it, and put back: training goes on as if
-        there had been no evaluation."""
+        """Evaluates a set now, each rank its part of it. The global random generators are seeded for it, and put back:
+        training goes on as if there had been no evaluation."""
+        ranks = collector.ranks
         states = random_states()
         seed_everything(self._config.train.seed)
         try:
-            return evaluate(
+            own = evaluate(
                 collector.engine,
                 collector.prompts,
-                self.sets[name],
+                self.sets[name].part(ranks.rank, ranks.world),
                 self._config.rollout,
                 prefill,
                 collector.conversations,
                 collector.rewarding.loop,
             )
+            return _joined(ranks.gather(own, "an evaluation"))
         finally:
             set_random_states(states)
 
@@ -76,19 +88,22 @@ class Evaluations:
 
     def during(self, collector: Collector, step: int, say: Say) -> dict[str, float]:
         """The metrics after a step."""
-        self.forget_after(step - 1)
+        if collector.ranks.is_first:
+            self.forget_after(step - 1)
         return self._all(collector, f"evaluations/step-{step:06d}", f"after step {step}", say)
 
     def after(self, collector: Collector, step: int, say: Say) -> dict[str, Any]:
-        """The trained model, after `step` steps, beside the untrained one; what the summary says of it."""
+        """The trained model, after `step` steps, beside the untrained one; what the summary says of it, on rank 0."""
         results: dict[str, Any] = {}
+        first = collector.ranks.is_first
         for name in self.sets:
-            self._path("eval_after", name).unlink(missing_ok=True)  # as the config is now
-            if (during := self._path(f"evaluations/step-{step:06d}", name)).exists():
+            if first:
+                self._path("eval_after", name).unlink(missing_ok=True)  # as the config is now
+            if first and (during := self._path(f"evaluations/step-{step:06d}", name)).exists():
                 self._read(during, name)
                 write_file(self._path("eval_after", name), during.read_text("utf-8"))
             after = self._kept(collector, "eval_after", "after", say, name)
-            results |= self._compared(name, after, say)
+            results |= self._compared(name, after, say) if first else {}
         return results
 
     def forget_after(self, step: int) -> None:
@@ -121,11 +136,13 @@ class Evaluations:
     def _kept(
         self, collector: Collector, file: str, when: str, say: Say, name: str = "", prefill: str | None = None
     ) -> Evaluation:
-        """An evaluation with its file."""
-        path = self._path(file, name)
-        if path.exists():
-            return self._read(path, name)
+        """An evaluation with its file, which is rank 0's."""
+        path, ranks = self._path(file, name), collector.ranks
+        if made := ranks.of_first(lambda: self._read(path, name) if path.exists() else None, "an evaluation's file"):
+            return made
         result = self.of(collector, name, prefill)
+        if not ranks.is_first:
+            return result
         path.parent.mkdir(exist_ok=True)
         write_file(path, json.dumps(asdict(result), indent=1))
         of = f" of {name}" if name else ""

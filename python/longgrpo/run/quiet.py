@@ -56,14 +56,15 @@ class Heard(io.TextIOBase):
         return self._stream.encoding
 
 
-def log_to_stderr(verbose: bool) -> None:
-    """Our own lines, and of other packages errors, or everything if it is asked for."""
+def log_to_stderr(verbose: bool, rank: int = 0) -> None:
+    """Our own lines, and of other packages errors, or everything if it is asked for. Of several ranks all but the first
+    log warnings only."""
     handler = _Handler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(logging.Formatter(f"rank {rank}: %(message)s" if rank else "%(message)s"))
     if not verbose:
         handler.addFilter(lambda record: record.name.startswith("longgrpo") or record.levelno >= logging.ERROR)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("longgrpo").setLevel(logging.INFO)
+    logging.getLogger("longgrpo").setLevel(logging.WARNING if rank else logging.INFO)
     if not verbose:
         _hush()
 

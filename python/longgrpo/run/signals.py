@@ -18,6 +18,8 @@ class StopRequest:
         self._say = say
         self._previous: dict[int, Any] = {}
         self.signal: int | None = None
+        """Which one; of any rank, if there are several."""
+        self._heard = False  # here
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -35,7 +37,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self:
+        if self._heard:
             raise KeyboardInterrupt
-        self.signal = number
+        self._heard, self.signal = True, number
         self._say(f"{signal.Signals(number).name}: finishing this step, then saving; a second signal stops at once")

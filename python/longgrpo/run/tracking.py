@@ -138,6 +138,36 @@ def trained_weights(config: TrainConfig) -> str:
     return f"training an adapter of rank {lora.rank} ({targets}), {rate}"
 
 
+class Quiet(Tracker):
+    """Of a rank that neither writes nor talks: rank 0 does, for all."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __enter__(self) -> Quiet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        pass
+
+    def measured(self, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def done(self) -> Iterator[dict[str, Any]]:
+        return iter(())
+
+    def event(self, step: int, name: str, text: str) -> None:
+        pass
+
+    def step(self, metrics: Mapping[str, Any], rollout: Rollout) -> None:
+        pass
+
+
 def _short(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 

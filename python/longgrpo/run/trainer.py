@@ -5,53 +5,38 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from longgrpo.checks.rehearsal import forecast_run
 from longgrpo.config.run import TrainConfig, load_config
 from longgrpo.errors import ConfigError, TrainingError
-from longgrpo.model.load import end_token_ids, load_tokenizer, published_name, resolve_model
-from longgrpo.model.lora import save_adapter, with_adapter
-from longgrpo.offload import OffloadEngine
-from longgrpo.rollout.factory import make_engine
-from longgrpo.rollout.probe import Probe
-from longgrpo.rollout.protocol import max_length
 from longgrpo.run import checkpoint
 from longgrpo.run.before import rehearsed, spread_of
+from longgrpo.run.building import build
 from longgrpo.run.callbacks import Callbacks
 from longgrpo.run.card import write_card
-from longgrpo.run.claim import Claim, claim_new, names_at_end, names_of
+from longgrpo.run.claim import Claim, Unclaimed, claim_new, names_at_end, names_of
 from longgrpo.run.endings import as_user_error
 from longgrpo.run.evaluations import Evaluations
 from longgrpo.run.export import write_model
 from longgrpo.run.files import replace_directory, write_file
-from longgrpo.run.given import config_with, objects_of
-from longgrpo.run.problems import problems_of
+from longgrpo.run.given import config_with
 from longgrpo.run.progress import Progress
+from longgrpo.run.saving import restore_run, save_run, weights_of, write_adapter
 from longgrpo.run.signals import StopRequest
 from longgrpo.run.started import write_config
 from longgrpo.run.summary import summary_of
-from longgrpo.run.tracking import Tracker, check_installed
+from longgrpo.run.tracking import Quiet, Tracker
 from longgrpo.run.tuning import tune_run
 from longgrpo.run.watching import Watched
 from longgrpo.tasks.data import Problem
-from longgrpo.tasks.episodes import make_conversations, prompts_for
 from longgrpo.tasks.evaluation import Evaluation
-from longgrpo.tasks.event_loop import EventLoop
-from longgrpo.tasks.rewards import Rewarding, load_reward
-from longgrpo.train.collect import Collector
-from longgrpo.train.entropy import EntropyControl
 from longgrpo.train.generators import random_states, seed_everything, set_random_states
 from longgrpo.train.loop import Loop, step
-from longgrpo.train.losses import PolicyLoss
 from longgrpo.train.metrics import best_metric, peak_memory
-from longgrpo.train.state import make_state
+from longgrpo.train.ranks import RankError, join
 
 
 class Trainer:
@@ -97,8 +82,8 @@ class Trainer:
         )
         config = config_with(config, given)
         place = directory or config.output_dir
-        self.claim = Claim(Path(place)) if place else claim_new(Path("runs"), name)
-        try:
+        self.ranks = join(config.train.rank_timeout)
+        with self._claiming(lambda: Claim(Path(place)) if place else claim_new(Path("runs"), name)):
             begun, ended = names_of(config)
             if self.claim.holds_run:
                 raise ConfigError(
@@ -107,11 +92,7 @@ class Trainer:
                 )
             self.claim.check([*begun, *ended])
             self._build(config, self.claim.directory, force, given)
-            self.claim.add(begun)
-            write_config(self.directory, self.config, step=0)
-        except BaseException:
-            self.claim.undo()
-            raise
+            self._begin(begun)
 
     @classmethod
     def resume(
@@ -122,38 +103,56 @@ class Trainer:
         if not (directory / "config.yaml").is_file():
             raise ConfigError(f"{directory}: holds no run (no config.yaml is in it)")
         trainer = cls.__new__(cls)
-        trainer.claim = Claim(directory)
-        try:
-            config = load_config(directory / "config.yaml", overrides)
+        config = load_config(directory / "config.yaml", overrides)
+        trainer.ranks = join(config.train.rank_timeout)
+        with trainer._claiming(lambda: Claim(directory)):
             begun, ended = names_of(config_with(config, given))
             if "config.yaml" not in trainer.claim.made:
                 trainer.claim.adopt(config)
             trainer.claim.check([*begun, *ended])
-            saved = checkpoint.checkpoints(directory)
-            if saved:
+            saved = trainer.ranks.of_first(lambda: checkpoint.checkpoints(directory), "the checkpoints")
+            if saved and trainer.ranks.is_first:
                 checkpoint.verify(saved[-1])
             trainer._build(config, directory, force, given)
             if saved:
-                trainer._restore(saved[-1])
-            trainer.claim.add(begun)
-            write_config(directory, trainer.config, trainer.progress.step)
-        except BaseException:
-            trainer.claim.undo()
-            raise
+                trainer.progress = restore_run(trainer.loop, saved[-1], trainer.callbacks)
+                if trainer.ranks.is_first:
+                    trainer.evaluations.forget_after(trainer.progress.step)
+            trainer._begin(begun)
         return trainer
+
+    @contextmanager
+    def _claiming(self, claim: Callable[[], Claim]) -> Iterator[None]:
+        """Rank 0 has the run's directory, from here on; if what follows fails, on any rank, it is as it was."""
+        with self._agreed():
+            made = claim() if self.ranks.is_first else None
+            try:
+                place = self.ranks.broadcast(made.directory if made else Path(), "the run's directory")
+                self.claim = made or Unclaimed(place)
+                yield
+            except BaseException:
+                if made:
+                    made.undo()
+                raise
+
+    def _begin(self, names: list[str]) -> None:
+        self.claim.add(names)
+        if self.ranks.is_first:
+            write_config(self.directory, self.config, self.progress.step)
 
     def run(self) -> dict[str, Any] | None:
         """Trains up to train.steps and closes the engine. Returns the summary; None if a signal stopped the run:
         it is saved, and `stop.signal` says which signal."""
-        done = self.progress.step if checkpoint.checkpoints(self.directory) else -1  # step 0: the evaluation before
         try:
-            tracker = Tracker(self.directory, self.config, done)
+            with self._agreed():
+                tracker = self._tracker() if self.ranks.is_first else Quiet()
             self.watched = Watched(self.config, tracker)
             self._start = time.monotonic() - self.progress.seconds
             with StopRequest(tracker.say) as self.stop, tracker:
                 try:
                     return self._run(tracker)
                 except (Exception, SystemExit) as error:
+                    self.ranks.agree(error)
                     saved, told = self._save_what_is_whole(), as_user_error(error)
                     if told is None:
                         tracker.say(saved)
@@ -173,8 +172,8 @@ class Trainer:
 
     def load_weights(self, saved: Path) -> None:
         """Loads the weights of a checkpoint, and nothing else from it."""
-        checkpoint.load_weights(saved, checkpoint.read_tensors(saved), self._weights())
-        self.loop.state.masters.publish()
+        checkpoint.load_weights(saved, checkpoint.read_tensors(saved), weights_of(self.loop))
+        self.loop.state.publish()
         self.loop.collector.engine.weights_changed()
 
     @property
@@ -186,25 +185,27 @@ class Trainer:
         """Replies of the model as it is to the problems of a held-out set, scored alike whenever it is done."""
         return self.evaluations.of(self.loop.collector, name, prefill)
 
+    def _tracker(self) -> Tracker:
+        done = self.progress.step if checkpoint.checkpoints(self.directory) else -1  # step 0: the evaluation before
+        return Tracker(self.directory, self.config, done)
+
     def _run(self, tracker: Tracker) -> dict[str, Any] | None:
         progress, steps, every = self.progress, self.config.train.steps, self.config.train.save_steps
-        tune_run(self.directory, self.loop.state, self.config.memory.autotune, tracker.say)
+        tune_run(self.directory, self.loop.state, self.config.memory.autotune, tracker.say, self.ranks)
         if progress.step == 0:
             self._look_at_untrained(tracker)
-            seed_everything(self.config.train.seed)  # whatever was looked at, step 1 begins alike
+            seed_everything(self.config.train.seed + self.ranks.rank)  # whatever was looked at, step 1 begins alike
         memory: dict[str, int] = {}
-        if progress.step < steps:
+        if progress.step < steps and self.ranks.is_first:
             (self.directory / "summary.json").unlink(missing_ok=True)  # of an end with fewer steps
-        if self._forecast and progress.step < steps and not self.stop:
+        if self._forecast and progress.step < steps and not self._asked_to_stop():
             memory = rehearsed(self._forecast, self.loop, tracker.say)
         state, patience = self.loop.state, self.config.task.eval_patience
         self.callbacks.begin(
             progress.step, model=state.model, optimizer=state.optimizer, processing_class=self.loop.collector.tokenizer
         )
         self._whole = True
-        while progress.step < steps and not (
-            self.stop or progress.out_of_patience(patience) or self.callbacks.control.should_training_stop
-        ):
+        while progress.step < steps and not (self._asked_to_stop() or progress.out_of_patience(patience)):
             wanted = self._step(tracker, memory if progress.step == 0 else {})
             if self.watched.ending:
                 raise TrainingError(self.watched.ending)
@@ -219,7 +220,7 @@ class Trainer:
                 f"the run ends at step {progress.step}: {progress.evaluations_since_best} evaluations in a row were no "
                 f"better by {self.config.best_metric} (task.eval_patience)"
             )
-        if self.stop:
+        if self._asked_to_stop() and self.stop:
             tracker.say(f"saved at step {progress.step}; go on with: longgrpo train --resume {self.directory}")
             return None
         return self._finish(tracker)
@@ -246,10 +247,12 @@ class Trainer:
         self.progress.logprob_diff_max = max(self.progress.logprob_diff_max, drift)
         self.callbacks.step_end(number, stream.epoch)
         every, evaluated, failed, better = self.config.task.eval_steps, {}, None, False
+        self.callbacks.agree()
         if (every and number % every == 0) or self.callbacks.control.should_evaluate:
             try:
                 evaluated = self.evaluations.during(self.loop.collector, number, tracker.say)
             except Exception as error:  # the step itself is whole
+                self.ranks.agree(error)
                 failed = error
         self._look_at_clock()
         metrics = {**result.metrics, **also, **evaluated, "seconds/run": self.progress.seconds}
@@ -258,10 +261,12 @@ class Trainer:
             better = self.config.best_is_evaluated and self.progress.count_evaluation()
             self.callbacks.evaluated(evaluated, self.progress.best_evaluation)
         self.watched.step(metrics, result.rollout)
+        self.watched.ending = self.ranks.broadcast(self.watched.ending, "what the watch says")
         self._whole = True
         self.callbacks.log(metrics)
         if failed:
             raise failed
+        self.callbacks.agree()
         return better or self.callbacks.control.should_save
 
     def _save_what_is_whole(self) -> str:
@@ -269,110 +274,44 @@ class Trainer:
         if self._whole is None:
             return ""  # nothing is trained yet
         go_on, reason = f"go on with: longgrpo train --resume {self.directory}", "the weights have moved on since"
-        if self._whole:
+        if self.ranks.lost:
+            reason = "a rank is gone"
+        elif self._all_whole():
             try:
                 self.save()
                 return f"saved at step {self.progress.step}; {go_on}"
             except Exception as error:
+                self.ranks.agree(error)
                 reason = f"{type(error).__name__}: {error}"
         last = next((path.name for path in checkpoint.checkpoints(self.directory)[-1:]), "none")
         return f"not saved ({reason}); the last checkpoint is {last}; {go_on}"
 
-    # ---- built and restored
+    # ---- built and saved
     def _build(self, config: TrainConfig, directory: Path, force: bool, given: Mapping[str, Any]) -> None:
-        """Everything that can be refused is looked at first: the engine is slow to start."""
-        config, objects = with_adapter(config_with(config, given)), objects_of(given)
-        self.config, self.directory, self.progress = config, directory, Progress()
-        self.callbacks = Callbacks(config, directory, given.get("callbacks") or ())
+        self.directory, self.progress = directory, Progress()
         self._start = time.monotonic()
-        check_installed(config.log.to)
-        rewards = [load_reward(reward, objects) for reward in config.rewards]
-        loss = PolicyLoss(config)
-        try:
-            model_directory = resolve_model(config.model.path, config.model.quantization)
-            context = max_length(config.rollout, model_directory)
-        except (OSError, ValueError) as error:
-            raise ConfigError(str(error)) from error
-        tokenizer = load_tokenizer(model_directory, config.task.chat_template)
-        calls = EventLoop()
-        talks = make_conversations(config, tokenizer, end_token_ids(model_directory), calls, objects)
-        as_tokens = prompts_for(config, tokenizer, context, talks)
-        held_out, stream = problems_of(config, as_tokens, objects)
-        self.evaluations = Evaluations(config, directory, held_out, rewards[0])
-        self.evaluations.check()
-        first = stream.peek(config.train.prompts_per_step)
-        problems = [*first, *(problem for problems in held_out.values() for problem in problems)]
-        prompts = [as_tokens.encode(problem) for problem in problems]
-        self._forecast = forecast_run(config, max(map(len, prompts)), force)
-        try:
-            engine = make_engine(config.rollout, config.model, config.lora)
-        except (ValueError, NotImplementedError, ImportError) as error:
-            raise ConfigError(str(error)) from error
-        probe = Probe(prompts[0], engine, config.rollout, config.model.dtype)
-        try:
-            state = make_state(config, engine, OffloadEngine() if config.memory.offload else None)
-        except (ValueError, NotImplementedError) as error:
-            engine.close()
-            raise ConfigError(str(error)) from error
-        collector = Collector(config, engine, tokenizer, Rewarding(rewards, calls), stream, talks)
-        self.loop = Loop(config, collector, state, loss, probe)
-
-    def _restore(self, saved: Path) -> None:
-        state = checkpoint.load(saved, self._weights(), self.loop.state.optimizer)
-        self.progress = Progress.of(state["progress"])
-        self.loop.state.masters.publish()
-        self.loop.collector.stream.state = state["stream"]
-        self.loop.state.skipped_updates = self.progress.skipped_updates
-        if self.loop.state.entropy_control and (kept := state.get("entropy_control")):
-            self.loop.state.entropy_control = EntropyControl(**kept)
-        self.callbacks.restore(state.get("callbacks", []), self.progress.best_evaluation)
-        set_random_states(state["generators"])
-        self.loop.collector.engine.weights_changed()
-        self.evaluations.forget_after(self.progress.step)
-
-    def _weights(self) -> dict[str, torch.Tensor]:
-        """What training changes, by name."""
-        reference, moves = self.loop.state.reference, self.config.train.reference_sync_steps > 0
-        moved = reference.tensors if reference and moves else {}
-        return self.loop.state.parameters | {f"reference.{name}": tensor for name, tensor in moved.items()}
+        built = build(config, directory, force, given, self.ranks)
+        self.config, self.loop, self._forecast = built.config, built.loop, built.forecast
+        self.evaluations, self.callbacks = built.evaluations, built.callbacks
+        self.ranks.gather(None, "the start")  # an error of one is one of all before anything is written
 
     def save(self) -> Path:
         """Writes a checkpoint of the last whole step."""
         self._look_at_clock()
         self.claim.withdraw_end(self.progress.step)
-        state = {
-            "progress": asdict(self.progress),
-            "stream": self.loop.collector.stream.state,
-            "generators": random_states(),
-            "callbacks": self.callbacks.kept(),
-            "entropy_control": (control := self.loop.state.entropy_control) and asdict(control),
-        }
-        saved = checkpoint.save(
-            self.directory,
-            self.progress.step,
-            self._weights(),
-            self.loop.state.optimizer,
-            state,
-            self._save_adapter if self.config.lora else None,
-            self.config.train.keep_checkpoints,
-            self.progress.metric,
-        )
+        saved = save_run(self.loop, self.config, self.directory, self.progress, self.callbacks)
         self.callbacks.event("on_save")
         return saved
-
-    def _save_adapter(self, directory: Path) -> None:
-        save_adapter(self.loop.state.model, directory, published_name(self.config.model.path))
-        write_card(directory, self.config, self.progress.step)
 
     # ---- before and after training
     def _look_at_untrained(self, tracker: Tracker) -> None:
         """Evaluates the untrained model, and tests whether it can learn."""
         probe, found = self.config.train.probe_prompts, {}
-        if not self.stop:
+        if not self._asked_to_stop():
             found = self.evaluations.before(self.loop.collector, tracker.say)
             if found and self.config.best_is_evaluated:
                 best_metric(self.config.best_metric, found)  # raises for one that no evaluation has
-        if self.stop or self.progress.untrained_seen:
+        if self._asked_to_stop() or self.progress.untrained_seen:
             return
         if probe:
             spread = spread_of(self.loop, probe, self.directory, tracker.say)
@@ -384,16 +323,48 @@ class Trainer:
     def _finish(self, tracker: Tracker) -> dict[str, Any]:
         """The trained model beside the run's other files, the last evaluation, and the summary."""
         self.claim.add(names_at_end(self.config))
-        weights, own = ("adapter" if self.config.lora else "model"), self.loop.collector
-        write = self._save_adapter if self.config.lora else partial(write_model, own.engine.model, own.tokenizer)
-        replace_directory(self.directory / weights, write)
+        weights = self.directory / ("adapter" if self.config.lora else "model")
+        if self.ranks.is_first:
+            self._write_trained(weights)
         results = self.evaluations.after(self.loop.collector, self.progress.step, tracker.say)
         self._look_at_clock()
         engine = self.loop.collector.engine.name
         summary = summary_of(self.config, self.directory, self.progress, results, self.watched.standing, engine)
-        write_card(self.directory / weights, self.config, self.progress.step, summary)
-        write_file(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
-        return summary
+        if self.ranks.is_first:
+            write_card(weights, self.config, self.progress.step, summary)
+            write_file(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
+        return self.ranks.broadcast(summary, "the summary")
+
+    def _write_trained(self, weights: Path) -> None:
+        if self.config.lora:
+            replace_directory(weights, lambda path: write_adapter(self.loop, path, self.progress.step))
+        else:
+            model, tokenizer = self.loop.collector.engine.model, self.loop.collector.tokenizer
+            replace_directory(weights, lambda path: write_model(model, tokenizer, path))
+
+    # ---- what the ranks agree on
+    @contextmanager
+    def _agreed(self) -> Iterator[None]:
+        """An error in here is one of all ranks."""
+        try:
+            yield
+        except Exception as error:
+            self.ranks.agree(error)
+            raise
+
+    def _asked_to_stop(self) -> bool:
+        """Whether a signal has reached any rank, or a callback of any wants to stop."""
+        wishes = self.stop.signal, self.callbacks.control.should_training_stop
+        signals, stops = zip(*self.ranks.gather(wishes, "whether to go on"), strict=True)
+        self.stop.signal = next((number for number in signals if number), None)
+        self.callbacks.control.should_training_stop = any(stops)
+        return bool(self.stop or any(stops))
+
+    def _all_whole(self) -> bool:
+        try:
+            return all(self.ranks.gather(self._whole, "whether the last step is whole"))
+        except RankError:
+            return False
 
     def _look_at_clock(self) -> None:
         self.progress.seconds = time.monotonic() - self._start

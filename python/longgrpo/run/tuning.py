@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from longgrpo._ops.tiles import HeadShape, Tiles, choose_tiles
 from longgrpo.loss.tuner import Tuning, autotune, card_of, facts_of
 from longgrpo.model.head import head_of
 from longgrpo.run.files import write_file
+from longgrpo.train.ranks import ALONE, Ranks
 from longgrpo.train.state import TrainState
 
 FILE = "tiles.json"
@@ -22,17 +22,18 @@ def tune_run(
     state: TrainState,
     wanted: bool | None,
     say: Callable[[str], None],
-    shared: Callable[[Any], Any] = lambda choice: choice,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Chooses the tiles of the trained model's head, unless the run in `directory` has chosen already, on such a card.
-    wanted: memory.autotune. shared: returns rank 0's choice on every rank."""
+    wanted: memory.autotune. Rank 0 chooses for all."""
     weight = head_of(state.model).weight  # [V, H]; hidden states are of its dtype
     head = HeadShape(weight.shape[1], weight.shape[0], weight.dtype, weight.dtype)
     if not (weight.is_cuda if wanted is None else wanted):
         return choose_tiles(head, Tiles(), weight.device)  # another run of this process may have chosen
-    tuning = shared(_chosen(directory, weight, head, say))
+    tuning = ranks.of_first(lambda: _chosen(directory, weight, head, say), "the head's tiles")
     choose_tiles(head, tuning.tiles, weight.device)
-    write_file(directory / FILE, tuning.json())
+    if ranks.is_first:
+        write_file(directory / FILE, tuning.json())
 
 
 def _chosen(directory: Path, weight: Tensor, head: HeadShape, say: Callable[[str], None]) -> Tuning:

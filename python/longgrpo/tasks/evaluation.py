@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import comb
 from statistics import fmean
 
@@ -33,6 +33,14 @@ class HeldOut:
     """The seeds of the sampled replies are derived from it, the same in every evaluation."""
     turns: bool = True
     """Whether tools and environment answer, in a run that has them."""
+    places: Sequence[int] | None = None
+    """Of the problems in the whole set, if they are a part of it: seeds come from these."""
+
+    def part(self, rank: int, world: int) -> HeldOut:
+        """Every world-th problem, from number `rank` on."""
+        if world == 1:
+            return self
+        return replace(self, problems=self.problems[rank::world], places=range(rank, len(self.problems), world))
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,7 @@ def evaluate(
     Raises DataError for a prefill that names what a problem does not have.
     """
     problems, count = held_out.problems, held_out.samples
+    places = range(len(problems)) if held_out.places is None else held_out.places
     prefixes = [_filled(prefill, problem) if prefill else "" for problem in problems]
     talks = conversations if held_out.turns and not prefill else None
 
@@ -104,7 +113,7 @@ def evaluate(
         engine.drop_caches()  # whatever was sampled before, the replies are the same
         episodes: Sequence[Episode | None] = [None] * len(asked)
         if talks:
-            games = [seed_for(held_out.seed, 0, i, -1) for i in range(len(problems)) for _ in range(times)]
+            games = [seed_for(held_out.seed, 0, i, -1) for i in places for _ in range(times)]
             episodes = begun = talks.begin([problem for problem, _ in asked], games)
             asked = [(group_prompt(problem, [e]), "") for (problem, _), e in zip(asked, begun, strict=True)]
         encoded = [prompts.encode(problem, prefix) for problem, prefix in asked]
@@ -124,10 +133,12 @@ def evaluate(
         return replies, scores
 
     questions = [problem.question for problem in problems]
+    if not problems:  # fewer than there are ranks
+        return Evaluation([], [], [], reward=held_out.reward.name)
     replies, scores = scored(1, rollout.request(temperature=0.0), [0] * len(problems))
     if prefill or not count:
         return Evaluation(questions, replies, scores, reward=held_out.reward.name)
-    seeds = [seed_for(held_out.seed, 0, i, j) for i in range(len(problems)) for j in range(count)]
+    seeds = [seed_for(held_out.seed, 0, i, j) for i in places for j in range(count)]
     samples, sample_scores = scored(count, rollout.request(), seeds)
     starts = range(0, len(samples), count)
     return Evaluation(

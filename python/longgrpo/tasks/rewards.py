@@ -69,6 +69,21 @@ class Scores:
 
 
 @dataclass
+class Logged:
+    """What functions log besides rewards."""
+
+    values: dict[str, list[float]] = field(default_factory=dict)
+    """By metric, of each call."""
+    failed: Counter[str] = field(default_factory=Counter)
+    """Calls that have failed, by function."""
+
+    def add(self, more: Logged) -> None:
+        for name, values in more.values.items():
+            self.values.setdefault(name, []).extend(values)
+        self.failed += more.failed
+
+
+@dataclass
 class Reward:
     """A named function, its weight in the sum, and what happens if it is late or fails.
 
@@ -250,8 +265,7 @@ class Rewarding:
         """loop: the run's; close() closes it."""
         self.rewards = rewards
         self.weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)  # [F]
-        self._logged: dict[str, list[float]] = {}
-        self._failed: Counter[str] = Counter()
+        self._logged, self._everywhere = Logged(), Logged()  # by the functions here; by those of all ranks
         self._begun: dict[int, dict[str, Future[Scores]]] = {}  # by group
         self.loop = loop or EventLoop()
 
@@ -282,20 +296,28 @@ class Rewarding:
                 if own is not None:
                     sample.turn_rewards[reward.name] = own
             for part in parts:
-                for name, logged in part.notes.metrics.items():
-                    self._logged.setdefault(name, []).extend(logged)
-            self._failed[reward.name] += sum(part.failed for part in parts)
+                self._logged.add(Logged(part.notes.metrics))
+            self._logged.failed[reward.name] += sum(part.failed for part in parts)
         self._begun.clear()
         values[:, [sample.failed for sample in samples]] = math.nan
         return values
 
     def metrics(self) -> dict[str, float]:
         """Since the last call, the means of what the functions logged, and the failed calls of those that may fail."""
-        metrics = {name: sum(values) / len(values) for name, values in self._logged.items()}
-        metrics |= {f"reward/{r.name}/failed_calls": self._failed[r.name] for r in self.rewards if r.on_error == "none"}
-        self._logged.clear()
-        self._failed.clear()
-        return metrics
+        self._everywhere.add(self.drain())
+        logged, self._everywhere = self._everywhere, Logged()
+        metrics = {name: sum(values) / len(values) for name, values in logged.values.items()}
+        failed = {r.name: logged.failed[r.name] for r in self.rewards if r.on_error == "none"}
+        return metrics | {f"reward/{name}/failed_calls": count for name, count in failed.items()}
+
+    def drain(self) -> Logged:
+        """What was logged here since the last call, for add() of every rank."""
+        logged, self._logged = self._logged, Logged()
+        return logged
+
+    def add(self, logged: Logged) -> None:
+        """Counts in the next metrics what the functions of a rank have logged."""
+        self._everywhere.add(logged)
 
     def close(self) -> None:
         """Stops the processes and the thread of the functions; calls in progress are canceled."""

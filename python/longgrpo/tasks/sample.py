@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -39,6 +39,12 @@ class Sample:
     def failed(self) -> bool:
         """Whether it is left out of its group, whatever it earns."""
         return bool(self.episode and self.episode.failed)
+
+    def shed(self) -> Sample:
+        """Without what only this process can hold: the tools and the environment of an episode that is over."""
+        if self.episode is None:
+            return self
+        return replace(self, episode=replace(self.episode, tools={}, environment=None, generators=None))
 
     def prompt(self, problem: Problem, sent: bool = False) -> Prompt:
         """As rewards get it (Problem.form). An episode is always a conversation."""

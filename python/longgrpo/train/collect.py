@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longgrpo.config.run import TrainConfig
+from longgrpo.errors import TrainingError
 from longgrpo.rollout.protocol import Completion, RolloutEngine, seed_for
 from longgrpo.tasks.data import Problem, PromptStream, decode
 from longgrpo.tasks.episodes import Conversations, Episode, group_prompt, prompts_for
@@ -19,6 +20,7 @@ from longgrpo.tasks.rewards import Rewarding
 from longgrpo.tasks.sample import Rollout, Sample
 from longgrpo.train.advantages import groups_with_spread, weighted_sum
 from longgrpo.train.metrics import Clock, reward_metrics
+from longgrpo.train.ranks import ALONE, Ranks, merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerState
@@ -35,10 +37,11 @@ class Collector:
     stream: PromptStream
     conversations: Conversations | None = None
     """Of a run with tools or an environment."""
+    ranks: Ranks = ALONE
 
     def collect(self, number: int, clock: Clock) -> tuple[Rollout, dict[str, float]]:
         """Phases 1 to 3 of step `number`; again for the groups without spread, at most train.max_refills times: the
-        groups that then have none stay.
+        groups that then have none stay. Each rank samples and rewards its part of the prompts; then all have all.
 
         Returns the rollout, and the share of all groups that had spread with the number of those replaced.
         """
@@ -51,10 +54,12 @@ class Collector:
                 break
             with clock("sample_prompts"):
                 problems = self.sample_prompts(missing)
+            own, first = self.ranks.mine(problems), len(spread) + len(dull) + self.ranks.rank
             with clock("roll_out"):
-                samples = self.roll_out(problems, number, first_group=len(spread) + len(dull))
+                samples = self.roll_out(own, number, first_group=first, stride=self.ranks.world)
             with clock("reward"):
-                rewards = self.reward(problems, samples, number)
+                rewards = self.reward(own, samples, number)
+            samples, rewards = self.of_all(problems, samples, rewards)
             self.stream.observe(problems, self.totals(rewards))
             for group, differs in zip(_by_group(problems, samples, rewards), self.spread(rewards), strict=True):
                 (spread if differs else dull).append(group)
@@ -82,19 +87,21 @@ class Collector:
         return self.stream.take(count)
 
     # ---- 2
-    def roll_out(self, problems: Sequence[Problem], number: int, first_group: int = 0) -> list[Sample]:
-        """num_generations completions of each problem, each with a seed of its own, group after group. A group that is
-        complete goes to the async reward functions at once."""
+    def roll_out(self, problems: Sequence[Problem], number: int, first_group: int = 0, stride: int = 1) -> list[Sample]:
+        """num_generations completions of each problem, each with a seed of its own, group after group: seeds come from
+        the groups' numbers within the step, first_group, first_group + stride, ... A group that is complete goes to the
+        async reward functions at once."""
         config, talks = self.config.rollout, self.conversations
         request = config.request()
         as_tokens = self.prompts
         state, size = self._trainer_state(number), config.num_generations
         members = [(group, member) for group in range(len(problems)) for member in range(size)]
+        numbers = [first_group + stride * group for group in range(len(problems))]
         samples: list[Sample | None] = [None] * len(members)
         seed = config.seed(self.config.train.seed)
         episodes: list[Episode] = []
         if talks:  # a group's environments have one seed: its episodes begin alike
-            seeds = [seed_for(seed, number, first_group + group, -1) for group, _ in members]
+            seeds = [seed_for(seed, number, numbers[group], -1) for group, _ in members]
             episodes = talks.begin([problems[group] for group, _ in members], seeds)
             problems = [group_prompt(p, episodes[g * size : (g + 1) * size]) for g, p in enumerate(problems)]
         prompts = [as_tokens.encode(problem) for problem in problems]
@@ -102,7 +109,7 @@ class Collector:
         def finished(i: int, completion: Completion) -> None:
             group = members[i][0]
             text = decode(self.tokenizer, [completion], request.skip_special_tokens)[0]
-            samples[i] = sample = Sample(first_group + group, prompts[group], completion, text)
+            samples[i] = sample = Sample(numbers[group], prompts[group], completion, text)
             if talks:
                 talks.end(episodes[i], completion)
                 sample.episode = episodes[i]
@@ -110,11 +117,13 @@ class Collector:
             if len(mates) == size:
                 self.rewarding.begin(problems[group], mates, state)
 
+        if not members:  # fewer groups are missing than there are ranks
+            return []
         with talks.closing_on_error(episodes) if talks else nullcontext():
             self.engine.generate(
                 [prompts[group] for group, _ in members],
                 request,
-                [seed_for(seed, number, first_group + group, member) for group, member in members],
+                [seed_for(seed, number, numbers[group], member) for group, member in members],
                 finished,
                 talks.turns(episodes) if talks else None,
             )
@@ -123,13 +132,37 @@ class Collector:
     # ---- 3
     def reward(self, problems: Sequence[Problem], samples: Sequence[Sample], number: int) -> Tensor:
         """[F, P, G] float64: every function's values; the columns that it logs go into the samples."""
-        size = len(samples) // len(problems)
+        size = self.config.rollout.num_generations
+        if not problems:
+            return torch.empty(len(self.rewarding.rewards), 0, size, dtype=torch.float64)
         asked = [problem for problem in problems for _ in range(size)]
         try:
             values = self.rewarding.finish(asked, samples, self._trainer_state(number))  # [F, P G]
         finally:
             self.release(samples)
-        return values.view(len(values), -1, size)
+        return values.view(len(values), len(problems), size)
+
+    def of_all(
+        self, problems: Sequence[Problem], samples: list[Sample], rewards: Tensor
+    ) -> tuple[list[Sample], Tensor]:
+        """The samples and the rewards [F, P, G] of P problems, from each rank's part of them."""
+        if self.ranks.world == 1:
+            return samples, rewards
+        asked = [problem.question for problem in problems]
+        parts = self.ranks.gather(
+            (asked, [sample.shed() for sample in samples], rewards, self.rewarding.drain()), "the rollout"
+        )
+        if odd := [rank for rank, (questions, *_) in enumerate(parts) if questions != parts[0][0]]:
+            raise TrainingError(
+                f"rank {odd[0]} drew other prompts than rank 0: a task.sampler or a data set of yours must give every "
+                "rank the same, from its seed and what it observes"
+            )
+        size = rewards.shape[2]
+        groups = merged([[own[i : i + size] for i in range(0, len(own), size)] for _, own, _, _ in parts])
+        for *_, logged in parts:
+            self.rewarding.add(logged)
+        columns = merged([list(own.unbind(1)) for _, _, own, _ in parts])
+        return [sample for group in groups for sample in group], torch.stack(columns, 1)
 
     def release(self, samples: Sequence[Sample]) -> None:
         """Closes the environments of the samples."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from longgrpo.config.run import TrainConfig
 from longgrpo.errors import WeightSyncError
@@ -26,11 +26,14 @@ from longgrpo.train.metrics import (
     Meter,
     known,
     offload_counts,
+    over_ranks,
     over_updates,
+    rank_metrics,
     sign_metrics,
     step_metrics,
 )
 from longgrpo.train.packing import MicroBatch
+from longgrpo.train.ranks import Ranks
 from longgrpo.train.skip import skip_update
 from longgrpo.train.state import TrainState
 from longgrpo.train.update import Update, in_loss, plan_updates
@@ -46,6 +49,10 @@ class Loop:
     loss: PolicyLoss
     probe: Probe
 
+    @property
+    def ranks(self) -> Ranks:
+        return self.state.ranks
+
 
 @dataclass
 class StepResult:
@@ -54,16 +61,17 @@ class StepResult:
 
 
 def step(loop: Loop, number: int) -> StepResult:
-    """Step `number`, from 1: the weights are updated in place and the engine sees them."""
-    config, state = loop.config, loop.state
-    clock = Clock()
+    """Step `number`, from 1: the weights are updated in place and the engine sees them. Each rank rolls out its part of
+    the prompts and trains on its share of the rollout; what is decided is decided on all of it, alike on every rank."""
+    config, state, ranks = loop.config, loop.state, loop.ranks
+    clock, waited = Clock(), ranks.seconds
     offloaded = offload_counts(state.offload)
     with clock("step"):
         rollout, groups = loop.collector.collect(number, clock)
         with clock("advantage"):
             rollout.advantages = advantage(config, rollout, loop.collector.rewarding.weights)
             rollout.turn_advantages = advantage_of_turns(config, rollout, loop.collector.rewarding.rewards)
-            updates = plan_updates(config, rollout, state.model.device)
+            updates = plan_updates(config, rollout, state.model.device, ranks=ranks)
         with clock("score"):
             score(config, state, updates)
         losses = []
@@ -75,6 +83,8 @@ def step(loop: Loop, number: int) -> StepResult:
         with clock("sync_weights"):
             synced = sync_weights(loop.probe, state.model)
             sync_reference(config, state, number)
+    measured = rank_metrics(synced, clock.seconds, state.offload, offloaded), ranks.seconds - waited
+    every, waits = zip(*ranks.gather(measured, "the end of the step"), strict=True)
     metrics: dict[str, Any] = {
         "step": number,
         "epoch": loop.collector.stream.epoch,
@@ -82,8 +92,7 @@ def step(loop: Loop, number: int) -> StepResult:
         **groups,
         **sign_metrics(rollout.advantages.flatten()[in_loss(config, rollout)].tolist()),
         **over_updates(losses),
-        **synced,
-        **step_metrics(rollout, sum(update.tokens for update in updates), clock.seconds, state.offload, offloaded),
+        **step_metrics(rollout, sum(update.tokens for update in updates), over_ranks(every, waits)),
     }
     return StepResult(known(metrics), rollout)
 
@@ -133,14 +142,18 @@ def score(config: TrainConfig, state: TrainState, updates: Sequence[Update]) -> 
         if config.train.updates > 1 and not config.rollout.bitwise:
             batch.tokens = replace(batch.tokens, old_logp=logp)
     if config.train.top_entropy_quantile < 1:
-        _silence_low_entropy(batches, entropies, config.train.top_entropy_quantile)
+        _silence_low_entropy(batches, entropies, config.train.top_entropy_quantile, state.ranks)
 
 
-def _silence_low_entropy(batches: Sequence[MicroBatch], entropies: Sequence[Tensor], share: float) -> None:
-    """Only the `share` of all tokens with the highest entropy keep a policy gradient. entropies: [M] a batch."""
-    if not batches:
+def _silence_low_entropy(
+    batches: Sequence[MicroBatch], entropies: Sequence[Tensor], share: float, ranks: Ranks
+) -> None:
+    """Only the `share` of all tokens, of every rank, with the highest entropy keep a policy gradient. entropies: [M] a
+    batch."""
+    every = [own for part in ranks.gather(list(entropies), "the entropies") for own in part]
+    if not every or not batches:
         return
-    rising = torch.cat(list(entropies)).sort().values
+    rising = torch.cat([own.to(batches[0].target.device) for own in every]).sort().values
     lowest = rising[ceil((1 - share) * (len(rising) - 1))]
     for batch, entropy in zip(batches, entropies, strict=True):
         batch.tokens = replace(batch.tokens, importance=(entropy >= lowest).float())
@@ -148,10 +161,11 @@ def _silence_low_entropy(batches: Sequence[MicroBatch], entropies: Sequence[Tens
 
 # ---- 6
 def loss_and_backward(loss: PolicyLoss, state: TrainState, update: Update) -> tuple[float, dict[str, float]]:
-    """The gradient of an update's loss. Returns its norm, 0 if no sample has a gradient, and the metrics: all that an
-    update reads from the device, in one copy for each loss scale that is tried."""
+    """The gradient of an update's loss, summed over the ranks. Returns its norm, 0 if no sample has a gradient, and the
+    metrics: all that an update reads from the device, in one copy for each loss scale that is tried."""
     for scale in loss_scales(loss.config.model.dtype):
-        norm, metrics = _accumulate(loss, state, update, scale).read(get_total_norm(state.gradients.values()))
+        meter = _accumulate(loss, state, update, scale)
+        norm, metrics = meter.read(state.sum_gradients(), state.ranks)
         if isfinite(norm) or scale == 1:
             break
         state.optimizer.zero_grad(set_to_none=True)
@@ -201,13 +215,13 @@ def optimizer_step(
     if not isfinite(norm):
         return skip_update(config, state, number, update)
     state.skipped_updates = 0
-    clip_grads_with_norm_(state.parameters.values(), config.train.max_grad_norm, torch.tensor(norm))
+    clip_grads_with_norm_(state.masters.parameters.values(), config.train.max_grad_norm, torch.tensor(norm))
     rate = config.train.learning_rate_at(number)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.moved = True
     state.optimizer.step()
-    state.masters.publish()
+    state.publish()
     state.optimizer.zero_grad(set_to_none=True)
     return {"grad_norm": norm, "learning_rate": rate}
 

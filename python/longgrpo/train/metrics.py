@@ -20,6 +20,7 @@ from longgrpo.offload import OffloadEngine
 from longgrpo.tasks.episodes import FAILURES
 from longgrpo.tasks.rewards import Reward
 from longgrpo.tasks.sample import Rollout, Sample
+from longgrpo.train.ranks import ALONE, Ranks
 
 
 class Clock:
@@ -61,17 +62,19 @@ class Meter:
         self._rows.append(torch.stack([value.detach().float().view(()) for value in metrics.values()]))
         self._tokens.append(tokens)
 
-    def read(self, norm: Tensor) -> tuple[float, dict[str, float]]:
-        """`norm`, a scalar, and the metrics: one copy from the device."""
-        # Without a gradient the norm is torch's own 0, on the host.
-        norm = norm.float().view(1).to(self._rows[0].device, non_blocking=True)
-        first, *values = torch.cat([norm, *self._rows]).cpu().tolist()
+    def read(self, norm: Tensor, ranks: Ranks = ALONE) -> tuple[float, dict[str, float]]:
+        """`norm`, a scalar, and the metrics of all ranks: one copy from the device."""
+        if self._rows:  # without a gradient the norm is torch's own 0, on the host
+            norm = norm.to(self._rows[0].device, non_blocking=True)
+        first, *values = torch.cat([norm.float().view(1), *self._rows]).cpu().tolist()
         found: dict[str, float] = {}
         seen = 0
-        for tokens in self._tokens:
-            seen += tokens
-            for name in self._names:
-                found[name] = self._joined(name, found.get(name), values.pop(0), tokens / seen)
+        for names, counts, numbers in ranks.gather((self._names, self._tokens, values), "the loss"):
+            remaining = iter(numbers)
+            for tokens in counts:
+                seen += tokens
+                for name in names:
+                    found[name] = self._joined(name, found.get(name), next(remaining), tokens / seen)
         return first, found
 
     def _joined(self, name: str, old: float | None, value: float, share: float) -> float:
@@ -197,25 +200,48 @@ def sign_metrics(advantages: Sequence[float]) -> dict[str, float]:
     return {"advantages/positive": sum(signed) / len(signed)} if signed else {}
 
 
-def step_metrics(
-    rollout: Rollout,
-    trained: int,
-    seconds: Mapping[str, float],
-    offload: OffloadEngine | None,
-    offloaded: Mapping[str, float],
-) -> dict[str, float]:
-    """Lengths, speed, time and memory of a step. trained: completion tokens that it trained on. offloaded: what
-    offload_counts returned before it."""
+def step_metrics(rollout: Rollout, trained: int, measured: Mapping[str, float]) -> dict[str, float]:
+    """Lengths, speed, time and memory of a step. trained: completion tokens that it trained on. measured: by
+    rank_metrics, over all ranks."""
+    training = measured["seconds/score"] + measured["seconds/loss_and_backward"]
     return {
         **length_metrics(rollout.samples),
         **turn_metrics(rollout.samples),
         **variety_metrics(rollout),
-        "tokens_per_second/rollout": rollout.bounds[-1] / seconds["roll_out"],
-        "tokens_per_second/training": trained / (seconds["score"] + seconds["loss_and_backward"]),
+        "tokens_per_second/rollout": rollout.bounds[-1] / measured["seconds/roll_out"],
+        "tokens_per_second/training": trained / training,
+        **measured,
+    }
+
+
+def rank_metrics(
+    synced: Mapping[str, float], seconds: Mapping[str, float], offload: OffloadEngine | None,
+    offloaded: Mapping[str, float],
+) -> dict[str, float]:  # fmt: skip
+    """What a rank has measured in a step. synced: by its engine; offloaded: what offload_counts returned before it."""
+    return {
+        **synced,
         **{f"seconds/{name}": value for name, value in seconds.items()},
         **offload_metrics(offload, offloaded),
         **peak_memory(),
     }
+
+
+def over_ranks(measured: Sequence[Mapping[str, float]], collectives: Sequence[float]) -> dict[str, float]:
+    """The ranks' measurements as one: a phase lasts as long as on the slowest rank, peaks are the highest, and what was
+    moved is added up. collectives: seconds of each rank in them. The rank that comes last waits for none: its are what
+    they cost, and those of the one that comes first are longer by what the ranks differ."""
+    if len(measured) == 1:
+        return dict(measured[0])
+    found = {
+        name: (sum if name in _ADDED else max)(own[name] for own in measured if name in own)
+        for name in dict.fromkeys(name for own in measured for name in own)
+    }
+    skew = max(collectives) - min(collectives)
+    return {**found, "seconds/collectives": min(collectives), "seconds/rank_skew": skew}
+
+
+_ADDED = ("weight_sync_bytes", "offload/bytes_out", "offload/bytes_in", "offload/keeps")
 
 
 def peak_memory() -> dict[str, int]:

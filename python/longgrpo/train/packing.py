@@ -49,9 +49,15 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """Packs the samples `indices` in their order, on the host. A micro-batch exceeds the budget only if one sample
     alone does."""
-    parts = split([rollout.samples[i] for i in indices], token_budget, share_prompts)
+    parts = parts_of(rollout, indices, token_budget, share_prompts)
+    return [pack(rollout, part, share_prompts=share_prompts) for part in parts]
+
+
+def parts_of(rollout: Rollout, indices: Sequence[int], token_budget: int, share_prompts: bool) -> list[list[int]]:
+    """Of the samples `indices` those of each micro-batch."""
     remaining = iter(indices)
-    return [pack(rollout, [next(remaining) for _ in part], share_prompts=share_prompts) for part in parts]
+    parts = split([rollout.samples[i] for i in indices], token_budget, share_prompts)
+    return [[next(remaining) for _ in part] for part in parts]
 
 
 def split(samples: Sequence[Sample], token_budget: int, share_prompts: bool) -> Iterator[list[Sample]]:

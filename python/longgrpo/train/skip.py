@@ -39,7 +39,8 @@ def diagnose(config: TrainConfig, state: TrainState, batches: Sequence[MicroBatc
     wider = f"model.dtype is {config.model.dtype}: a wider one may help, and so may a lower train.learning_rate"
     if weights := _odd(dict(state.model.named_parameters())):
         return f"{_some(weights, 'weights')}; go back to a checkpoint before that, with a lower train.learning_rate"
-    sampling, samples = config.rollout.request(), sum(len(batch.samples) for batch in batches)
+    sampling = config.rollout.request()
+    samples = sum(state.ranks.gather(sum(len(batch.samples) for batch in batches), "a diagnosis"))
     stages: list[tuple[str, Callable[[MicroBatch], Tensor | None], str]] = [
         ("the engine's logprobs of {} completions", lambda batch: batch.tokens.sampling_logp, wider),
         (
@@ -51,9 +52,11 @@ def diagnose(config: TrainConfig, state: TrainState, batches: Sequence[MicroBatc
         ("the advantages of {} completions", lambda batch: batch.tokens.advantages, "look at the reward functions"),
     ]
     for what, values, remedy in stages:
-        if odd := sum(_odd_samples(values(batch), batch) for batch in batches):
+        if odd := sum(state.ranks.gather(sum(_odd_samples(values(batch), batch) for batch in batches), "a diagnosis")):
             return f"{what.format(f'{odd} of {samples}')}; {remedy}"
-    return f"{_some(_odd(state.gradients), 'gradients')}, with all before it finite: the backward overflows; {wider}"
+    gradients = [name for own in state.ranks.gather(_odd(state.gradients), "a diagnosis") for name in own]
+    odd_ones = _some(list(dict.fromkeys(gradients)), "gradients")
+    return f"{odd_ones}, with all before it finite: the backward overflows; {wider}"
 
 
 def _odd_samples(values: Tensor | None, batch: MicroBatch) -> int:

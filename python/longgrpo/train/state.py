@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.protocol import RolloutEngine
 from longgrpo.train.entropy import EntropyControl
 from longgrpo.train.optimizer import make_optimizer
+from longgrpo.train.ranks import ALONE, Ranks
 from longgrpo.train.reference import Reference
+from longgrpo.train.shards import owners_of, share_parameters, sum_gradients
 
 
 @dataclass
@@ -34,27 +36,50 @@ class TrainState:
     entropy_control: EntropyControl | None = None  # if loss.entropy_target is set
     skipped_updates: int = 0  # in a row, up to now, because their gradient was not finite
     moved: bool = False  # whether an update of the present step has begun to change the weights
+    ranks: Ranks = ALONE
+    owners: dict[str, int] = field(default_factory=dict)
+    """By parameter the rank that steps it; empty: each rank steps all."""
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    """The parameters themselves, by name."""
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """What the optimizer steps, by name, in float32."""
-        return self.masters.parameters
+        """What the optimizer steps, by name, in float32; of what another rank steps the parameter itself."""
+        return {**self.trained, **self.masters.parameters} if self.owners else self.masters.parameters
 
     @property
     def gradients(self) -> dict[str, Tensor]:
-        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        """Of what is stepped here."""
+        return {name: p.grad for name, p in self.masters.parameters.items() if p.grad is not None}
+
+    def sum_gradients(self) -> Tensor:
+        """Adds them up over the ranks; returns the norm of the whole."""
+        return sum_gradients(self.masters, self.trained, self.owners, self.ranks)
+
+    def publish(self) -> None:
+        """Puts what the optimizers have stepped into the model's parameters, on every rank."""
+        self.masters.publish()
+        share_parameters(self.trained, self.owners, self.ranks)
 
 
-def make_state(config: TrainConfig, engine: RolloutEngine, offload: OffloadEngine | None) -> TrainState:
-    """The model in training, on the engine's weights. Raises ValueError or NotImplementedError for a config that
-    cannot be trained."""
+def make_state(
+    config: TrainConfig, engine: RolloutEngine, offload: OffloadEngine | None, ranks: Ranks = ALONE
+) -> TrainState:
+    """The model in training, on the engine's weights. Full fine-tuning is shared out among the ranks. Raises
+    ValueError or NotImplementedError for a config that cannot be trained."""
     model = _trained_model(engine, config, offload)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    masters, train = MasterWeights(trained), config.train
+    shared_out = config.lora is None and 1 < ranks.world <= len(trained)
+    owners = owners_of(trained, ranks.world) if shared_out else {}
+    owned = {name for name, rank in owners.items() if rank == ranks.rank} if owners else None
+    masters, train = MasterWeights(trained, owned), config.train
     train.learning_rate_at(1)  # refuses a schedule's arguments now
     optimizer = make_optimizer(masters.parameters.values(), train)
     control = None if config.loss.entropy_target is None else EntropyControl(config.loss.entropy_coef)
-    return TrainState(model, masters, optimizer, _reference(model, trained, config), offload, control)
+    reference = _reference(model, trained, config)
+    return TrainState(
+        model, masters, optimizer, reference, offload, control, ranks=ranks, owners=owners, trained=dict(trained)
+    )
 
 
 def _trained_model(engine: RolloutEngine, config: TrainConfig, offload: OffloadEngine | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,10 @@ import torch
 
 from longgrpo.config.run import TrainConfig
 from longgrpo.loss import loss_normalizer
+from longgrpo.model.masters import balanced
 from longgrpo.tasks.sample import Rollout
-from longgrpo.train.packing import MicroBatch, micro_batches
+from longgrpo.train.packing import MicroBatch, pack, parts_of
+from longgrpo.train.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -23,16 +26,15 @@ class Update:
     trains: bool
     """Whether any sample has a gradient. If none has, one micro-batch is scored anyway: every step compares
     engine and trainer."""
-
-    @property
-    def tokens(self) -> int:
-        """Completion tokens that are trained on."""
-        return sum(len(batch.target) for batch in self.batches) if self.trains else 0
+    tokens: int
+    """Completion tokens that are trained on, by all ranks."""
 
 
-def plan_updates(config: TrainConfig, rollout: Rollout, device: torch.device, parts: int | None = None) -> list[Update]:
+def plan_updates(
+    config: TrainConfig, rollout: Rollout, device: torch.device, parts: int | None = None, ranks: Ranks = ALONE
+) -> list[Update]:
     """The updates of one pass over the rollout, train.minibatches of them unless `parts` says otherwise; its tensors go
-    to the device here, and only here."""
+    to the device here, and only here. A rank gets the micro-batches of its share, the rest is of all."""
     parts = config.train.minibatches if parts is None else parts
     counted = in_loss(config, rollout)
     active = _with_gradient(config, rollout, counted)
@@ -41,15 +43,28 @@ def plan_updates(config: TrainConfig, rollout: Rollout, device: torch.device, pa
         def own(indices: Sequence[int]) -> list[int]:
             return [i for i in indices if rollout.samples[i].group % parts == part]
 
-        return _update(config, rollout, own(range(len(rollout.samples))), own(counted), own(active), device)
+        return _update(config, rollout, own(range(len(rollout.samples))), own(counted), own(active), device, ranks)
 
     return [update(part) for part in range(parts)]
 
 
-def batches_of(config: TrainConfig, rollout: Rollout, indices: Sequence[int], device: torch.device) -> list[MicroBatch]:
-    """The samples `indices`, packed, on the device."""
-    packed = micro_batches(rollout, indices, config.train.token_budget, share_prompts=config.memory.share_prompts)
-    return [batch.to(device) for batch in packed]
+def batches_of(
+    config: TrainConfig, rollout: Rollout, indices: Sequence[int], device: torch.device, ranks: Ranks = ALONE
+) -> list[MicroBatch]:
+    """The samples `indices`, packed, on the device: of several ranks this one's share, whoever sampled them.
+
+    The micro-batches are those of one rank, so that the gradient is the same sum in another order. Only if there are
+    fewer than ranks each packs groups of its own.
+    """
+    budget, shared = config.train.token_budget, config.memory.share_prompts
+    parts = parts_of(rollout, indices, budget, shared)
+    if len(parts) < ranks.world:
+        parts = parts_of(rollout, _own_groups(rollout, indices, ranks), budget, shared)
+    elif ranks.world > 1:
+        lengths = [sum(len(rollout.samples[i].completion.token_ids) for i in part) for part in parts]
+        owners = balanced(lengths, ranks.world)
+        parts = [part for part, rank in zip(parts, owners, strict=True) if rank == ranks.rank]
+    return [pack(rollout, part, share_prompts=shared).to(device) for part in parts]
 
 
 def _update(
@@ -59,15 +74,29 @@ def _update(
     counted: Sequence[int],
     active: Sequence[int],
     device: torch.device,
+    ranks: Ranks,
 ) -> Update:
     """every, counted, active: the update's samples, those of the loss, and those with a gradient."""
-    batches = batches_of(config, rollout, active, device) or batches_of(config, rollout, every, device)[:1]
+    if active or not ranks.is_first:
+        batches = batches_of(config, rollout, active, device, ranks)
+    else:
+        batches = batches_of(config, rollout, every, device)[:1]
     tokens = sum(len(rollout.samples[i]) for i in counted)
     return Update(
         batches,
         float(loss_normalizer(config.loss, len(every), tokens, config.rollout.max_completion_length)),
         bool(active),
+        sum(len(rollout.samples[i]) for i in active),
     )
+
+
+def _own_groups(rollout: Rollout, indices: Sequence[int], ranks: Ranks) -> list[int]:
+    """Of the samples `indices` the groups of this rank, all with about as many tokens."""
+    lengths: Counter[int] = Counter()
+    for i in indices:
+        lengths[rollout.samples[i].group] += len(rollout.samples[i].completion.token_ids)
+    rank_of = dict(zip(lengths, balanced(list(lengths.values()), ranks.world), strict=True))
+    return [i for i in indices if rank_of[rollout.samples[i].group] == ranks.rank]
 
 
 def in_loss(config: TrainConfig, rollout: Rollout) -> list[int]:

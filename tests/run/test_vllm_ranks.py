@@ -1,0 +1,81 @@
+"""Two ranks with vLLM in each, by the command that a user types, against one rank with all prompts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from testing import OWN_REWARDS, ROOT
+from testing.commands import train_command, write_config
+from testing.models import write_tiny_llama
+
+pytest.importorskip("vllm")
+
+EXAMPLE = ROOT / "examples" / "smollm2-sums.yaml"
+WHOLE = ["--train.steps", "2", "--train.save_steps", "1", "--train.probe_prompts", "0", "--task.eval_n", "0"]
+
+
+def trained(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        train_command(*arguments),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_like_one_rank(one, two, loss=1e-7):
+    for step in (1, 2):
+        tables = [pyarrow.parquet.read_table(run / f"completions/step-{step:06d}.parquet") for run in (one, two)]
+        assert tables[0].to_pydict() == tables[1].to_pydict()  # replies and advantages
+        states = [load_file(run / f"checkpoints/step-{step:06d}/state.safetensors") for run in (one, two)]
+        moments = [name for name in states[0] if name.startswith("exp_avg.")]
+        assert moments
+        square = sum(states[0][name].double().square().sum() for name in moments)
+        apart = sum((states[0][name].double() - states[1][name].double()).square().sum() for name in moments)
+        assert apart <= (1e-6 if step == 1 else 2e-5) ** 2 * square  # of the gradient, in AdamW's first moment
+    for a, b in zip(records(one), records(two), strict=True):
+        assert math.isclose(a["loss"], b["loss"], abs_tol=loss)
+        assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-6 if a["step"] == 1 else 2e-5)
+        assert a["grad_norm"] > 0
+        assert b["engine_trainer_logprob_diff_max"] < 5e-4
+
+
+@pytest.mark.parametrize("lora", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_two_ranks_of_a_tiny_model(tree, tmp_path, lora):
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}  # as vLLM has them
+    tree["model"]["path"] = str(write_tiny_llama(tmp_path / "model", **sizes))
+    tree["rollout"] |= {"engine": "vllm", "kv_cache_gib": 0.05}
+    tree["rewards"] = [{"function": f"{OWN_REWARDS}:digits"}]
+    tree["train"]["prompts_per_step"] = 4
+    if not lora:
+        del tree["lora"]
+    file = write_config(tree, tmp_path / "tiny.yaml")
+    options = WHOLE if lora else [*WHOLE, "--train.probe_prompts", "2"]
+    trained(file, *options, "--output_dir", tmp_path / "one")
+    trained(file, *options, "--output_dir", tmp_path / "two", "--ranks", "2")
+    # The loss is the sum of terms that cancel: their magnitudes add up to 1 or so, and float32 rounds both sums.
+    assert_like_one_rank(tmp_path / "one", tmp_path / "two", loss=2 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.long
+def test_two_ranks_of_smollm2(tmp_path):
+    options = [EXAMPLE, "--rollout.engine", "vllm", *WHOLE, "--train.prompts_per_step", "8"]
+    trained(*options, "--output_dir", tmp_path / "one")
+    trained(*options, "--output_dir", tmp_path / "two", "--ranks", "2")
+    assert_like_one_rank(tmp_path / "one", tmp_path / "two")
