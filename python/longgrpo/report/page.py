@@ -109,7 +109,9 @@ MEMORY = (
     Panel("Peak memory of the device", {"peak_device_bytes": "device"}, unit="GiB", scale=1 / GIB),
 )
 PREDICTED, MEASURED = "predicted_bytes/", "measured_bytes/"  # and a phase: a peak of device memory
-SECONDS, WITHIN = "seconds/", ("seconds/step", "seconds/offload_stall")  # the whole, and what is part of other phases
+SECONDS = "seconds/"
+# The whole, and what is part of other phases or between them.
+WITHIN = tuple(f"{SECONDS}{name}" for name in ("step", "offload_stall", "collectives", "rank_skew"))
 
 
 def write_report(runs: Sequence[Run], path: Path) -> None:
