@@ -8,6 +8,9 @@ from longgrpo.checks.rehearsal import Forecast
 from longgrpo.cli import main
 from longgrpo.config.run import load_config
 from longgrpo.memory.cards import CARDS, GIB, card
+from longgrpo.memory.ranks import owned
+from longgrpo.memory.shape import model_shape
+from longgrpo.train.shards import owners_of
 from testing.planned_runs import MODELS
 
 EXAMPLES = MODELS.parent
@@ -83,6 +86,9 @@ def test_a_card_too_small_for_the_weights(capsys):
         (["--card", "-3"], "card '-3'"),
         (["--rollout.max_model_len", "200000"], "the positions of this llama model reach 131072"),
         (["--rollout.kv_cache_gib", "2"], "one sequence of 20480 tokens needs 2.50 GiB"),
+        (["--ranks", "2x"], "--ranks 2x: give a number, such as 8, or machines x ranks, such as 2x8"),
+        (["--ranks", "64"], "train.prompts_per_step = 8, and there are 64 ranks"),
+        (["--ranks", "2", "--bandwidth", "0"], "--bandwidth 0"),
         (["--model.path", "nowhere"], "'nowhere' does not exist"),
     ],
 )
@@ -92,6 +98,53 @@ def test_bad_input(capsys, arguments, message):
     status, out = run(capsys, EXAMPLES / "llama-3.1-8b-20k-80gb.yaml", *arguments)
     assert status == 2
     assert re.search(message, out.err)
+
+
+FULL = [EXAMPLES / "llama-3.1-8b-20k-80gb.yaml", "--lora", "null", "--train.prompts_per_step", 16, "--card", "h100-80"]
+
+
+def test_ranks_share_masters_and_moments_out(capsys):
+    """Whole parameters: a rank has no more than its part and the largest of them, the head."""
+    plans = {}
+    for ranks in ("1", "8", "2x8"):
+        _, out = run(capsys, *FULL, "--ranks", ranks, "--json")
+        plans[ranks] = json.loads(out.out)
+    one = plans["1"]["training"]["terms"]
+    assert "ranks" not in plans["1"]
+    for text, ranks in (("8", 8), ("2x8", 16)):
+        terms, exchange = plans[text]["training"]["terms"], plans[text]["ranks"]
+        for term in ("float32 masters", "optimizer"):
+            largest = (one[term] // one["float32 masters"]) * 4 * 128256 * 4096
+            assert one[term] / ranks <= terms[term] <= one[term] / ranks + largest
+        assert terms["gradients"] == one["gradients"]
+        assert exchange["ranks"] == ranks
+        assert exchange["machine_host_bytes"] == 8 * plans[text]["training"]["host_bytes"]
+        assert exchange["sent_bytes"] == one["gradients"] * 3 // 2  # float32 gradients, and bfloat16 weights
+        assert exchange["sent_seconds"] == exchange["sent_bytes"] / 25e9
+    _, out = run(capsys, *FULL, "--ranks", "2x8", "--bandwidth", "50")
+    assert "host memory of a machine's 8: " in out.out
+    assert f"{exchange['sent_bytes'] / 50e9:.2g} s at 50 GB/s" in out.out
+
+
+def test_ranks_have_an_adapter_each(capsys):
+    plans = [
+        json.loads(run(capsys, EXAMPLES / "llama-3.1-8b-20k-80gb.yaml", *ranks, "--card", "h100-80", "--json")[1].out)
+        for ranks in ([], ["--ranks", "4"])
+    ]
+    one, four = (plan["training"]["terms"] for plan in plans)
+    assert four == one
+    assert plans[1]["ranks"]["sent_bytes"] == 2 * one["gradients"] * 3 // 4  # around a ring twice, but for the own part
+
+
+def test_the_planned_share_is_that_of_the_ranks(tiny_model):
+    """The owners of a model's own parameters, against the plan from its config.json."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for ranks in (2, 3, 5):
+        owners = owners_of(dict(model.named_parameters()), ranks)
+        loads = [sum(p.numel() for name, p in model.named_parameters() if owners[name] == one) for one in range(ranks)]
+        assert max(loads) == pytest.approx(owned(model_shape(str(tiny_model)), ranks), rel=0.02)
 
 
 def test_cards():

@@ -16,7 +16,7 @@ import yaml
 
 from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError
-from longgrpo.run import trainer as train_module
+from longgrpo.run import building
 from longgrpo.run.claim import MARK, Claim, claim_new
 from longgrpo.run.trainer import Trainer
 
@@ -31,7 +31,7 @@ def quick(tree):
 @pytest.fixture
 def no_engine(monkeypatch):
     """Whatever is refused is refused before the engine is built."""
-    monkeypatch.setattr(train_module, "make_engine", lambda *_: pytest.fail("the engine was built"))
+    monkeypatch.setattr(building, "make_engine", lambda *_: pytest.fail("the engine was built"))
 
 
 def content(directory):

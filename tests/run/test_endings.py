@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from longgrpo.config.run import build_config
 from longgrpo.errors import TrainingError, UserError
-from longgrpo.run import checkpoint, files, tracking
+from longgrpo.run import building, checkpoint, files, tracking
 from longgrpo.run import trainer as train_module
 from longgrpo.run.trainer import Trainer
 from longgrpo.train import loop
@@ -227,7 +227,7 @@ def test_another_evaluation_is_refused_before_the_engine_is_built(quick, tmp_pat
     Trainer(build_config(quick), tmp_path / "run").run()
     (tmp_path / "run/summary.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "make_engine", lambda *_: pytest.fail("the engine was built"))
+        patch.setattr(building, "make_engine", lambda *_: pytest.fail("the engine was built"))
         with pytest.raises(UserError, match=message):
             Trainer.resume(tmp_path / "run", ["--train.steps", "2", *overrides])
     (tmp_path / "run/eval_before.json").unlink()
@@ -267,7 +267,7 @@ def test_a_damaged_file_is_named_before_the_engine_is_built(whole_run, tmp_path,
     run = shutil.copytree(whole_run, tmp_path / "run")
     name, do = DAMAGES[damage]
     do(run / name)
-    monkeypatch.setattr(train_module, "make_engine", lambda *_: pytest.fail("the engine was built"))
+    monkeypatch.setattr(building, "make_engine", lambda *_: pytest.fail("the engine was built"))
     with pytest.raises(UserError, match=str(run / name).rpartition("/")[0]) as raised:
         Trainer.resume(run, ["--train.steps", "3"])
     if "checkpoints" in name:

@@ -29,8 +29,7 @@ from longgrpo import cli
 from longgrpo.config.run import build_config, load_config
 from longgrpo.errors import UserError
 from longgrpo.model.load import context_length, load_model, load_tokenizer, resolve_model
-from longgrpo.run import checkpoint
-from longgrpo.run import trainer as train_module
+from longgrpo.run import building, checkpoint
 from longgrpo.run.trainer import Trainer
 from testing.gguf_files import write_gguf
 from testing.models import random_model
@@ -135,7 +134,7 @@ def resume(run, scratch, monkeypatch):
     def stop(*_):
         raise Reached
 
-    monkeypatch.setattr(train_module, "make_engine", stop)
+    monkeypatch.setattr(building, "make_engine", stop)
     Trainer.resume(run, ["--train.steps", "5"])
 
 

@@ -7,6 +7,8 @@ import os
 import random
 import runpy
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -15,11 +17,11 @@ from longgrpo.run import checkpoint
 from testing import OWN_REWARDS, ROOT
 from testing.commands import write_config
 from testing.full_disk import limited_file_size
-from testing.ranks import Ranked, command, run_ranks
+from testing.ranks import Ranked, command, free_port, run_ranks
 
 RANKED_REWARDS = OWN_REWARDS.with_name("ranked_rewards.py")
 differences = runpy.run_path(str(ROOT / "bench" / "resume.py"))["differences"]
-TIMEOUT = 6  # seconds
+TIMEOUT = 15  # seconds: the longest that an idle rank may wait for one on a busy machine
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def config(tree, tmp_path):
 
     def write(function="digits", **groups):
         tree["rewards"] = [{"function": f"{RANKED_REWARDS}:{function}"}]
-        tree["train"] |= {"prompts_per_step": 4, "probe_prompts": 0, "rank_timeout": TIMEOUT, **groups.pop("train", {})}
+        tree["train"] |= {"prompts_per_step": 4, "probe_prompts": 0, **groups.pop("train", {})}
         tree["task"] = {**tree["task"], "eval_n": 0, **groups.pop("task", {})}
         tree["log"] = {"to": []}
         return write_config(tree | groups, tmp_path / "config.yaml")
@@ -75,8 +77,9 @@ def test_a_fault_of_the_program_on_one_rank_has_its_traceback_there(config, run,
 
 
 def test_a_rank_that_hangs_is_named(config, run, tmp_path):
-    ranks = Ranked(2, tmp_path / "logs", command, "train", *map(str, started(config("hangs_on_rank_one"), run)))
-    ranks.processes[0].join(60)
+    file = config("hangs_on_rank_one", train={"rank_timeout": TIMEOUT})
+    ranks = Ranked(2, tmp_path / "logs", command, "train", *map(str, started(file, run)))
+    ranks.processes[0].join(300)
     first, second = ranks.end(0)
     assert first.status == 2
     assert second.status is None
@@ -91,9 +94,7 @@ def test_a_rank_that_dies_is_named_and_the_run_goes_on_from_its_checkpoint(confi
     if function == "dies_in_the_save" and victim == "1":
         pytest.skip("rank 0 writes")
     file = config(function)
-    before = time.monotonic()
     ended = train(tmp_path, *started(file, run), VICTIM=victim)
-    assert time.monotonic() - before < 60
     assert ended[int(victim)].status == -signal.SIGKILL
     other = ended[1 - int(victim)]
     assert other.status == 2
@@ -182,7 +183,7 @@ def test_weights_that_differ_between_ranks_are_found(config, run, tmp_path):
     assert "rank 1 has other weights than rank 0 (1 of " in ended[0].said
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("lora", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_run_goes_on_on_any_number_of_ranks(config, run, tmp_path, lora):
     """Two steps on one rank and two on two, or the other way round, give what four on two do, but for rounding."""
     file = config(**({} if lora else {"lora": None}))
@@ -212,6 +213,55 @@ def positions(whole, part):
     tensors = [checkpoint.read_tensors(path) for path in (one, two)]
     close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-4)
     return odd + [name for name in tensors[0] if not close(tensors[0][name], tensors[1][name])]
+
+
+def by_torchrun(*arguments):
+    """What a user types; neither a rank of this test's nor its threads are around."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def test_the_command_ends_as_one_rank_would(config, run):
+    command = by_torchrun("longgrpo", "train", *started(config("raises_on_rank_one"), run), "--ranks", "2")
+    _, said = command.communicate(timeout=300)
+    assert command.returncode == 2
+    assert said.count("rank 1: reward function raises_on_rank_one raised KeyError") == 1
+    assert "saved at step 2" in said
+    assert "Traceback" not in said
+    assert "elastic" not in said
+
+
+@pytest.mark.long
+def test_a_signal_to_the_command_saves_and_has_its_status(config, run):
+    file = config(train={"steps": 100_000, "save_steps": 0})
+    command = by_torchrun("longgrpo", "train", *started(file, run), "--ranks", "2")
+    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
+        time.sleep(0.1)
+    command.send_signal(signal.SIGTERM)
+    _, said = command.communicate(timeout=300)
+    assert command.returncode == 128 + signal.SIGTERM, said
+    assert "; go on with: longgrpo train --resume" in said
+    assert len(saved(run)) == 1
+
+
+@pytest.mark.long
+def test_two_machines(config, run, tmp_path):
+    """Two agents on loopback, of a rank each, are two ranks of one."""
+    file = config(train={"save_steps": 1})
+    assert [one.status for one in train(tmp_path, *started(file, tmp_path / "one"))] == [0, 0]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "mine"]
+    agents = [
+        by_torchrun(
+            "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting, "-m", "longgrpo", "train",
+            *started(file, run),
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [agent.communicate(timeout=300)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert apart(tmp_path / "one", run) == []
 
 
 @pytest.mark.long

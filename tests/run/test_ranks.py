@@ -62,6 +62,13 @@ def variants(tree):
         "gdpo": changed(
             tree, rewards=rewards("digits", "digits_of_odd_sums"), train={"aggregation": "normalize_then_sum"}
         ),
+        "async-isolated": changed(
+            tree,
+            rewards=[
+                {"function": f"{OWN_REWARDS}:digits_async"},
+                {"function": f"{OWN_REWARDS}:digits", "isolate": True, "name": "apart"},
+            ],
+        ),
         "batch-scale": changed(tree, train={"scale_rewards": "batch"}),
         "refills": changed(
             tree, rewards=rewards("digits_of_odd_sums"), train={"max_refills": 3, "scale_rewards": "none"}

@@ -33,14 +33,18 @@ def server() -> Any:
     return context
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 class Ranked:
     """`world` processes that each run target(*arguments); said by them goes to `logs`."""
 
     def __init__(self, world: int, logs: Path, target: Callable[..., Any], *arguments: Any, **environment: str) -> None:
         logs.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self._logs = [logs / f"rank-{rank}.log" for rank in range(world)]
         self.processes: list[BaseProcess] = [
             server().Process(target=_rank, args=(rank, world, port, log, environment, target, arguments))
@@ -49,7 +53,7 @@ class Ranked:
         for process in self.processes:
             process.start()
 
-    def end(self, seconds: float = 120) -> list[Ended]:
+    def end(self, seconds: float = 300) -> list[Ended]:
         """Waits for all, and kills those that need longer."""
         until = time.monotonic() + seconds
         for process in self.processes:

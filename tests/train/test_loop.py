@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError, DataError, RewardError, TrainingError
 from longgrpo.offload import OffloadEngine
-from longgrpo.run import trainer as train_module
+from longgrpo.run import building
 from longgrpo.run.trainer import Trainer
 from longgrpo.train import loop
 from longgrpo.train.collect import Collector
@@ -64,7 +64,7 @@ def config_file(tree, tmp_path):
 
 
 def test_offload_changes_no_bit(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "OffloadEngine", functools.partial(OffloadEngine, min_bytes=0, keep_last=0))
+    monkeypatch.setattr(building, "OffloadEngine", functools.partial(OffloadEngine, min_bytes=0, keep_last=0))
     trainer(tree, tmp_path / "plain").run()
     trainer(tree | {"memory": {"offload": True}}, tmp_path / "offload").run()
     assert same(final_state(tmp_path / "plain"), final_state(tmp_path / "offload"))

@@ -13,7 +13,8 @@ from longgrpo.watch.watch import PREFIX as WATCHED
 GIB = 2**30
 PREDICTED, MEASURED = "predicted_bytes/", "measured_bytes/"  # and a phase: a peak of device memory
 SECONDS = "seconds/"
-WITHIN = ("seconds/step", "seconds/offload_stall", "seconds/run")  # the whole, a part of other phases, the clock
+# The whole, the run's clock, and what is part of other phases or between them.
+WITHIN = tuple(f"seconds/{name}" for name in ("step", "run", "offload_stall", "collectives", "rank_skew"))
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,8 @@ def merged(parts: Sequence[Sequence[T]]) -> list[T]:
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
+START = 300.0  # seconds that processes have to start, on machines that may be busy
+
 _joined: list[Group] = []  # at most one
 
 
@@ -160,7 +162,11 @@ class Group(Ranks):
         self._timeout, self._count = timeout, 0
         if dist.is_initialized():
             raise ConfigError("torch.distributed has a process group already: make the Trainer before any other engine")
-        store, self.rank, self.world = next(rendezvous("env://", timeout=wait))
+        try:
+            begin = timedelta(seconds=max(timeout, START))
+            store, self.rank, self.world = next(rendezvous("env://", timeout=begin))
+        except RuntimeError as error:
+            raise RankLost(f"the ranks did not all come within {begin.total_seconds():g} s: {error}") from error
         store.set_timeout(wait)
         self._store = PrefixStore("longgrpo", store)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"

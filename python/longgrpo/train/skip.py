@@ -29,7 +29,8 @@ def skip_update(config: TrainConfig, state: TrainState, number: int, update: Upd
             f"step {number}: the gradient is not finite, {state.skipped_updates} times in a row: {reason}\n"
             "the weights are as they were before these updates"
         )
-    log.warning("step %d: the gradient is not finite, and the update is skipped: %s", number, reason)
+    if state.ranks.is_first:
+        log.warning("step %d: the gradient is not finite, and the update is skipped: %s", number, reason)
     return {"skipped_updates": 1.0}
 
 
