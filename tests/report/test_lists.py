@@ -192,7 +192,9 @@ def test_the_room_is_kept_and_what_is_left_out_is_said(tmp_path, browse, monkeyp
     browsed = browse(run / "report.html")
     assert browsed.get_by_text("because replies and completions take at most").is_visible()
     assert "; only the first 20 of 40 problems are on this page" in count(browsed, "#replies")
-    taken = browsed.evaluate("[...document.querySelectorAll('template.pair, template.step')].map((one) => one.innerHTML.length)")
+    taken = browsed.evaluate(
+        "[...document.querySelectorAll('template.pair, template.step')].map((one) => one.innerHTML.length)"
+    )
     assert sum(taken) < 1200 + len(whole.steps[-1].text)
 
 
