@@ -45,7 +45,15 @@ def test_the_tag_holds(wheel):
 def test_the_wheel_is_complete(wheel):
     """Both libraries where nvcc was found, type information and the license; and nothing that belongs elsewhere."""
     names = zipfile.ZipFile(wheel).namelist()
-    wanted = {"longgrpo/_cpu.so", "longgrpo/py.typed"} | ({"longgrpo/_cuda.so"} if shutil.which("nvcc") else set())
+    uplot = {f"longgrpo/report/third_party/uplot/{name}" for name in ("uPlot.iife.min.js", "uPlot.min.css", "LICENSE")}
+    parts = ("page.html", "page.css", "base.js", "charts.js", "replies.js", "page.js")
+    page = {f"longgrpo/report/{name}" for name in parts}
+    wanted = (
+        {"longgrpo/_cpu.so", "longgrpo/py.typed"}
+        | page
+        | uplot
+        | ({"longgrpo/_cuda.so"} if shutil.which("nvcc") else set())
+    )
     assert wanted <= set(names)
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"longgrpo"}
