@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -213,3 +214,15 @@ def test_the_metric_that_chooses_the_best():
     assert best_metric("grad_norm", metrics) is None
     with pytest.raises(ConfigError, match=r"best_metric = '-reward/mena'.*did you mean reward/mean"):
         best_metric("-reward/mena", metrics)
+
+
+def test_a_run_may_be_named_from_beside_it(tmp_path, monkeypatch):
+    save(tmp_path / "runs" / "own", 1, *training(0))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    found = checkpoint.find(Path("../runs/own"), "last")
+    checkpoint.verify(found)
+    sums = found / checkpoint.SUMS
+    sums.write_text(sums.read_text() + f"{'0' * 64}  ../../outside\n")
+    with pytest.raises(UserError, match=r"\.\./\.\./outside is missing"):
+        checkpoint.verify(found)

@@ -160,7 +160,7 @@ def damage(directory: Path) -> str:
         lines = [line.split("  ", 1) for line in sums.read_text().splitlines()]
         for digest, name in lines:
             path = directory / name
-            if ".." in path.parts or not path.is_file() or not path.is_relative_to(directory):
+            if ".." in Path(name).parts or not path.is_file() or not path.is_relative_to(directory):
                 return f"{name} is missing"
             if _sha256(path) != digest:
                 return f"{name} is not as it was saved (its SHA-256 is another)"
