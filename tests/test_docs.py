@@ -148,6 +148,7 @@ RULES = [
     Rule("python -m longgrpo.doctor", runs),
     Rule("longgrpo * runs/mine*", has_a_valid_config, A_MINUTE),
     Rule("longgrpo selftest *", has_a_valid_config, A_MINUTE),
+    Rule("longgrpo parity *", has_a_valid_config, A_MINUTE),
     Rule("longgrpo train *", has_a_valid_config, "a training run, minutes to days"),
     Rule("python bench/resume.py *", takes_its_arguments, "several training runs"),
     Rule("python bench/*", has_files, "a measurement, minutes to hours"),

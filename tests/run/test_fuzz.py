@@ -162,7 +162,7 @@ def data(directory, scratch, monkeypatch):
     def stop(*_):
         raise Reached
 
-    monkeypatch.setattr(train_module, "make_engine", stop)
+    monkeypatch.setattr(building, "make_engine", stop)
     Trainer(load_config(directory / "config.yaml"), scratch / "run")
 
 

@@ -15,6 +15,7 @@ class MetaEngine:
     """A RolloutEngine whose model is on `meta`; it cannot sample."""
 
     name = "meta"
+    shared = None
 
     def __init__(self, directory: Path, dtype: torch.dtype, quantization: str | None = None) -> None:
         from transformers import AutoModelForCausalLM

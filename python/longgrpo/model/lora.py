@@ -113,7 +113,7 @@ def _plain_config(path: str, key: str) -> Any:
 
 def check_lora(directory: Path, config: LoraConfig) -> None:
     """Raises ValueError as add_lora does, before the model in `directory` is loaded."""
-    add_lora(_outline(directory), config, seed=0)
+    add_lora(outline(directory), config, seed=0)
 
 
 def _check_targets(model: PeftModel) -> None:
@@ -144,7 +144,7 @@ def lora_layers(model: PeftModel) -> dict[str, Any]:
     return {name: module for name, module in base_model(model).named_modules() if isinstance(module, LoraLayer)}
 
 
-def _outline(directory: Path) -> PreTrainedModel:
+def outline(directory: Path) -> PreTrainedModel:
     """The model in `directory`, on meta."""
     from transformers import AutoModelForCausalLM
 
@@ -155,7 +155,7 @@ def _outline(directory: Path) -> PreTrainedModel:
 
 def linear_names(directory: Path) -> list[str]:
     """The last names ("q_proj", ...) of the linear layers of the model in `directory`, the head left out."""
-    model = _outline(directory)
+    model = outline(directory)
     head = model.get_output_embeddings()
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
     return sorted({name.rpartition(".")[2] for name in linears})

@@ -35,13 +35,7 @@ class SharedOperators:
     def __init__(self, model: Any, max_length: int) -> None:
         """max_length: positions of the angles' table."""
         self.base = base_model(model)
-        dtype = self.base.dtype
-        if dtype == torch.float16:
-            raise NotImplementedError("rollout.bitwise: model.dtype = float16; take bfloat16 or float32")
-        if dtype == torch.bfloat16 and not fixed.has_bf16():
-            raise NotImplementedError(
-                "rollout.bitwise: model.dtype = bfloat16 needs a processor with AVX512-BF16; take float32"
-            )
+        check_dtype(self.base.dtype)
         self.mlps = {n: m for n, m in self.base.named_modules() if n.rpartition(".")[2] == "mlp"}
         self.activations = {name: _activation(name, mlp) for name, mlp in self.mlps.items()}
         self.attentions: dict[str, Any] = {
@@ -54,14 +48,16 @@ class SharedOperators:
         self.rotary: Any = next((m for n, m in self.base.named_modules() if n.endswith("rotary_emb")), None)
         if self.rotary is None:
             raise NotImplementedError(f"rollout.bitwise: {type(self.base).__name__} has no rotary embedding")
-        self.angles = {kind: self._table(kind, max_length) for kind in self._layer_types()}
+        # The kinds of layers that the rotary embedding tells apart.
+        kinds: list[str | None] = list(getattr(self.rotary, "layer_types", None) or [None])
+        for kind in kinds:
+            rope = self.rotary.rope_type[kind] if kind else self.rotary.rope_type
+            if rope in ("dynamic", "longrope"):
+                raise NotImplementedError(f"rollout.bitwise: rope_type = {rope}, whose angles depend on the length")
+        on_meta = self.base.device.type == "meta"  # an outline, that is asked only what it refuses
+        self.angles = {} if on_meta else {kind: self._table(kind, max_length) for kind in kinds}
 
     # ---- rotation
-
-    def _layer_types(self) -> list[str | None]:
-        """The kinds of layers that the rotary embedding tells apart."""
-        own = getattr(self.rotary, "layer_types", None)
-        return list(own) if own else [None]
 
     def layer_type(self, attention: str) -> str | None:
         kind = getattr(self.attentions[attention], "layer_type", None)
@@ -69,9 +65,6 @@ class SharedOperators:
 
     def _table(self, kind: str | None, max_length: int) -> tuple[Tensor, Tensor]:
         """cos and sin [max_length, D] in the model's dtype."""
-        rope = self.rotary.rope_type[kind] if kind else self.rotary.rope_type
-        if rope in ("dynamic", "longrope"):
-            raise NotImplementedError(f"rollout.bitwise: rope_type = {rope}, whose angles depend on the length")
         like = torch.empty(0, dtype=self.base.dtype)
         options = {"layer_type": kind} if kind else {}
         cos, sin = type(self.rotary).forward(self.rotary, like, torch.arange(max_length)[None], **options)
@@ -103,6 +96,16 @@ class SharedOperators:
     def _rotary(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         cos, sin = self.angles[layer_type if layer_type in self.angles else None]
         return cos[position_ids], sin[position_ids]
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises NotImplementedError for a dtype that the operators do not have here."""
+    if dtype == torch.float16:
+        raise NotImplementedError("rollout.bitwise: model.dtype = float16; take bfloat16 or float32")
+    if dtype == torch.bfloat16 and not fixed.has_bf16():
+        raise NotImplementedError(
+            "rollout.bitwise: model.dtype = bfloat16 needs a processor with AVX512-BF16; take float32"
+        )
 
 
 def _activation(name: str, mlp: Any) -> fixed.Activation:

@@ -15,8 +15,8 @@ from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import NEED_TOKENIZER, Sampling
 from longgrpo.model.head import base_model
 from longgrpo.model.load import architecture, check_weights, end_token_ids, model_on, resolve_model, vocabulary
-from longgrpo.model.lora import linear_names
-from longgrpo.model.shared_operators import SharedOperators
+from longgrpo.model.lora import linear_names, outline
+from longgrpo.model.shared_operators import SharedOperators, check_dtype
 from longgrpo.rollout import vllm_private, vllm_shared
 from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode
 from longgrpo.rollout.protocol import Completion, Finished, Turns, batched_tokens, check_prompts, max_length
@@ -49,6 +49,8 @@ class VllmEngine:
         self._masks = config.request().top_k > 0 and not vllm_private.is_cpu()
         self._vocabulary = vocabulary(self.directory)
         self._check_sampling()
+        if config.bitwise:
+            self._check_bitwise(model)
         self.lora_mode: Mode = "merge"
         options = self._options(config, model)
         if lora:
@@ -93,12 +95,17 @@ class VllmEngine:
         named = cache if any(word in error.lower() for word in words) else f" for {self._architecture}"
         return f"vLLM does not start{named}: {error}"
 
-    def _share_operators(self) -> SharedOperators:
+    def _check_bitwise(self, model: ModelConfig) -> None:
+        """Raises NotImplementedError for what cannot share its operators, before the engine is started."""
         if not vllm_private.is_cpu():
             raise NotImplementedError(
                 "rollout.bitwise is for the CPU; on a GPU VLLM_BATCH_INVARIANT=1 makes vLLM agree with itself, and "
                 "`longgrpo parity` says where it parts from the trainer"
             )
+        check_dtype(getattr(torch, model.dtype))
+        SharedOperators(outline(self.directory), self._max_length)
+
+    def _share_operators(self) -> SharedOperators:
         operators = SharedOperators(self.model, self._max_length)
         vllm_shared.share_operators(self.llm, operators)
         return operators
