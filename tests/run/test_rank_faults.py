@@ -237,7 +237,8 @@ def test_the_command_ends_as_one_rank_would(config, run):
 def test_a_signal_to_the_command_saves_and_has_its_status(config, run):
     file = config(train={"steps": 100_000, "save_steps": 0})
     command = by_torchrun("longgrpo", "train", *started(file, run), "--ranks", "2")
-    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
+    metrics = run / "metrics.jsonl"
+    while command.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.1)
     command.send_signal(signal.SIGTERM)
     _, said = command.communicate(timeout=300)
