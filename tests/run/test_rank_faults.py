@@ -218,6 +218,8 @@ def positions(whole, part):
 def by_torchrun(*arguments):
     """What a user types; neither a rank of this test's nor its threads are around."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    paths = [str(ROOT / "tests"), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)  # the rewards import what the tests have
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=environment
     )
