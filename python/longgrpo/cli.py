@@ -245,7 +245,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         print(dump_config(config), end="")
         return 0
 
-    if (options.ranks or 1) != 1:
+    if options.ranks not in (None, 1):
         from longgrpo.run.launch import launch, without_ranks
 
         return launch(options.ranks, without_ranks(options.given))

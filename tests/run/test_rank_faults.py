@@ -218,6 +218,8 @@ def positions(whole, part):
 def by_torchrun(*arguments):
     """What a user types; neither a rank of this test's nor its threads are around."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    paths = [str(ROOT / "tests"), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)  # the rewards import what the tests have
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -237,7 +239,8 @@ def test_the_command_ends_as_one_rank_would(config, run):
 def test_a_signal_to_the_command_saves_and_has_its_status(config, run):
     file = config(train={"steps": 100_000, "save_steps": 0})
     command = by_torchrun("longgrpo", "train", *started(file, run), "--ranks", "2")
-    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
+    metrics = run / "metrics.jsonl"
+    while command.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.1)
     command.send_signal(signal.SIGTERM)
     _, said = command.communicate(timeout=300)

@@ -14,6 +14,7 @@ from longgrpo.errors import ConfigError
 from longgrpo.loss.tuner import Trial, Tuning
 from longgrpo.run import tuning
 from longgrpo.run.trainer import Trainer
+from longgrpo.train.ranks import Ranks
 
 TRIALS = (Trial("whole_rows", 64, 0, 2e-3), Trial("whole_rows", 32, 0, 1e-3))
 
@@ -93,8 +94,18 @@ def test_switched_off_it_is_the_rule(tmp_path, state, chosen, measured, wanted):
 
 def test_rank_0s_choice_is_every_ranks(tmp_path, state, chosen, measured):
     theirs = Tuning(Tiles(whole_rows=Tile(48)), {"card": "A100"}, ())
-    tuning.tune_run(tmp_path, state, True, print, shared=lambda ours: theirs)
-    assert chosen[-1] == theirs.tiles
+
+    class Rank(Ranks):
+        def of_first(self, work, what="a value"):
+            return theirs
+
+    for rank in (1, 0):
+        ranks = Rank()
+        ranks.rank = rank
+        tuning.tune_run(tmp_path, state, True, print, ranks)
+        assert chosen[-1] == theirs.tiles
+        assert (tmp_path / "tiles.json").exists() == (rank == 0)
+    assert measured.calls == []
     assert Tuning.of((tmp_path / "tiles.json").read_text()) == theirs
 
 

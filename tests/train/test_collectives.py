@@ -10,17 +10,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from longgrpo.cli import main
 from longgrpo.config.run import build_config
 from longgrpo.errors import ConfigError
 from longgrpo.memory.ranks import Layout
 from longgrpo.model.masters import MasterWeights, balanced
 from longgrpo.rollout import Completion
+from longgrpo.run.launch import without_ranks
 from longgrpo.run.shards import Shards
 from longgrpo.tasks.sample import Rollout, Sample
 from longgrpo.train.metrics import over_ranks
 from longgrpo.train.ranks import ALONE, RankError, Ranks, join, leave, merged
 from longgrpo.train.shards import owners_of, share_parameters, sum_gradients
 from longgrpo.train.update import batches_of
+from testing.commands import write_config
 from testing.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -228,3 +231,38 @@ def test_a_group_of_somebody_else_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(ConfigError, match="has a process group already"):
         join(1.0)
+
+
+def test_a_process_that_is_said_to_be_a_rank_has_to_be_told_where_the_others_are(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    with pytest.raises(ConfigError, match="cannot meet the others"):
+        join(1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--ranks", "0"], {}, "--ranks 0: must be at least 1"),
+        (["--ranks", "2"], {"RANK": "0"}, "this process is a rank of one already"),
+        (["--ranks", "2", "--train.stepz", "3"], {}, "steps"),  # before anything is started
+    ],
+)
+def test_a_command_that_cannot_start_ranks(arguments, environment, message, tree, tmp_path, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.distributed.run.run", lambda _: pytest.fail("started"))
+    assert main(["train", str(write_config(tree, tmp_path / "config.yaml")), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_rank_has_the_command_line_of_the_whole():
+    assert without_ranks(["train", "a.yaml", "--ranks", "2", "--train.steps", "5"]) == [
+        "train",
+        "a.yaml",
+        "--train.steps",
+        "5",
+    ]
+    assert without_ranks(["train", "--ranks=2", "a.yaml"]) == ["train", "a.yaml"]

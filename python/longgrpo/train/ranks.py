@@ -165,6 +165,11 @@ class Group(Ranks):
         try:
             begin = timedelta(seconds=max(timeout, START))
             store, self.rank, self.world = next(rendezvous("env://", timeout=begin))
+        except ValueError as error:
+            raise ConfigError(
+                f"RANK and WORLD_SIZE say that this process is a rank, and it cannot meet the others ({error}): "
+                "start it with `longgrpo train --ranks N` or torchrun, or unset both"
+            ) from error
         except RuntimeError as error:
             raise RankLost(f"the ranks did not all come within {begin.total_seconds():g} s: {error}") from error
         store.set_timeout(wait)
