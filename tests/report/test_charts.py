@@ -100,7 +100,7 @@ def test_another_config_is_another_curve(tmp_path, browse):
 
 
 def test_time_is_an_axis(seeds):
-    seeds.get_by_role("toolbar").get_by_text("time", exact=True).click()
+    seeds.get_by_role("toolbar").get_by_text("time, min").click()
     (line,) = lines(seeds)
     assert line["x"] == pytest.approx([30.5 * step / 60 for step in range(1, STEPS + 1)])  # minutes, mean of both
     seeds.get_by_label("seeds as one curve").uncheck()

@@ -167,6 +167,7 @@ function draw(chart) {
   chart.drawing?.destroy();
   chart.drawing = null;
   chart.figure.classList.toggle("hidden", chart.lines.length === 0);
+  chart.figure.classList.toggle("merged", chart.lines.some((line) => line.runs.length > 1));
   const [width, height] = [chart.plot.clientWidth, chart.plot.clientHeight];
   if (!width || !chart.lines.length) return;
   const { series, bands, data } = seriesOf(chart);
@@ -368,6 +369,7 @@ function startCharts(data) {
       redraw();
     });
   });
+  document.getElementById("unit").textContent = `, ${timeUnit()[0]}`;
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach(draw));
   redraw();
 }

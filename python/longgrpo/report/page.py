@@ -23,7 +23,7 @@ from longgrpo import __version__
 from longgrpo.errors import DataError
 from longgrpo.report.completions import Completions, completions_of
 from longgrpo.report.costs import memory_of, phases_of
-from longgrpo.report.held_out import PackedPair, Pair, packed_pair, pairs_of
+from longgrpo.report.held_out import PackedPair, Pair, Result, packed_pair, pairs_of
 from longgrpo.report.packed import packed, shortened
 from longgrpo.report.panels import Chart, charts_of
 from longgrpo.report.run import MISFITS, Run
@@ -77,7 +77,7 @@ def _rendered(runs: Sequence[Run], names: list[str], refresh: float | None) -> s
             refresh=refresh,
             names=names,
             groups=groups,
-            results=[(i, pair.result) for i, of_run in enumerate(pairs) for pair in of_run],
+            results=_results(pairs),
             facts=[list(_facts(run, bool(of_run))) for run, of_run in zip(runs, pairs, strict=True)],
             findings=[run.findings for run in runs],
             ends=_ends(runs),
@@ -127,6 +127,12 @@ def _data(
         "groups": [{"name": group.name, "runs": group.runs} for group in groups],
         "charts": [{"title": chart.panel.title, **chart.data} for chart in charts],
     }
+
+
+def _results(pairs: Sequence[Sequence[Pair]]) -> list[tuple[int, Result]]:
+    """Each with its run: the first set of all runs, then the further ones by name."""
+    every = [(i, pair.result) for i, of_run in enumerate(pairs) for pair in of_run]
+    return sorted(every, key=lambda one: one[1].name)
 
 
 def _texts(
@@ -201,7 +207,7 @@ def _facts(run: Run, compared: bool) -> Iterator[tuple[str, str]]:
     if known := [value for value in run.series("peak_rss_bytes")[1] if value is not None]:
         yield "peak memory", gib(known[-1])
     if "engine" in summary:
-        yield "engine", summary["engine"]
+        yield "engine", str(summary["engine"])
     yield "model", str((run.config.get("model") or {}).get("path", "-"))
     if "at" in start:
         yield "started", str(start["at"]).replace("T", " ").replace("+00:00", " UTC")
