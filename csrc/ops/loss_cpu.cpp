@@ -94,7 +94,7 @@ Tensor linear_logits(const Tensor& hidden, const Tensor& weight) {
   HeadInputs in{};
   in.hidden_dtype = dtype_of(hidden), in.weight_dtype = dtype_of(weight);
   const int64_t rows = std::max(shape.tokens, kMinTileRows), bytes = shape.hidden * size_of(in.hidden_dtype);
-  const Tensor logits = runtime.zeros({rows, logits_stride(shape)}, ScalarType::Float);
+  const Tensor logits = torch::stable::new_empty(hidden, {rows, logits_stride(shape)}, ScalarType::Float);
   const auto memory = runtime.scratch(rows * shape.hidden * int64_t(sizeof(float)) + 2 * kLine +
                                       staging_bytes(shape, in, false, runtime.threads()));
   float* tile = aligned(static_cast<float*>(memory.data()));

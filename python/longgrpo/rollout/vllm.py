@@ -66,7 +66,8 @@ class VllmEngine:
                 self.llm = vllm.LLM(**options)
         except Exception as error:  # of a model's own loader, too: vLLM's KeyErrors among them
             raise ValueError(self._not_started(f"{type(error).__name__}: {error}")) from error
-        vllm_private.accurate_logprobs(self.llm)
+        if not config.bitwise:  # then they are the trainer's
+            vllm_private.accurate_logprobs(self.llm)
         if config.kv_cache_dtype == "fp8":
             with vllm_private.no_dynamo():
                 vllm_private.calibrate_kv_cache(self.llm, self._some_tokens())

@@ -186,7 +186,7 @@ def operators(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {name: part for name, part in found.items() if name.rpartition(".")[0] not in found}
 
 
-def accurate_logprobs(llm: LLM) -> None:
+def accurate_logprobs(llm: LLM, of: Callable[[Tensor, Tensor, Any], Tensor] | None = None) -> None:
     """float32 log_softmax is 1e-5 too high at a vocabulary of 49,152, where its sum runs in long chains; logsumexp is
     not. Sampling is as it was: only the logprobs that are reported change. A GPU's runner has a sampler of its own."""
     if not is_cpu():
@@ -197,7 +197,9 @@ def accurate_logprobs(llm: LLM) -> None:
 
     def with_logprobs(logits: Tensor, metadata: Any, mode: str | None = None) -> tuple[Tensor, Tensor | None]:
         tokens, processed = sample(logits, metadata, "processed_logits")
-        return tokens, None if processed is None else processed - processed.logsumexp(-1, keepdim=True)
+        if processed is None:
+            return tokens, None
+        return tokens, of(processed, tokens, metadata) if of else processed - processed.logsumexp(-1, keepdim=True)
 
     sampler.sample = with_logprobs
 

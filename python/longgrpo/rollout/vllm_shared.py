@@ -156,20 +156,15 @@ def _share_head(llm: LLM, model: Any) -> None:
     for layer in layers:
         if vllm_private.is_head(layer) and "cpu_linear" in vars(layer):
             layer.cpu_linear = head
-    sampler = vllm_private.sampler_of(llm)
-    sample = sampler.sample
 
-    def with_logprobs(rows: Tensor, metadata: Any, mode: str | None = None) -> tuple[Tensor, Tensor | None]:
-        tokens, logprobs = sample(rows, metadata, mode)
-        if logprobs is None:
-            return tokens, None
-        given = metadata.temperature
-        temperature = torch.ones(len(rows)) if given is None else given.where(given >= GREEDY, 1.0).float()
-        chosen = tokens.long()
+    def logprobs(processed: Tensor, tokens: Tensor, metadata: Any) -> Tensor:
+        """Of only the sampled tokens: no others are asked for."""
+        given, chosen = metadata.temperature, tokens.long()
+        temperature = torch.ones(len(chosen)) if given is None else given.where(given >= GREEDY, 1.0).float()
         logp = ops.logits_logprob(
             logits[0], chosen, None if bias is None else bias.float(), temperature, options["softcap"] or 0.0,
             options["logit_scale"],
         )  # fmt: skip
-        return tokens, logprobs.scatter_(1, chosen[:, None], logp[:, None])
+        return processed.scatter_(1, chosen[:, None], logp[:, None])
 
-    sampler.sample = with_logprobs
+    vllm_private.accurate_logprobs(llm, logprobs)
