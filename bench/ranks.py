@@ -23,7 +23,8 @@ def trained(config: Path, directory: Path, ranks: int, cores: int, overrides: li
     """The metrics of the steps after the first."""
     command = [sys.executable, "-m", "longgrpo", "train", str(config), "--output_dir", str(directory), *OFF, *overrides]
     threads = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
-    subprocess.run([*command, "--ranks", str(ranks)], check=True, env=os.environ | threads, stderr=subprocess.DEVNULL)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*command, "--ranks", str(ranks)], check=True, env=os.environ | threads, **silent)
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["step"] > 1]
 
