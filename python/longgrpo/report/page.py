@@ -34,8 +34,9 @@ from longgrpo.visible import visible
 SIGNATURE = "· longgrpo</title>".encode()  # of page.html
 MOST_RUNS = 8  # as many as colors can distinguish
 ROOM = 16 << 20  # characters that replies and completions take on the page
-SCRIPTS = ("third_party/uplot/uPlot.iife.min.js", "base.js", "charts.js", "replies.js", "page.js")
-STYLES = ("third_party/uplot/uPlot.min.css", "page.css")
+UPLOT = "third_party/uplot/uPlot"
+SCRIPTS = (f"{UPLOT}.iife.min.js", "base.js", "lines.js", "zoom.js", "charts.js", "replies.js", "page.js")
+STYLES = (f"{UPLOT}.min.css", "page.css")
 GIB = 2**30
 
 
