@@ -46,7 +46,7 @@ def test_the_wheel_is_complete(wheel):
     """Both libraries where nvcc was found, type information and the license; and nothing that belongs elsewhere."""
     names = zipfile.ZipFile(wheel).namelist()
     uplot = {f"longgrpo/report/third_party/uplot/{name}" for name in ("uPlot.iife.min.js", "uPlot.min.css", "LICENSE")}
-    parts = ("page.html", "page.css", "base.js", "charts.js", "replies.js", "page.js")
+    parts = ("page.html", "page.css", "base.js", "lines.js", "zoom.js", "charts.js", "replies.js", "page.js")
     page = {f"longgrpo/report/{name}" for name in parts}
     wanted = (
         {"longgrpo/_cpu.so", "longgrpo/py.typed"}

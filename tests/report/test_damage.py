@@ -62,6 +62,7 @@ def test_a_file_that_is_no_report_is_not_written_over(two_runs, tmp_path, capsys
         ("eval_before.json", ""),
         ("eval_before.json", "[]"),
         ("eval_after.json", '{"questions": ["a"], "replies": ["b"], "scores": [1]}'),
+        ("eval_after.json", '{"questions": ["a"], "replies": ["b"], "scores": [NaN]}'),
         ("eval_after.json", '{"questions": 5, "replies": {}, "scores": null}'),
         ("config.yaml", "- 1"),
         ("config.yaml", '# started: {"at": [1], "versions": 3}\nmodel: 1\n'),

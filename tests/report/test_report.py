@@ -155,6 +155,26 @@ def test_a_chart_is_read_with_the_pointer_and_with_the_keys(report, two_runs, br
     assert output.text_content().startswith("step 1: ")
 
 
+def test_machine_command_commit_and_date_are_shown(report, two_runs, browse):
+    page = browse(report)
+    rows = page.locator("#run table").first.locator("tbody tr").all_inner_texts()
+    assert len(rows) == len(two_runs)
+    for row, run in zip(rows, two_runs, strict=True):
+        (start,) = read_run(run).starts
+        assert start["at"].replace("T", " ").removesuffix("+00:00") in row
+        assert all(" ".join(start[name].split()) in " ".join(row.split()) for name in ("machine", "command", "commit"))
+    assert "torch" in page.locator("#run table").last.inner_text()
+
+
+def test_eight_runs_fit_a_phone(two_runs, browse, tmp_path):
+    runs = [shutil.copytree(two_runs[i % 2], tmp_path / f"a-run-with-a-long-name-{i}") for i in range(8)]
+    cli.main(["report", *map(str, runs), "--output", str(tmp_path / "report.html")])
+    page = browse(tmp_path / "report.html", viewport={"width": 360, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert page.locator(".run-card").count() == 8
+    assert not page.faults
+
+
 # ---- a run as it may be found
 
 

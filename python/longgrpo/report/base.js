@@ -27,7 +27,10 @@ function saveCsv(name, rows) {
     return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
   const text = rows.map((row) => `${row.map(cell).join(",")}\r\n`).join("");
-  const link = make("a", { href: URL.createObjectURL(new Blob([text], { type: "text/csv" })), download: `${name}.csv` });
+  const link = make("a", {
+    href: URL.createObjectURL(new Blob([text], { type: "text/csv" })),
+    download: `${name}.csv`,
+  });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }

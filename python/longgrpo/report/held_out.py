@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Result:
     """A held-out set before training and after it."""
 
     name: str
-    """"" is the first set."""
+    """Empty for the first set."""
     step: int
     """After which the second evaluation was."""
     count: int
@@ -38,7 +39,7 @@ class Result:
 
     @property
     def tone(self) -> str:
-        """ "better" or "worse" if the interval leaves out 0, else "same"."""
+        """Whether the interval leaves out 0: "better" or "worse"; else "same"."""
         return "better" if self.low > 0 else "worse" if self.high < 0 else "same"
 
 
@@ -91,6 +92,8 @@ def _read(path: Path) -> Evaluation:
         found = Evaluation(**read_json(path, remedy))
         if not (len(found.questions) == len(found.replies) == len(found.scores) > 0):
             raise ValueError("not one reply and score a problem")
+        if not all(map(math.isfinite, found.scores)):
+            raise ValueError("a score is not finite")
         found.metrics()
         return found
     except UserError as error:

@@ -1,10 +1,17 @@
 // The start; and a page that is written again and again loads itself, and is then as it was left.
 const KEPT = `longgrpo ${location.pathname}`;
 const kept = () => [...document.querySelectorAll("input[id], select[id], details[id]")];
-const stateOf = (element) => ({ DETAILS: element.open, SELECT: element.value, INPUT: /radio|checkbox/.test(element.type) ? element.checked : element.value })[element.tagName];
+const stateOf = (element) =>
+  ({
+    DETAILS: element.open,
+    SELECT: element.value,
+    INPUT: /radio|checkbox/.test(element.type) ? element.checked : element.value,
+  })[element.tagName];
 
 function keep(initial) {
-  const changed = kept().filter((element) => stateOf(element) !== initial.get(element.id)).map((element) => [element.id, stateOf(element)]);
+  const changed = kept()
+    .filter((element) => stateOf(element) !== initial.get(element.id))
+    .map((element) => [element.id, stateOf(element)]);
   const range = view.range ?? [];
   sessionStorage.setItem(KEPT, JSON.stringify({ changed, range, scroll: scrollY }));
 }
@@ -12,7 +19,8 @@ function keep(initial) {
 async function restore(left) {
   for (const [id, state] of left.changed.filter(([name]) => !["from", "to"].includes(name))) {
     const element = byId(id);
-    if (!element || (element.tagName === "SELECT" && ![...element.options].some((option) => option.value === state))) continue;
+    if (!element || (element.tagName === "SELECT" && ![...element.options].some((option) => option.value === state)))
+      continue;
     if (element.tagName === "DETAILS") element.open = state;
     else if (typeof state === "boolean") element.checked = state;
     else element.value = state;

@@ -34,8 +34,9 @@ from longgrpo.visible import visible
 SIGNATURE = "· longgrpo</title>".encode()  # of page.html
 MOST_RUNS = 8  # as many as colors can distinguish
 ROOM = 16 << 20  # characters that replies and completions take on the page
-SCRIPTS = ("third_party/uplot/uPlot.iife.min.js", "base.js", "charts.js", "replies.js", "page.js")
-STYLES = ("third_party/uplot/uPlot.min.css", "page.css")
+UPLOT = "third_party/uplot/uPlot"
+SCRIPTS = (f"{UPLOT}.iife.min.js", "base.js", "lines.js", "zoom.js", "charts.js", "replies.js", "page.js")
+STYLES = (f"{UPLOT}.min.css", "page.css")
 GIB = 2**30
 
 
@@ -106,7 +107,9 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {function.__name__: function for function in (number, shortened, gib, percent, points)}
+    environment.filters |= {
+        function.__name__: function for function in (number, shortened, gib, percent, points, moment)
+    }
     environment.filters["identity"] = id
     return environment
 
@@ -210,7 +213,7 @@ def _facts(run: Run, compared: bool) -> Iterator[tuple[str, str]]:
         yield "engine", str(summary["engine"])
     yield "model", str((run.config.get("model") or {}).get("path", "-"))
     if "at" in start:
-        yield "started", str(start["at"]).replace("T", " ").replace("+00:00", " UTC")
+        yield "started", moment(start["at"])
     if "machine" in start:
         yield "machine", str(start["machine"])
 
@@ -263,6 +266,11 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def gib(value: float | None) -> str:
     return "-" if value is None else f"{value / GIB:.2f} GiB"
+
+
+def moment(at: object) -> str:
+    """Of a start: 2026-11-30 09:12:05 UTC."""
+    return str(at).replace("T", " ").replace("+00:00", " UTC")
 
 
 def _hash(text: str) -> str:

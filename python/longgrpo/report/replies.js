@@ -29,7 +29,9 @@ function list(root, name, find, item, csv) {
   function show() {
     const { rows, shared, wanted, note = "" } = found;
     const shown = rows.slice(page * EACH, (page + 1) * EACH);
-    part(".count").textContent = rows.length ? `${page * EACH + 1} to ${page * EACH + shown.length} of ${rows.length}${note}` : `none${note}`;
+    part(".count").textContent = rows.length
+      ? `${page * EACH + 1} to ${page * EACH + shown.length} of ${rows.length}${note}`
+      : `none${note}`;
     part(".previous").disabled = page === 0;
     part(".next").disabled = (page + 1) * EACH >= rows.length;
     part(".shared").textContent = shared && `All prompts begin with:\n${shared.trimEnd()}`;
@@ -88,14 +90,25 @@ function outcomeOf(row) {
 
 function pairItem(row, wanted) {
   const reply = (when, one) =>
-    make("div", { className: one.right ? "right" : "wrong" },
-      make("header", {}, make("b", { textContent: one.right ? "✓ right" : "✗ wrong" }), make("span", { textContent: when }),
+    make(
+      "div",
+      { className: one.right ? "right" : "wrong" },
+      make(
+        "header",
+        {},
+        make("b", { textContent: one.right ? "✓ right" : "✗ wrong" }),
+        make("span", { textContent: when }),
         ...(one.score === Number(one.right) ? [] : [make("span", { textContent: `score ${short(one.score)}` })]),
-        ...(one.sampled ? [make("span", { textContent: one.sampled })] : [])),
-      written("pre", "", one.text, wanted));
-  return make("article", { className: "item pair" },
+        ...(one.sampled ? [make("span", { textContent: one.sampled })] : []),
+      ),
+      written("pre", "", one.text, wanted),
+    );
+  return make(
+    "article",
+    { className: "item pair" },
     written("p", "question", row.question, wanted),
-    make("div", { className: "two" }, reply("before training", row.before), reply(`after step ${row.step}`, row.after)));
+    make("div", { className: "two" }, reply("before training", row.before), reply(`after step ${row.step}`, row.after)),
+  );
 }
 
 async function findReplies() {
@@ -103,7 +116,9 @@ async function findReplies() {
   const { rows, shared } = await once(template);
   const wanted = byId("replies-search").value.toLowerCase();
   const outcome = document.querySelector("[name=outcome]:checked").value;
-  const matching = rows.filter((row) => [row.question, row.before.text, row.after.text].some((text) => text.toLowerCase().includes(wanted)));
+  const matching = rows.filter((row) =>
+    [row.question, row.before.text, row.after.text].some((text) => text.toLowerCase().includes(wanted)),
+  );
   for (const label of byId("outcomes").querySelectorAll("label")) {
     const own = label.querySelector("input").value;
     label.querySelector("span").textContent = matching.filter((row) => own === "all" || outcomeOf(row) === own).length;
@@ -115,7 +130,14 @@ async function findReplies() {
 }
 
 function repliesCsv(rows) {
-  const cells = rows.map((row) => [row.question, row.before.text, row.before.score, row.after.text, row.after.score, outcomeOf(row)]);
+  const cells = rows.map((row) => [
+    row.question,
+    row.before.text,
+    row.before.score,
+    row.after.text,
+    row.after.score,
+    outcomeOf(row),
+  ]);
   return [["question", "before", "score before", "after", "score after", "outcome"], ...cells];
 }
 
@@ -123,11 +145,17 @@ function repliesCsv(rows) {
 
 function completionItem(row, wanted) {
   const header = make("header", {}, make("b", { className: "total", textContent: short(row.total) }));
-  for (const [name, value] of Object.entries(row.rewards)) header.append(make("span", { textContent: `${name} ${short(value)}` }));
+  for (const [name, value] of Object.entries(row.rewards))
+    header.append(make("span", { textContent: `${name} ${short(value)}` }));
   header.append(make("span", { textContent: `advantage ${short(row.advantage)}` }));
   header.append(make("span", { textContent: `${row.tokens} tokens${row.cut ? ", cut off" : ""}` }));
   header.append(make("span", { textContent: `step ${row.step}, group ${row.group}` }));
-  const item = make("article", { className: "item completion" }, header, written("p", "question", row.question, wanted));
+  const item = make(
+    "article",
+    { className: "item completion" },
+    header,
+    written("p", "question", row.question, wanted),
+  );
   if (row.failed) item.append(make("p", { className: "role", textContent: `left out of its group: ${row.failed}` }));
   for (const said of row.talk) {
     item.append(make("p", { className: "role", textContent: said.role }), written("pre", "", said.text, wanted));
@@ -136,7 +164,16 @@ function completionItem(row, wanted) {
   if (!row.talk.length) item.append(written("pre", "", row.text, wanted));
   const extra = Object.entries(row.extra);
   if (extra.length) {
-    item.append(make("dl", {}, ...extra.flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", {}, ...marked(value, wanted))])));
+    item.append(
+      make(
+        "dl",
+        {},
+        ...extra.flatMap(([name, value]) => [
+          make("dt", { textContent: name }),
+          make("dd", {}, ...marked(value, wanted)),
+        ]),
+      ),
+    );
   }
   return item;
 }
@@ -151,7 +188,13 @@ const ORDERS = {
 };
 
 function texts(row) {
-  return [row.question, row.text, row.failed, ...row.talk.flatMap((said) => [said.text, ...said.calls]), ...Object.values(row.extra)];
+  return [
+    row.question,
+    row.text,
+    row.failed,
+    ...row.talk.flatMap((said) => [said.text, ...said.calls]),
+    ...Object.values(row.extra),
+  ];
 }
 
 function stepsOf(run) {
@@ -168,29 +211,55 @@ async function findCompletions() {
   }
   const chosen = stepsOf(run).filter((template) => step.value === "all" || template.dataset.step === step.value);
   const parts = await Promise.all(chosen.map(once));
-  const every = parts.flatMap((part, i) => part.rows.map((row) => ({ ...row, step: chosen[i].dataset.step, begins: part.shared })));
+  const every = parts.flatMap((part, i) =>
+    part.rows.map((row) => ({ ...row, step: chosen[i].dataset.step, begins: part.shared })),
+  );
   const groups = [...new Set(every.map((row) => row.group))].sort((a, b) => a - b);
   options(group, [["all", `all ${groups.length}`], ...groups.map((one) => [one, one])], group.value);
   const names = [...new Set(every.flatMap((row) => Object.keys(row.rewards)))];
   const orders = names.length > 1 ? names.map((name, i) => [`reward-${i}`, `highest ${name}`]) : [];
   options(order, [...Object.entries(ORDERS).map(([value, [text]]) => [value, text]), ...orders], order.value || "best");
-  const worth = order.value.startsWith("reward-") ? (row) => -(row.rewards[names[Number(order.value.slice(7))]] ?? -Infinity) : ORDERS[order.value][1];
+  const worth = order.value.startsWith("reward-")
+    ? (row) => -(row.rewards[names[Number(order.value.slice(7))]] ?? -Infinity)
+    : ORDERS[order.value][1];
   const wanted = byId("completions-search").value.toLowerCase();
-  const rows = every.filter((row) => (group.value === "all" || String(row.group) === group.value)
-    && (!wanted || texts(row).some((text) => text.toLowerCase().includes(wanted))));
-  const ranked = rows.map((row) => [worth(row), row]).sort(([a], [b]) => (a < b ? -1 : a > b ? 1 : 0)).map(([, row]) => row);
+  const rows = every.filter(
+    (row) =>
+      (group.value === "all" || String(row.group) === group.value) &&
+      (!wanted || texts(row).some((text) => text.toLowerCase().includes(wanted))),
+  );
+  const ranked = rows
+    .map((row) => [worth(row), row])
+    .sort(([a], [b]) => (a < b ? -1 : a > b ? 1 : 0))
+    .map(([, row]) => row);
   const shared = new Set(parts.map((part) => part.shared)).size === 1 ? parts[0].shared : "";
-  return { rows: shared ? ranked : ranked.map((row) => ({ ...row, question: row.begins + row.question })), shared, wanted };
+  return {
+    rows: shared ? ranked : ranked.map((row) => ({ ...row, question: row.begins + row.question })),
+    shared,
+    wanted,
+  };
 }
 
 function completionsCsv(rows) {
   const names = [...new Set(rows.flatMap((row) => Object.keys(row.rewards)))];
-  const cells = rows.map((row) => [Number(row.step), row.group, row.question, row.text, row.total, row.advantage, row.tokens, ...names.map((name) => row.rewards[name] ?? "")]);
+  const cells = rows.map((row) => [
+    Number(row.step),
+    row.group,
+    row.question,
+    row.text,
+    row.total,
+    row.advantage,
+    row.tokens,
+    ...names.map((name) => row.rewards[name] ?? ""),
+  ]);
   return [["step", "group", "question", "completion", "reward", "advantage", "tokens", ...names], ...cells];
 }
 
 async function startLists() {
-  const kinds = [["replies", "replies", findReplies, pairItem, repliesCsv], ["completions", "sampled", findCompletions, completionItem, completionsCsv]];
+  const kinds = [
+    ["replies", "replies", findReplies, pairItem, repliesCsv],
+    ["completions", "sampled", findCompletions, completionItem, completionsCsv],
+  ];
   for (const [name, root, find, item, csv] of kinds) {
     const form = document.querySelector(`[data-list=${name}]`);
     if (!form) continue;

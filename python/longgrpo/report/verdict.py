@@ -40,7 +40,7 @@ class Ends:
 @dataclass(frozen=True)
 class Verdict:
     tone: str
-    """"better", "same", "worse" or "unknown"."""
+    """One of "better", "same", "worse" and "unknown"."""
     title: str
     text: str
 

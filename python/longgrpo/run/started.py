@@ -58,8 +58,9 @@ def _start(step: int) -> dict[str, Any]:
 
 
 def _command() -> str:
-    program = Path(sys.argv[0]).name
-    return shlex.join(["longgrpo" if program == "cli.py" else program, *sys.argv[1:]])[:LONGEST]
+    path = Path(sys.argv[0])
+    program = {"cli.py": "longgrpo", "__main__.py": path.parent.name}.get(path.name, path.name)
+    return shlex.join([program, *sys.argv[1:]])[:LONGEST]
 
 
 def _commit() -> str:
