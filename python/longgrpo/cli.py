@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
         sys.stderr = Heard(sys.stderr)
     parser = _parser()
-    rest, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments, _options_of(parser))
+    rest, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(rest)
     log_to_stderr(options.verbose)
     try:
@@ -354,8 +354,9 @@ def _options_of(parser: argparse.ArgumentParser) -> set[str]:
     }
 
 
-def _split_overrides(arguments: list[str], options: set[str]) -> tuple[list[str], list[str]]:
-    """Takes out `--group.key VALUE`, which argparse would read as a flag and a config file. options: the commands'."""
+def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Takes out `--group.key VALUE`, which argparse would read as a flag and a config file: what no command's is."""
+    options = _options_of(_parser())
     rest, overrides = [], []
     remaining = iter(arguments)
     for argument in remaining:
