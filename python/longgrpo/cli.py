@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
         sys.stderr = Heard(sys.stderr)
     parser, given = _parser(), sys.argv[1:] if arguments is None else arguments
-    rest, overrides = _split_overrides(given, _options_of(parser))
+    rest, overrides = _split_overrides(given)
     options = parser.parse_args(rest)
     options.given, rank = given, int(os.environ.get("RANK", "0"))
     log_to_stderr(options.verbose, rank)
@@ -411,8 +411,9 @@ def _options_of(parser: argparse.ArgumentParser) -> set[str]:
     }
 
 
-def _split_overrides(arguments: list[str], options: set[str]) -> tuple[list[str], list[str]]:
-    """Takes out `--group.key VALUE`, which argparse would read as a flag and a config file. options: the commands'."""
+def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Takes out `--group.key VALUE`, which argparse would read as a flag and a config file: what no command's is."""
+    options = _options_of(_parser())
     rest, overrides = [], []
     remaining = iter(arguments)
     for argument in remaining:

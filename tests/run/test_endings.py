@@ -111,6 +111,9 @@ class Breaks:
         if self.written == 2:
             raise OSError("No space left on device")
 
+    def table(self, *_):
+        pass
+
     def note(self, *_):
         raise AssertionError
 
