@@ -15,7 +15,8 @@ from longgrpo.rollout.turns import Episodes
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.episodes import MALFORMED, RAISED, TIMEOUT, Conversations, group_prompt, make_conversations
 from longgrpo.tasks.event_loop import EventLoop
-from longgrpo.tasks.rewards import Rewarding, load_reward
+from longgrpo.tasks.load_reward import load_reward
+from longgrpo.tasks.rewards import Rewarding
 from longgrpo.tasks.sample import Sample
 from testing import OWN_TOOLS, own_tools
 from testing.tokenizer import character_tokenizer

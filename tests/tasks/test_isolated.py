@@ -14,7 +14,8 @@ from longgrpo.config.task import LimitsConfig, RewardConfig
 from longgrpo.errors import ConfigError, RewardError
 from longgrpo.rollout.protocol import Completion
 from longgrpo.tasks.data import Problem
-from longgrpo.tasks.rewards import Rewarding, load_reward
+from longgrpo.tasks.load_reward import load_reward
+from longgrpo.tasks.rewards import Rewarding
 from longgrpo.tasks.sample import Sample
 from testing import OWN_REWARDS
 
@@ -110,7 +111,7 @@ def test_a_worker_ends_with_its_trainer(tmp_path):
     code = (
         "import os, sys, signal\n"
         "from longgrpo.config.task import RewardConfig\n"
-        "from longgrpo.tasks.rewards import load_reward\n"
+        "from longgrpo.tasks.load_reward import load_reward\n"
         f"reward = load_reward(RewardConfig({str(ATTACKS) + ':does'!r}, isolate=True))\n"
         "print(reward.worker._process.pid, flush=True)\n"
         f"reward(['children {tmp_path / 'alive'}'], ['a'], [[1]], {{}})\n"

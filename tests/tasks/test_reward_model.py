@@ -11,8 +11,8 @@ from longgrpo.config.run import build_config
 from longgrpo.config.task import RewardConfig
 from longgrpo.errors import ConfigError, RewardError
 from longgrpo.run.trainer import Trainer
+from longgrpo.tasks.load_reward import load_reward
 from longgrpo.tasks.reward_model import RewardModel
-from longgrpo.tasks.rewards import load_reward
 from testing.models import SIZES
 from testing.tokenizer import character_tokenizer
 

@@ -23,7 +23,8 @@ from longgrpo.tasks.builtin_rewards import (
     target_length,
 )
 from longgrpo.tasks.data import Problem
-from longgrpo.tasks.rewards import Reward, Rewarding, load_reward
+from longgrpo.tasks.load_reward import load_reward
+from longgrpo.tasks.rewards import Reward, Rewarding
 from longgrpo.tasks.sample import Sample
 from testing import OWN_REWARDS
 from testing.own_rewards import digits

@@ -15,7 +15,8 @@ from longgrpo.errors import RewardError
 from longgrpo.rollout.protocol import Completion
 from longgrpo.run.trainer import Trainer
 from longgrpo.tasks.data import Problems
-from longgrpo.tasks.rewards import Reward, Rewarding, load_reward
+from longgrpo.tasks.load_reward import load_reward
+from longgrpo.tasks.rewards import Reward, Rewarding
 from longgrpo.tasks.sample import Sample
 
 REPLIES = ["<think>two and two</think>4", "5"]

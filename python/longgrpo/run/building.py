@@ -23,7 +23,8 @@ from longgrpo.run.problems import problems_of
 from longgrpo.run.tracking import check_installed
 from longgrpo.tasks.episodes import make_conversations, prompts_for
 from longgrpo.tasks.event_loop import EventLoop
-from longgrpo.tasks.rewards import Rewarding, load_reward
+from longgrpo.tasks.load_reward import load_reward
+from longgrpo.tasks.rewards import Rewarding
 from longgrpo.train.collect import Collector
 from longgrpo.train.loop import Loop
 from longgrpo.train.losses import PolicyLoss

@@ -20,7 +20,8 @@ from longgrpo.errors import UserError
 from longgrpo.run.files import read_json, write_file
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.evaluation import Evaluation, HeldOut, evaluate, paired_interval
-from longgrpo.tasks.rewards import Reward, load_reward
+from longgrpo.tasks.load_reward import load_reward
+from longgrpo.tasks.rewards import Reward
 from longgrpo.train.collect import Collector
 from longgrpo.train.generators import random_states, seed_everything, set_random_states
 from longgrpo.train.ranks import merged

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import difflib
 import inspect
 import logging
 import math
@@ -16,7 +15,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
@@ -25,15 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longgrpo.config.task import RewardConfig
-from longgrpo.errors import ConfigError, RewardError
-from longgrpo.tasks.builtin_rewards import BUILT_IN
+from longgrpo.errors import RewardError
 from longgrpo.tasks.data import Problem, Prompt, Reply, columns_of
 from longgrpo.tasks.event_loop import EventLoop, is_async
 from longgrpo.tasks.isolated import Notes, Worker
 from longgrpo.tasks.reward_model import RewardModel
 from longgrpo.tasks.sample import Sample
-from longgrpo.tasks.user_code import load_function
 
 log = logging.getLogger(__name__)
 
@@ -383,33 +379,3 @@ def _note(parts: Sequence[Scores], samples: Sequence[Sample]) -> None:
     for part in parts:
         for i, sample in zip(range(len(part.values)), remaining, strict=False):
             sample.extra |= {column: values[i] for column, values in part.notes.extra.items()}
-
-
-def load_reward(config: RewardConfig, given: Mapping[str, Function] | None = None) -> Reward:
-    """Finds a built-in, package.module:function or path/to/file.py:function, loads a model, or takes what was given."""
-    if config.model:
-        return Reward(config.label, RewardModel(config.model, **config.parameters), config.weight)
-    assert config.function
-    if given and config.function in given:
-        own = given[config.function]
-        return Reward(config.label, own, config.weight, config.parameters, on_error=config.on_error)
-    function = None if config.isolate or config.limits else find_reward(config.function)
-    # Nothing but the end of its process stops a function that does not wait.
-    apart = function is None or (config.timeout is not None and not is_async(function))
-    worker = Worker(config.function, config.limits) if apart else None
-    return Reward(
-        config.label, function, config.weight, config.parameters, config.timeout, config.on_error, worker
-    )  # fmt: skip
-
-
-def find_reward(spec: str) -> Function:
-    if spec in BUILT_IN:
-        return BUILT_IN[spec]
-    if ":" not in spec:
-        near = difflib.get_close_matches(spec, BUILT_IN, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"reward function {spec!r}: {hint}built-ins are {', '.join(BUILT_IN)}; "
-            "a function of your own is package.module:function or path/to/file.py:function"
-        )
-    return load_function(spec, "reward function")

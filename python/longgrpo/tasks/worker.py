@@ -36,7 +36,7 @@ def main() -> None:
         threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
         import transformers.trainer_callback  # noqa: F401 - the first call's trainer_state would wait for it
 
-        from longgrpo.tasks.rewards import find_reward
+        from longgrpo.tasks.load_reward import find_reward
 
         function = find_reward(spec)
         _limit(limits)
