@@ -9,7 +9,7 @@ from longgrpo.checks.rehearsal import Forecast
 from longgrpo.checks.selftest import selftest
 from longgrpo.errors import TrainingError
 from longgrpo.memory.cards import GIB
-from longgrpo.train.generators import seed_everything
+from longgrpo.train.generators import random_states_kept, seed_everything
 from longgrpo.train.loop import Loop
 
 Say = Callable[[str], None]
@@ -39,10 +39,13 @@ def spread_of(loop: Loop, prompts: int, directory: Path, say: Say) -> float:
 
 
 def rehearsed(forecast: Forecast, loop: Loop, say: Say) -> dict[str, int]:
-    """Runs the longest micro-batch and tells each phase's peak; returns the peaks as metrics, in bytes."""
+    """Runs the longest micro-batch and tells each phase's peak; returns the peaks as metrics, in bytes. A run that is
+    resumed does so again, and goes on as if it had not been stopped."""
     metrics: dict[str, int] = {}
     told = []
-    for phase, (predicted, measured) in forecast.rehearse(loop).items():
+    with random_states_kept():
+        peaks = forecast.rehearse(loop)
+    for phase, (predicted, measured) in peaks.items():
         told.append(f"{phase} {measured / GIB:.2f}/{predicted / GIB:.2f}")
         metrics |= {f"predicted_bytes/{phase}": predicted, f"measured_bytes/{phase}": measured}
     say(f"measured/predicted: {', '.join(told)} GiB")

@@ -23,7 +23,7 @@ from longgrpo.tasks.evaluation import Evaluation, HeldOut, evaluate, paired_inte
 from longgrpo.tasks.load_reward import load_reward
 from longgrpo.tasks.rewards import Reward
 from longgrpo.train.collect import Collector
-from longgrpo.train.generators import random_states, seed_everything, set_random_states
+from longgrpo.train.generators import random_states_kept, seed_everything
 from longgrpo.train.ranks import merged
 
 Say = Callable[[str], None]
@@ -63,9 +63,8 @@ class Evaluations:
         """Evaluates a set now, each rank its part of it. The global random generators are seeded for it, and put back:
         training goes on as if there had been no evaluation."""
         ranks = collector.ranks
-        states = random_states()
-        seed_everything(self._config.train.seed)
-        try:
+        with random_states_kept():
+            seed_everything(self._config.train.seed)
             own = evaluate(
                 collector.engine,
                 collector.prompts,
@@ -76,8 +75,6 @@ class Evaluations:
                 collector.rewarding.loop,
             )
             return _joined(ranks.gather(own, "an evaluation"))
-        finally:
-            set_random_states(states)
 
     def before(self, collector: Collector, say: Say) -> dict[str, float]:
         """The metrics of the untrained model; what an earlier process evaluated is read from its file."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -28,6 +30,16 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
     cuda = states["cuda"][: torch.cuda.device_count()]
     torch.cuda.set_rng_state_all([torch.tensor(state, dtype=torch.uint8) for state in cuda])
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """What draws from them in the block leaves them as they were."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
 
 
 def seed_everything(seed: int) -> None:
