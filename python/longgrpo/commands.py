@@ -37,7 +37,7 @@ def plan(options: argparse.Namespace, overrides: list[str]) -> int:
         dry = {"dry_run": {name: as_json(phase) for name, phase in counted.items()}} if counted else {}
         print(json.dumps(forecast.json() | dry, indent=1))
     else:
-        print(forecast.text())
+        print(visible(forecast.text()))
         for name, phase in counted.items():
             print(f"dry run, {name}: {phase.device_bytes / 2**30:.2f} GiB without KV cache and CUDA context")
     return 0 if forecast.fits() else 1
@@ -107,7 +107,7 @@ def report(options: argparse.Namespace, overrides: list[str]) -> int:
         write_report([read_run(directory) for directory in options.runs], path)
     else:
         follow(options.runs, path, options.refresh)
-    print(path)
+    print(visible(str(path)))
     return 0
 
 
@@ -167,7 +167,9 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
         found = {name: trainer.evaluate(name=name) for name in trainer.evaluations.sets}
     of = saved if saved else f"{config.model.path}, untrained"
     for name, evaluation in found.items():
-        print(f"accuracy {evaluation.accuracy:.3f} on {len(evaluation.scores)} held-out problems ({name or of})")
+        print(
+            visible(f"accuracy {evaluation.accuracy:.3f} on {len(evaluation.scores)} held-out problems ({name or of})")
+        )
         metrics = evaluation.metrics()
         for metric in [name for name in metrics if f"{name}_low" in metrics]:
             low, high = (metrics[f"{metric}_{end}"] for end in ("low", "high"))
