@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+from collections import Counter
 
 import pytest
 
@@ -24,6 +25,12 @@ def sources():
 def test_no_file_is_longer_than_a_reader_holds(sources):
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources}
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
+
+
+def test_each_test_file_has_a_name_of_its_own(sources):
+    """The folders of tests are no packages: pytest imports two files of one name as one module."""
+    names = Counter(path.name for path in sources if path.is_relative_to(ROOT / "tests") and path.name[:5] == "test_")
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_the_step_stands_on_few_modules():

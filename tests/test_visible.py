@@ -9,7 +9,7 @@ import unicodedata
 
 import pytest
 
-from longgrpo import cli
+from longgrpo import cli, commands
 from longgrpo.errors import ConfigError
 from longgrpo.visible import visible
 
@@ -48,7 +48,7 @@ def test_errors_and_logs_of_the_command_line(monkeypatch, capsys):
         logging.getLogger("longgrpo").warning("a column %s", "x\u202ey")
         raise ConfigError("a value \x1b]0;title\x07\u00ad")
 
-    monkeypatch.setattr(cli, "_train", fails)
+    monkeypatch.setattr(commands, "train", fails)
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
     assert cli.main(["train", "c.yaml"]) == 2
