@@ -49,9 +49,8 @@ def distance(one, two, prefix):
 
 
 def assert_like_one_rank(one, two, loss=1e-7):
-    moved = (
-        0.0  # by how much the weights of the step are apart, which moves its loss by at most the gradient times that
-    )
+    assert len(steps_of(one)) == 2
+    moved = 0.0  # how far apart the step's weights are: that moves its loss by at most the gradient times as much
     for a, b in zip(steps_of(one), steps_of(two), strict=True):
         step, gradient = a["step"], 1e-6 if a["step"] == 1 else 2e-5
         tables = [pyarrow.parquet.read_table(run / f"completions/step-{step:06d}.parquet") for run in (one, two)]
