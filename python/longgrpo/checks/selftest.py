@@ -21,7 +21,7 @@ from longgrpo.config.run import TrainConfig
 from longgrpo.errors import UserError
 from longgrpo.tasks.data import Problem
 from longgrpo.tasks.sample import Rollout, Sample
-from longgrpo.train.generators import random_states, set_random_states
+from longgrpo.train.generators import random_states_kept
 from longgrpo.train.loop import Loop, advantage, loss_and_backward, optimizer_step, score
 from longgrpo.train.update import batches_of
 
@@ -75,18 +75,18 @@ def _trial(config: TrainConfig) -> TrainConfig:
 def _put_back(loop: Loop) -> Iterator[dict[str, Tensor]]:
     """Yields the weights as they are, in host memory."""
     collector, state = loop.collector, loop.state
-    stream, generators = collector.stream.state, random_states()
+    stream = collector.stream.state
     weights = {name: p.detach().to("cpu", copy=True) for name, p in state.parameters.items()}
-    try:
-        yield weights
-    finally:
-        oracles.set_weights(state, weights)
-        collector.engine.weights_changed()
-        state.optimizer.state.clear()
-        state.optimizer.zero_grad(set_to_none=True)
-        collector.rewarding.metrics()  # of no step
-        collector.stream.state = stream
-        set_random_states(generators)
+    with random_states_kept():
+        try:
+            yield weights
+        finally:
+            oracles.set_weights(state, weights)
+            collector.engine.weights_changed()
+            state.optimizer.state.clear()
+            state.optimizer.zero_grad(set_to_none=True)
+            collector.rewarding.metrics()  # of no step
+            collector.stream.state = stream
 
 
 def _checks(loop: Loop, weights: dict[str, Tensor], prompts: int, groups: list[bool]) -> Iterator[Check]:

@@ -182,9 +182,8 @@ class VllmEngine:
     def _enter(self, model: Any) -> Adapter:
         if self.lora_mode == "merge":
             return LoraMerge(model, self.directory)
-        self._adapter_request = vllm_private.activate_adapter(
-            self.llm, vllm_shared.add_adapter if self.shared else None
-        )
+        own = {"add_slice": vllm_shared.add_slice} if self.shared else {}
+        self._adapter_request = vllm_private.activate_adapter(self.llm, **own)
         return LoraSlots(model, vllm_private.lora_slots(self.llm), views=self.lora_mode == "views")
 
     def generate(

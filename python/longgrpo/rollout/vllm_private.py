@@ -249,9 +249,14 @@ def lora_slots(llm: LLM) -> dict[str, tuple[Tensor, Tensor]]:
     return slots
 
 
-def activate_adapter(llm: LLM, add: Callable[..., None] | None = None) -> Any:
-    """The LoRARequest of an adapter that the engine takes for loaded, with zeros in its tensors. `add`: what adds it on
-    the CPU; default _add_one_adapter."""
+def _add_slice(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """y [T, out] += scale x A^T B^T, for A [R, in] and B [out, R]."""
+    y.addmm_(x @ a.T, b.T, alpha=scale)
+
+
+def activate_adapter(llm: LLM, add_slice: Callable[..., None] = _add_slice) -> Any:
+    """The LoRARequest of an adapter that the engine takes for loaded, with zeros in its tensors. add_slice: what adds
+    one slice of it on the CPU."""
     from vllm.lora.request import LoRARequest
 
     request = LoRARequest("train", 1, "/in-memory")  # the path is never read
@@ -263,7 +268,7 @@ def activate_adapter(llm: LLM, add: Callable[..., None] | None = None) -> Any:
     manager.get_adapter(request.lora_int_id).loras.clear()  # the tensors that the zeros were copied from
     if is_cpu():
         for wrapper in manager.punica_wrapper_mapping.values():
-            wrapper.add_lora_linear = functools.partial(add or _add_one_adapter, wrapper)
+            wrapper.add_lora_linear = functools.partial(_add_one_adapter, wrapper, add_slice=add_slice)
     return request
 
 
@@ -275,13 +280,15 @@ def _add_one_adapter(
     b_stacked: Sequence[Tensor],  # of a slice [1, 1, size, R]
     scale: float,
     sizes: Sequence[int],
+    *,
+    add_slice: Callable[..., None] = _add_slice,
     **options: Any,
 ) -> None:
-    """y += scale x A^T B^T, slice by slice. vLLM's CPU path gathers a copy of A and B for every token."""
+    """vLLM's add_lora_linear, slice by slice. Its own CPU path gathers a copy of A and B for every token."""
     if wrapper.no_lora:
         return
     for part, a, b in zip(y.split(list(sizes), dim=1), a_stacked, b_stacked, strict=True):
-        part.addmm_(x @ a[0, 0].T, b[0, 0].T, alpha=scale)
+        add_slice(part, x, a[0, 0], b[0, 0], scale)
 
 
 def _lora_manager(llm: LLM) -> Any:

@@ -4,7 +4,6 @@ module by module, in the engine that is given and in no other."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,21 +123,9 @@ def _attend(
     return output
 
 
-def add_adapter(
-    wrapper: Any,
-    y: Tensor,  # [T, sum(sizes)]
-    x: Tensor,  # [T, in]
-    a_stacked: Sequence[Tensor],  # of a slice [1, 1, R, in]
-    b_stacked: Sequence[Tensor],  # of a slice [1, 1, size, R]
-    scale: float,
-    sizes: Sequence[int],
-    **options: Any,
-) -> None:
-    """vLLM's add_lora_linear, in the trainer's order. The scale is in B already."""
-    if wrapper.no_lora:
-        return
-    for part, a, b in zip(y.split(list(sizes), dim=1), a_stacked, b_stacked, strict=True):
-        add_lora_(part, x, a[0, 0], b[0, 0])
+def add_slice(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """A slice of vLLM's add_lora_linear in the trainer's order. The scale is in B already."""
+    add_lora_(y, x, a, b)
 
 
 def _share_head(llm: LLM, model: Any) -> None:

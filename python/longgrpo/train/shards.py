@@ -43,8 +43,8 @@ def sum_gradients(
     own = {name: p.grad for name, p in masters.parameters.items() if p.grad is not None}
     if not owners:
         return get_total_norm(own.values())
-    norms = torch._foreach_norm(list(own.values())) if own else []
-    every = ranks.gather(dict(zip(own, (norm.item() for norm in norms), strict=True)), "the gradient's norm")
+    norms = torch.stack(torch._foreach_norm(list(own.values()))).tolist() if own else []  # one read of the device
+    every = ranks.gather(dict(zip(own, norms, strict=True)), "the gradient's norm")
     by_name = {name: norm for norms in every for name, norm in norms.items()}
     norm: Tensor = torch.linalg.vector_norm(torch.tensor([by_name[name] for name in parameters if name in by_name]))
     return norm
