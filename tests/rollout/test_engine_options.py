@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longgrpo.config.model import LoraConfig
-from longgrpo.rollout import vllm_private
+from longgrpo.rollout import vllm_cache
 from testing.agreement import assert_agrees, sampled_logprobs, trainer_logprobs
 from testing.engines import PROMPTS, RANDOM, change, running, sample, write_model
 
@@ -24,14 +24,14 @@ def test_the_cache_is_given_back_between_rollouts(directory):
         assert sum(held) == pytest.approx(0.05 * 2**30, rel=0.01)
         first = sample(engine)
         for _ in range(2):
-            assert vllm_private.kv_cache_bytes(engine.llm) == [0] * len(held)
+            assert vllm_cache.kv_cache_bytes(engine.llm) == [0] * len(held)
             weights = {name: p.clone() for name, p in model.named_parameters()}
             assert sample(engine) == first
             assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
         assert_agrees(model, PROMPTS, first)
     with running(directory) as (engine, _):
         assert sample(engine) == first
-        assert vllm_private.kv_cache_bytes(engine.llm) == held
+        assert vllm_cache.kv_cache_bytes(engine.llm) == held
 
 
 @pytest.mark.skipif(
@@ -46,7 +46,7 @@ def test_the_gap_of_an_fp8_cache_is_seen(directory):
         context = engine.llm.llm_engine.vllm_config.compilation_config.static_forward_context
         scales = [(layer._k_scale_float, layer._v_scale_float) for layer in context.values()]
         assert all(scale not in (0.0, 1.0) for pair in scales for scale in pair)
-        vllm_private.calibrate_kv_cache(engine.llm, engine._some_tokens())  # as another process would, on a resume
+        vllm_cache.calibrate_kv_cache(engine.llm, engine._some_tokens())  # as another process would, on a resume
         again = [(layer._k_scale_float, layer._v_scale_float) for layer in context.values()]
         assert again == [pytest.approx(pair, rel=0.2) for pair in scales]  # now of keys out of an fp8 cache
         assert not any("do_kv_cache_update" in vars(layer.impl) for layer in context.values())

@@ -17,7 +17,7 @@ from longgrpo.model.head import base_model
 from longgrpo.model.load import architecture, check_weights, end_token_ids, model_on, resolve_model, vocabulary
 from longgrpo.model.lora import linear_names, outline
 from longgrpo.model.shared_operators import SharedOperators, check_dtype
-from longgrpo.rollout import vllm_private, vllm_shared
+from longgrpo.rollout import vllm_cache, vllm_private, vllm_shared
 from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode
 from longgrpo.rollout.protocol import Completion, Finished, Turns, batched_tokens, check_prompts, max_length
 from longgrpo.rollout.turns import Episodes
@@ -70,14 +70,14 @@ class VllmEngine:
             vllm_private.accurate_logprobs(self.llm)
         if config.kv_cache_dtype == "fp8":
             with vllm_private.no_dynamo():
-                vllm_private.calibrate_kv_cache(self.llm, self._some_tokens())
+                vllm_cache.calibrate_kv_cache(self.llm, self._some_tokens())
         views = vllm_private.weight_views(vllm_private.engine_module(self.llm), self._vocabulary)
         try:
             self.model: PreTrainedModel = model_on(views, self.directory)
         except NotImplementedError as error:
             raise NotImplementedError(f"vLLM: {error}; set rollout.engine: transformers") from error
         self._repacked = config.repack_weights and vllm_private.is_cpu()
-        self._kv_bytes = vllm_private.kv_cache_bytes(self.llm)
+        self._kv_bytes = vllm_cache.kv_cache_bytes(self.llm)
         self._released = False
         self._adapter: Adapter | None = None
         self._adapter_request: Any = None
@@ -255,11 +255,11 @@ class VllmEngine:
     def _kv_cache(self) -> Iterator[None]:
         """The key-value cache, for as long as a rollout lasts."""
         if self._released:
-            vllm_private.restore_kv_cache(self.llm, self._kv_bytes)
+            vllm_cache.restore_kv_cache(self.llm, self._kv_bytes)
             self._released = False
         yield
         if self.config.release_kv_cache:
-            vllm_private.release_kv_cache(self.llm)
+            vllm_cache.release_kv_cache(self.llm)
             self._released = True
 
     def _params(self, sampling: Sampling, seed: int) -> Any:
