@@ -40,10 +40,10 @@ check: dev $(STAMPS)/check $(if $(HEAVY),$(STAMPS)/engine $(STAMPS)/test)  ## a 
 	$(BIN)/python -m pytest -q -m "not long" $(T) $(ARGS)
 
 test: setup $(STAMPS)/test  ## set up, then run the tests on the installed wheel
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 -m "not long"
 
 test-long: setup $(STAMPS)/test  ## the tests that `make test` leaves out for their length
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m long
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 -m long
 
 test-python: $(STAMPS)/wheel  ## the wheel in a fresh environment: PYTHON=python3.13 TORCH=2.11.0 (or newest)
 	@scripts/setup.sh lane $(PYTHON) $(LANE) $(TORCH)
