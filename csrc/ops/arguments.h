@@ -6,6 +6,7 @@
 
 #include "../head/row_loss.h"
 #include "../head/sweeps.h"
+#include "box.h"
 #include "torch_runtime.h"
 
 namespace longgrpo {

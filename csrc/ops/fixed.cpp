@@ -152,11 +152,11 @@ std::tuple<Tensor, Tensor> fixed_gate_backward(const Tensor& gate, const Tensor&
 }  // namespace longgrpo
 
 STABLE_TORCH_LIBRARY_IMPL(longgrpo, CompositeExplicitAutograd, m) {
-  m.impl("fixed_bf16", TORCH_BOX(&longgrpo::fixed_bf16));
+  m.impl("fixed_bf16", LONGGRPO_BOX(&longgrpo::fixed_bf16));
 }
 STABLE_TORCH_LIBRARY_IMPL(longgrpo, CPU, m) {
-  m.impl("fixed_linear", TORCH_BOX(&longgrpo::fixed_linear));
-  m.impl("fixed_attention", TORCH_BOX(&longgrpo::fixed_attention));
-  m.impl("fixed_gate", TORCH_BOX(&longgrpo::fixed_gate));
-  m.impl("fixed_gate_backward", TORCH_BOX(&longgrpo::fixed_gate_backward));
+  m.impl("fixed_linear", LONGGRPO_BOX(&longgrpo::fixed_linear));
+  m.impl("fixed_attention", LONGGRPO_BOX(&longgrpo::fixed_attention));
+  m.impl("fixed_gate", LONGGRPO_BOX(&longgrpo::fixed_gate));
+  m.impl("fixed_gate_backward", LONGGRPO_BOX(&longgrpo::fixed_gate_backward));
 }

@@ -82,7 +82,7 @@ std::tuple<Tensor, int64_t> visited_rows(const Tensor& token_weight, const Tenso
 }  // namespace longgrpo
 
 STABLE_TORCH_LIBRARY_IMPL(longgrpo, CompositeExplicitAutograd, m) {
-  m.impl("head_workspace", TORCH_BOX(&longgrpo::head_workspace));
-  m.impl("candidate_tiles", TORCH_BOX(&longgrpo::tiles_to_try));
-  m.impl("visited_rows", TORCH_BOX(&longgrpo::visited_rows));
+  m.impl("head_workspace", LONGGRPO_BOX(&longgrpo::head_workspace));
+  m.impl("candidate_tiles", LONGGRPO_BOX(&longgrpo::tiles_to_try));
+  m.impl("visited_rows", LONGGRPO_BOX(&longgrpo::visited_rows));
 }

@@ -133,6 +133,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(longgrpo, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(longgrpo, CPU, m) {
   LONGGRPO_REGISTER_LOSS_OPS(m, longgrpo::CpuOps);
-  m.impl("linear_logits", TORCH_BOX(&longgrpo::linear_logits));
-  m.impl("logits_logprob", TORCH_BOX(&longgrpo::logits_logprob));
+  m.impl("linear_logits", LONGGRPO_BOX(&longgrpo::linear_logits));
+  m.impl("logits_logprob", LONGGRPO_BOX(&longgrpo::logits_logprob));
 }

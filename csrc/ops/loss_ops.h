@@ -195,13 +195,13 @@ struct LossOps {
 };
 
 // Inside STABLE_TORCH_LIBRARY_IMPL.
-#define LONGGRPO_REGISTER_LOSS_OPS(m, ops)                                     \
-  m.impl("linear_logprob", TORCH_BOX(&ops::linear_logprob));                   \
-  m.impl("linear_logprob_backward", TORCH_BOX(&ops::linear_logprob_backward)); \
-  m.impl("token_loss", TORCH_BOX(&ops::token_loss));                           \
-  m.impl("choose_tiles", TORCH_BOX(&ops::choose_tiles));                       \
-  m.impl("linear_grpo_loss", TORCH_BOX(&ops::linear_grpo_loss));               \
-  m.impl("scale_rows", TORCH_BOX(&ops::scale_rows));                           \
-  m.impl("scale_rows_", TORCH_BOX(&ops::scale_rows_))
+#define LONGGRPO_REGISTER_LOSS_OPS(m, ops)                                        \
+  m.impl("linear_logprob", LONGGRPO_BOX(&ops::linear_logprob));                   \
+  m.impl("linear_logprob_backward", LONGGRPO_BOX(&ops::linear_logprob_backward)); \
+  m.impl("token_loss", LONGGRPO_BOX(&ops::token_loss));                           \
+  m.impl("choose_tiles", LONGGRPO_BOX(&ops::choose_tiles));                       \
+  m.impl("linear_grpo_loss", LONGGRPO_BOX(&ops::linear_grpo_loss));               \
+  m.impl("scale_rows", LONGGRPO_BOX(&ops::scale_rows));                           \
+  m.impl("scale_rows_", LONGGRPO_BOX(&ops::scale_rows_))
 
 }  // namespace longgrpo

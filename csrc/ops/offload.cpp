@@ -12,6 +12,7 @@
 #include "../offload/counting_backend.h"
 #include "../offload/engine.h"
 #include "../offload/host_backend.h"
+#include "box.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(longgrpo, m) {
   // A backend is a pointer that offload_new takes over; offload_cuda_backend comes with the CUDA library.
@@ -152,17 +153,17 @@ int64_t budget() { return int64_t(host_budget()); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(longgrpo, CompositeExplicitAutograd, m) {
-  m.impl("offload_host_backend", TORCH_BOX(&host_backend));
-  m.impl("offload_count_backend", TORCH_BOX(&count_backend));
-  m.impl("offload_new", TORCH_BOX(&create));
-  m.impl("offload_unified", TORCH_BOX(&unified));
-  m.impl("offload_free", TORCH_BOX(&destroy));
-  m.impl("offload_pack", TORCH_BOX(&pack));
-  m.impl("offload_unpack", TORCH_BOX(&unpack));
-  m.impl("offload_drop", TORCH_BOX(&drop));
-  m.impl("offload_sync", TORCH_BOX(&sync));
-  m.impl("offload_stats", TORCH_BOX(&stats));
-  m.impl("offload_host_budget", TORCH_BOX(&budget));
+  m.impl("offload_host_backend", LONGGRPO_BOX(&host_backend));
+  m.impl("offload_count_backend", LONGGRPO_BOX(&count_backend));
+  m.impl("offload_new", LONGGRPO_BOX(&create));
+  m.impl("offload_unified", LONGGRPO_BOX(&unified));
+  m.impl("offload_free", LONGGRPO_BOX(&destroy));
+  m.impl("offload_pack", LONGGRPO_BOX(&pack));
+  m.impl("offload_unpack", LONGGRPO_BOX(&unpack));
+  m.impl("offload_drop", LONGGRPO_BOX(&drop));
+  m.impl("offload_sync", LONGGRPO_BOX(&sync));
+  m.impl("offload_stats", LONGGRPO_BOX(&stats));
+  m.impl("offload_host_budget", LONGGRPO_BOX(&budget));
 }
 
 }  // namespace longgrpo::offload

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../offload/cuda_backend.h"
+#include "box.h"
 
 namespace longgrpo::offload {
 namespace {
@@ -24,5 +25,5 @@ int64_t cuda_backend(int64_t device) {
 STABLE_TORCH_LIBRARY_FRAGMENT(longgrpo, m) { m.def("offload_cuda_backend(int device) -> int"); }
 
 STABLE_TORCH_LIBRARY_IMPL(longgrpo, CompositeExplicitAutograd, m) {
-  m.impl("offload_cuda_backend", TORCH_BOX(&longgrpo::offload::cuda_backend));
+  m.impl("offload_cuda_backend", LONGGRPO_BOX(&longgrpo::offload::cuda_backend));
 }

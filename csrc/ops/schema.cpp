@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "../math/loss_types.h"
+#include "box.h"
 
 #define HEAD_ARGUMENTS                                                                                        \
   "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? token_temperature, float temperature, " \
@@ -46,5 +47,5 @@ std::tuple<std::string, std::string, std::string> loss_tables() { return {kLossT
 }  // namespace longgrpo
 
 STABLE_TORCH_LIBRARY_IMPL(longgrpo, CompositeExplicitAutograd, m) {
-  m.impl("loss_tables", TORCH_BOX(&longgrpo::loss_tables));
+  m.impl("loss_tables", LONGGRPO_BOX(&longgrpo::loss_tables));
 }

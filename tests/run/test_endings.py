@@ -55,6 +55,7 @@ def failing(monkeypatch, name, at, error):
 ERRORS = [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), TrainingError, "out of memory: CUDA"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), TrainingError, "lower train.token_budget"),
+    (RuntimeError("std::bad_alloc"), TrainingError, "lower train.token_budget"),
     (MemoryError(), TrainingError, "out of memory"),
     (SystemExit(0), TrainingError, r"sys\.exit\(0\) was called in the run's process"),
     (KeyError("a fault of ours"), KeyError, "a fault of ours"),

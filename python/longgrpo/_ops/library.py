@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.resources import files
+from typing import Any
 
 import torch
 
@@ -27,4 +29,28 @@ _open("_cpu.so")
 # Built where nvcc was found. A CPU torch lacks what it links to; a CUDA torch takes it without a GPU too.
 if torch.version.cuda and (files("longgrpo") / "_cuda.so").is_file():
     _open("_cuda.so")
-ops = torch.ops.longgrpo
+
+
+_BAD_VALUE = "ValueError: "  # csrc/ops/box.h
+
+
+class _Ops:
+    """torch.ops.longgrpo. A value that a kernel refuses is a ValueError, which torch 2.15 no longer makes of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(torch.ops.longgrpo, name)
+
+        @functools.wraps(op)
+        def call(*arguments: Any, **options: Any) -> Any:
+            try:
+                return op(*arguments, **options)
+            except (RuntimeError, ValueError) as error:
+                if _BAD_VALUE not in str(error):
+                    raise
+                raise ValueError(str(error).partition(_BAD_VALUE)[2]) from None
+
+        setattr(self, name, call)
+        return call
+
+
+ops = _Ops()

@@ -13,13 +13,13 @@ STATS = (
     "copy_out_ns", "copy_in_ns", "stall_forward_ns", "stall_backward_ns",
 )  # fmt: skip
 
-pack = ops.offload_pack.default
-unpack = ops.offload_unpack.default
-drop = ops.offload_drop.default
-free = ops.offload_free.default
-sync = ops.offload_sync.default
-unified = ops.offload_unified.default
-host_budget = ops.offload_host_budget.default
+pack = torch.ops.longgrpo.offload_pack.default
+unpack = torch.ops.longgrpo.offload_unpack.default
+drop = torch.ops.longgrpo.offload_drop.default
+free = torch.ops.longgrpo.offload_free.default
+sync = torch.ops.longgrpo.offload_sync.default
+unified = torch.ops.longgrpo.offload_unified.default
+host_budget = torch.ops.longgrpo.offload_host_budget.default
 
 
 def stats(engine: int) -> dict[str, int]:

@@ -25,7 +25,7 @@ def as_user_error(error: BaseException) -> UserError | None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Of the device or of the host, whose allocator raises a RuntimeError."""
+    """Of the device or of the host, whose allocators raise a RuntimeError (C++'s own one since torch 2.15)."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(name in str(error) for name in ("can't allocate memory", "bad_alloc"))
     )
