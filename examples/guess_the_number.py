@@ -1,14 +1,17 @@
 """Guess The Number of textarena (pip install textarena), as an environment: the game answers each guess."""
 
-MOST, TURNS = 8, 4  # whoever halves what is left finds any of 8 numbers in 4 guesses
+# Whoever halves what is left finds any of 15 numbers in 4 guesses; whoever starts in the middle and counts, 7 of them.
+MOST, GUESSES = 15, 4
 EXAMPLE = [
-    ("system", f"Find the number between 1 and {MOST} in at most {TURNS} guesses. Write a guess in brackets."),
+    ("system", f"Find the number between 1 and {MOST} in at most {GUESSES} guesses. Write a guess in brackets."),
     ("user", "Game 0: enter your guess."),
-    ("assistant", "[4]"),
-    ("user", "The target number is lower."),
-    ("assistant", "[2]"),
+    ("assistant", "[8]"),
     ("user", "The target number is higher."),
-    ("assistant", "[3]"),
+    ("assistant", "[12]"),
+    ("user", "The target number is lower."),
+    ("assistant", "[10]"),
+    ("user", "The target number is higher."),
+    ("assistant", "[11]"),
 ]
 
 
@@ -30,7 +33,8 @@ class Game:
         import textarena
 
         self.score = 0.0
-        self.env = textarena.make("GuessTheNumber-v0-raw", min_number=1, max_number=MOST, max_turns=TURNS)
+        turns = GUESSES - 1  # textarena ends the game after the guess that passes its limit
+        self.env = textarena.make("GuessTheNumber-v0-raw", min_number=1, max_number=MOST, max_turns=turns)
         self.env.reset(num_players=1, seed=game)
         self.env.get_observation()  # the rules, which are in the prompt
 

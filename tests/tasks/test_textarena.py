@@ -10,7 +10,6 @@ from longgrpo.tasks.own_random import Generators, redirected, using
 from testing import ROOT, load
 
 pytest.importorskip("textarena", reason="no textarena: pip install textarena")
-GUESSES = ["[3]", "[1]", "[8]", "[5]", "[2]", "[7]", "[4]", "[6]"]
 
 
 @pytest.fixture(scope="module")
@@ -19,22 +18,31 @@ def example():
 
 
 def play(example, games):
-    """The hints of several games whose turns interleave."""
+    """The hints of several games whose turns interleave, each with its score at the end. Guesses halve what is left."""
     said = [[] for _ in games]
     playing = {}
     for i, game in enumerate(games):
         generators = Generators(game)
         with using(generators):
-            playing[i] = generators, example.Game(seed=game, game=game, most=8)
-    for guess in GUESSES:
+            playing[i] = generators, example.Game(seed=game, game=game)
+    between = {i: (1, example.MOST) for i in playing}
+    while playing:
         for i, (generators, game) in list(playing.items()):
+            low, high = between[i]
+            guess = (low + high) // 2
             with using(generators):
-                said[i].append(game.reply(guess, {}))
+                said[i].append(game.reply(f"[{guess}]", {}))
             if said[i][-1] is None:
                 said[i].append(game.score)
                 del playing[i]
-    assert not playing
+            else:
+                between[i] = (guess + 1, high) if "higher" in said[i][-1] else (low, guess - 1)
     return said
+
+
+def hidden(example, game):
+    with using(Generators(game)):
+        return example.Game(seed=game, game=game).env.state.game_state["game_number"]
 
 
 def test_games_are_the_same_side_by_side_and_alone(example):
@@ -48,8 +56,15 @@ def test_games_are_the_same_side_by_side_and_alone(example):
     assert all(hints[-1] == 1.0 for hints in together)
 
 
+def test_a_game_that_is_not_won_ends_after_the_guesses_that_the_prompt_names(example):
+    with redirected(), using(Generators(0)):
+        game = example.Game(seed=0, game=next(g for g in range(99) if hidden(example, g) > example.GUESSES))
+        hints = [game.reply(f"[{guess}]", {}) for guess in range(1, example.GUESSES + 1)]
+    assert hints[:-1] == ["The target number is higher."] * (example.GUESSES - 1)
+    assert hints[-1] is None
+    assert 0 < game.score < 1
+
+
 def test_rows_that_are_held_out_are_other_games(example):
-    train, held_out = (
-        {row["prompt"][0]["content"] for row in example.rows(split, 20)} for split in ("train", "held out")
-    )
+    train, held_out = ({row["prompt"][-1]["content"] for row in example.rows(split)} for split in ("train", "held out"))
     assert not train & held_out
