@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "amx.h"
 #include "avx512.h"
 
 #ifdef LONGGRPO_AVX512_BF16
@@ -15,7 +16,7 @@ using avx512::transpose;
 // Of k at once: all of it, so that C is written once, or little enough for many columns to stay packed. It depends on k
 // only, for it decides how a product is summed.
 constexpr int64_t kWholeK = 2048, kBlockK = 1024;
-constexpr int64_t kBlockRows = 8 * kTileRows;
+constexpr int64_t kBlockRows = 8 * kTileRows, kMostBlockRows = std::max(kBlockRows, kAmxBlockRows);
 // Pairs of bf16 from one row of packed A, and from one panel of packed B, to the next: no power of two, so that they
 // fall into different sets of the cache.
 constexpr int64_t kRowStride = kWholeK / 2 + 16;
@@ -63,6 +64,21 @@ LONGGRPO_AVX512_BF16 inline __m512i load_interleaved(const Operand& x, int64_t i
   return _mm512_permutexvar_epi16(order, both);
 }
 
+LONGGRPO_AVX512_BF16 inline void store_row(__m512 low, __m512 high, int64_t columns, Store store, float* c) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const __m512 sums = half ? high : low;
+    const __mmask16 mask = first(std::max<int64_t>(columns - 16 * half, 0));
+    float* to = c + 16 * half;
+    if (store == Store::stream && mask == 0xffff && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+      _mm512_stream_ps(to, sums);
+      continue;
+    }
+    const __m512 before = store == Store::add ? _mm512_maskz_loadu_ps(mask, to) : _mm512_setzero_ps();
+    _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(before, sums));
+  }
+}
+
 template <int Rows>
 LONGGRPO_AVX512_BF16 void tile(const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t columns, Store store,
                                float* c, int64_t c_stride) {
@@ -79,20 +95,8 @@ LONGGRPO_AVX512_BF16 void tile(const uint32_t* a, const uint32_t* b, int64_t pai
       sums[r][1] = _mm512_dpbf16_ps(sums[r][1], x, b1);
     }
   }
-  const __mmask16 masks[2] = {first(columns), first(std::max<int64_t>(columns - 16, 0))};
 #pragma GCC unroll 14
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      float* to = c + r * c_stride + 16 * half;
-      if (store == Store::stream && masks[half] == 0xffff && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
-        _mm512_stream_ps(to, sums[r][half]);
-        continue;
-      }
-      const __m512 before = store == Store::add ? _mm512_maskz_loadu_ps(masks[half], to) : _mm512_setzero_ps();
-      _mm512_mask_storeu_ps(to, masks[half], _mm512_add_ps(before, sums[r][half]));
-    }
-  }
+  for (int r = 0; r < Rows; ++r) store_row(sums[r][0], sums[r][1], columns, store, c + r * c_stride);
 }
 
 template <int Rows>
@@ -103,6 +107,28 @@ void multiply_tile(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t p
     multiply_tile<Rows - 1>(rows, a, b, pairs, columns, store, c, c_stride);
   }
 }
+
+#ifdef LONGGRPO_AMX
+// Up to 32 rows. A and B hold zeros up to whole tiles of k.
+LONGGRPO_AVX512_BF16 void multiply_by_tiles(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t k,
+                                            int64_t columns, Store store, float* c, int64_t c_stride) {
+  alignas(64) float sums[2 * amx::kTile * kTileColumns];
+  const auto source = reinterpret_cast<const uint16_t*>(a);
+  const int64_t stride = 2 * kRowStride, depth = (k + amx::kDepth - 1) / amx::kDepth * amx::kDepth;
+  if (rows > amx::kTile)
+    columns > 16 ? amx::product<2, 2>(source, stride, depth, b, sums, false)
+                 : amx::product<2, 1>(source, stride, depth, b, sums, false);
+  else
+    columns > 16 ? amx::product<1, 2>(source, stride, depth, b, sums, false)
+                 : amx::product<1, 1>(source, stride, depth, b, sums, false);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* from = sums + r * kTileColumns;
+    store_row(_mm512_load_ps(from), _mm512_load_ps(from + 16), columns, store, c + r * c_stride);
+  }
+}
+#else
+void multiply_by_tiles(int64_t, const uint32_t*, const uint32_t*, int64_t, int64_t, Store, float*, int64_t) {}
+#endif
 
 LONGGRPO_AVX512_BF16 void pack_rows(const Operand& a, int64_t row, int64_t rows, int64_t k, int64_t k_count,
                                     uint32_t* packed) {
@@ -130,7 +156,8 @@ LONGGRPO_AVX512_BF16 void pack_rows(const Operand& a, int64_t row, int64_t rows,
   }
 }
 
-// One panel of kTileColumns columns of B, k contiguous -> [k / 2][kTileColumns] pairs.
+// One panel of kTileColumns columns of B, k contiguous -> [k / 2][kTileColumns] pairs, with zeros up to a multiple
+// of 32.
 LONGGRPO_AVX512_BF16 void pack_panel(const Operand& b, int64_t column, int64_t columns, int64_t k, int64_t k_count,
                                      uint32_t* packed) {
   for (int64_t half = 0; half < kTileColumns; half += 16) {
@@ -142,8 +169,7 @@ LONGGRPO_AVX512_BF16 void pack_panel(const Operand& b, int64_t column, int64_t c
         block[q] = q < count ? load_pairs(b, column + half + q, k + p, k_count - p) : _mm512_setzero_si512();
       }
       transpose(block);
-      for (int64_t q = 0; q < std::min<int64_t>(16, (k_count - p + 1) / 2); ++q)
-        _mm512_store_si512(packed + (p / 2 + q) * kTileColumns + half, block[q]);
+      for (int64_t q = 0; q < 16; ++q) _mm512_store_si512(packed + (p / 2 + q) * kTileColumns + half, block[q]);
     }
   }
 }
@@ -152,13 +178,14 @@ LONGGRPO_AVX512_BF16 void pack_panel(const Operand& b, int64_t column, int64_t c
 // columns are a cache line of each k, and from one k to the next is often a page.
 LONGGRPO_AVX512_BF16 void pack_panels(const Operand& b, int64_t column, int64_t columns, int64_t k, int64_t k_count,
                                       int64_t stride, uint32_t* packed) {
-  for (int64_t p = 0; p < k_count; p += 2) {
+  for (int64_t p = 0; p < (k_count + 31) / 32 * 32; p += 2) {
     uint32_t* to = packed + p / 2 * kTileColumns;
     for (int64_t q = 0; q < columns; q += kTileColumns, to += stride) {
       for (int64_t half = 0; half < kTileColumns; half += 16) {
         const int64_t count = columns - q - half;
-        _mm512_store_si512(to + half, count > 0 ? load_interleaved(b, column + q + half, count, k + p, k_count - p)
-                                                : _mm512_setzero_si512());
+        const bool there = count > 0 && p < k_count;
+        _mm512_store_si512(to + half, there ? load_interleaved(b, column + q + half, count, k + p, k_count - p)
+                                            : _mm512_setzero_si512());
       }
     }
   }
@@ -181,7 +208,10 @@ bool supported() {
 
 void multiply(const Operand& a, const Operand& b, Range rows, Range columns, int64_t k, bool accumulate, float* c,
               int64_t c_stride, uint32_t* packed_b, int64_t pairs) {
-  alignas(64) uint32_t packed_a[kBlockRows * kRowStride];
+  alignas(64) uint32_t packed_a[kMostBlockRows * kRowStride];
+  const amx::TileState state;
+  const bool by_tiles = amx::available();
+  const int64_t block_rows = by_tiles ? kAmxBlockRows : kBlockRows, tile_rows = by_tiles ? kAmxTileRows : kTileRows;
   const int64_t depths = k <= kWholeK ? 1 : (k + kBlockK - 1) / kBlockK;
   const int64_t block_k = ((k + depths - 1) / depths + 31) / 32 * 32, stride = panel_stride(block_k);
   const int64_t block_columns = pairs / stride * kTileColumns;
@@ -192,15 +222,20 @@ void multiply(const Operand& a, const Operand& b, Range rows, Range columns, int
     for (int64_t p = 0; p < k; p += block_k) {
       const int64_t depth = std::min(block_k, k - p);
       pack_columns(b, j, width, p, depth, stride, packed_b);
-      for (int64_t i = rows.begin; i < rows.end; i += kBlockRows) {
-        const int64_t height = std::min(kBlockRows, rows.end - i);
+      for (int64_t i = rows.begin; i < rows.end; i += block_rows) {
+        const int64_t height = std::min(block_rows, rows.end - i);
         pack_rows(a, i, height, p, depth, packed_a);
         for (int64_t q = 0; q < width; q += kTileColumns) {
-          for (int64_t r = 0; r < height; r += kTileRows) {
-            multiply_tile<kTileRows>(std::min(kTileRows, height - r), packed_a + r * kRowStride,
-                                     packed_b + q / kTileColumns * stride, (depth + 1) / 2,
-                                     std::min(kTileColumns, width - q), accumulate || p > 0 ? Store::add : once,
-                                     c + (i + r) * c_stride + j + q, c_stride);
+          for (int64_t r = 0; r < height; r += tile_rows) {
+            const int64_t count = std::min(tile_rows, height - r), columns_left = std::min(kTileColumns, width - q);
+            const uint32_t* from = packed_a + r * kRowStride;
+            const uint32_t* panel = packed_b + q / kTileColumns * stride;
+            const Store store = accumulate || p > 0 ? Store::add : once;
+            float* to = c + (i + r) * c_stride + j + q;
+            if (by_tiles)
+              multiply_by_tiles(count, from, panel, depth, columns_left, store, to, c_stride);
+            else
+              multiply_tile<kTileRows>(count, from, panel, (depth + 1) / 2, columns_left, store, to, c_stride);
           }
         }
       }

@@ -1,6 +1,6 @@
 // C [m, n] (+)= A [m, k] B [k, n] with bf16 operands and fp32 accumulation and output, which torch's CPU GEMM cannot
-// give: its bf16 output would round the logits, and fp32 operands cost twice the time. AVX512-BF16 (Zen 4, Cooper Lake
-// and later); elsewhere the head upcasts and uses the fp32 GEMM.
+// give: its bf16 output would round the logits, and fp32 operands cost twice the time. By AMX tiles (Sapphire Rapids
+// and later) or AVX512-BF16 (Zen 4, Cooper Lake and later); elsewhere the head upcasts and uses the fp32 GEMM.
 //
 // Each thread has a rectangle of C and packs what it reads by itself: packed operands that threads share are written by
 // one core and read by another, which took a third of the time if the two have no cache in common. A product is
@@ -23,7 +23,8 @@ struct Operand {
   const float* k_scale;  // multiplies element (i, k) before it is rounded; fp32 only, or null
 };
 
-constexpr int64_t kTileRows = 14, kTileColumns = 32;  // 28 accumulators of 32 registers
+constexpr int64_t kTileRows = 14, kTileColumns = 32;       // 28 accumulators of 32 registers
+constexpr int64_t kAmxTileRows = 32, kAmxBlockRows = 128;  // two tiles; four of these
 // A thread's packed columns of B, in pairs of bf16: 1,024 columns of 1,024 elements, fewer if there are many threads.
 constexpr int64_t kPackedPairs = 1024 * 1024 / 2 + 1024, kPackedPairsInAll = 8 * kPackedPairs, kMostThreads = 128;
 

@@ -7,13 +7,6 @@
 #include "avx512.h"
 #include "simd.h"
 
-#if defined(LONGGRPO_AVX512_BF16) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#define LONGGRPO_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
-#endif
-
 namespace longgrpo::lanes {
 
 // ---- float: vectors of the compiler, which it cuts to what the processor has
@@ -120,70 +113,15 @@ void dots(const Bf16* a, int64_t stride, int64_t rows, int64_t pairs, const uint
 }
 
 #ifdef LONGGRPO_AMX
-constexpr int64_t kTile = 16;   // rows of a tile
-constexpr int64_t kDepth = 32;  // bf16 in a row of a tile
-
-bool find_amx() {
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tiles = d & (1u << 24), bf16 = d & (1u << 22);
-  constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM of the feature XTILEDATA
-  return tiles && bf16 && syscall(SYS_arch_prctl, request, tile_data) == 0;
-}
-
-bool amx() {
-  static const bool yes = find_amx();
-  return yes;
-}
-
-// GCC 12's intrinsics do not tell the compiler that they read memory: what is stored before them is to be there.
-LONGGRPO_INLINE void written() { asm volatile("" ::: "memory"); }
-
-// Tiles x Halves tiles of C in registers.
-template <int Tiles, int Halves>
-LONGGRPO_AMX __attribute__((noinline)) void amx_rows(const Bf16* a, int64_t stride, int64_t k, const uint32_t* panel,
-                                                     float* c, bool add) {
-  constexpr int64_t c_bytes = kLanes * sizeof(float);
-  written();
-  if (add) {
-    _tile_loadd(0, c, c_bytes);
-    if constexpr (Halves == 2) _tile_loadd(1, c + 16, c_bytes);
-    if constexpr (Tiles == 2) _tile_loadd(2, c + kTile * kLanes, c_bytes);
-    if constexpr (Tiles == 2 && Halves == 2) _tile_loadd(3, c + kTile * kLanes + 16, c_bytes);
-  } else {
-    _tile_zero(0);
-    if constexpr (Halves == 2) _tile_zero(1);
-    if constexpr (Tiles == 2) _tile_zero(2);
-    if constexpr (Tiles == 2 && Halves == 2) _tile_zero(3);
-  }
-  for (int64_t p = 0; p < k; p += kDepth) {
-    const uint32_t* b = panel + p / 2 * kLanes;
-    _tile_loadd(6, b, c_bytes);
-    _tile_loadd(4, a + p, stride * int64_t(sizeof(Bf16)));
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (Halves == 2) {
-      _tile_loadd(7, b + 16, c_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (Tiles == 2) {
-      _tile_loadd(5, a + kTile * stride + p, stride * int64_t(sizeof(Bf16)));
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (Halves == 2) _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, c, c_bytes);
-  if constexpr (Halves == 2) _tile_stored(1, c + 16, c_bytes);
-  if constexpr (Tiles == 2) _tile_stored(2, c + kTile * kLanes, c_bytes);
-  if constexpr (Tiles == 2 && Halves == 2) _tile_stored(3, c + kTile * kLanes + 16, c_bytes);
-}
+using amx::kDepth, amx::kTile;
 
 // Rows that do not fill a tile are computed in one that zeros fill.
 template <int Halves>
 void tiles(const Bf16* a, int64_t stride, int64_t rows, int64_t k, const uint32_t* panel, float* c, bool add) {
   int64_t r = 0;
   for (; r + 2 * kTile <= rows; r += 2 * kTile)
-    amx_rows<2, Halves>(a + r * stride, stride, k, panel, c + r * kLanes, add);
-  for (; r + kTile <= rows; r += kTile) amx_rows<1, Halves>(a + r * stride, stride, k, panel, c + r * kLanes, add);
+    amx::product<2, Halves>(a + r * stride, stride, k, panel, c + r * kLanes, add);
+  for (; r + kTile <= rows; r += kTile) amx::product<1, Halves>(a + r * stride, stride, k, panel, c + r * kLanes, add);
   if (r == rows) return;
   thread_local std::vector<Bf16> last;
   last.assign(size_t(kTile * k), 0);
@@ -191,12 +129,11 @@ void tiles(const Bf16* a, int64_t stride, int64_t rows, int64_t k, const uint32_
   alignas(64) float out[kTile * kLanes];
   const size_t bytes = size_t((rows - r) * kLanes) * sizeof(float);
   if (add) std::memcpy(out, c + r * kLanes, bytes);
-  amx_rows<1, Halves>(last.data(), k, k, panel, out, add);
+  amx::product<1, Halves>(last.data(), k, k, panel, out, add);
   std::memcpy(c + r * kLanes, out, bytes);
 }
 #else
 constexpr int64_t kDepth = 32;
-bool amx() { return false; }
 template <int Halves>
 void tiles(const Bf16*, int64_t, int64_t, int64_t, const uint32_t*, float*, bool) {}
 #endif
@@ -204,7 +141,7 @@ void tiles(const Bf16*, int64_t, int64_t, int64_t, const uint32_t*, float*, bool
 template <int Halves>
 void products(const Bf16* a, int64_t stride, int64_t rows, int64_t k, const uint32_t* panel, float* c, bool add) {
   // The choice is by k only: the two sum the numbers of a product in different orders.
-  if (k % kDepth == 0 && amx()) return tiles<Halves>(a, stride, rows, k, panel, c, add);
+  if (k % kDepth == 0 && amx::available()) return tiles<Halves>(a, stride, rows, k, panel, c, add);
   dots<Halves>(a, stride, rows, k / 2, panel, c, add);
 }
 
@@ -215,32 +152,6 @@ bool supported() {
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   return yes;
 }
-
-#ifdef LONGGRPO_AMX
-namespace {
-LONGGRPO_AMX void configure() {
-  struct alignas(64) {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config;
-  for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
-  asm volatile("" ::"r"(&config) : "memory");  // as `written`
-  _tile_loadconfig(&config);
-}
-LONGGRPO_AMX void release() { _tile_release(); }
-}  // namespace
-
-TileState::TileState() {
-  if (amx()) configure();
-}
-TileState::~TileState() {
-  if (amx()) release();
-}
-#else
-TileState::TileState() = default;
-TileState::~TileState() = default;
-#endif
 
 void product(const Bf16* a, int64_t row_stride, int64_t rows, int64_t k, const Bf16* panel, int64_t lanes, float* c,
              bool add) {
@@ -309,8 +220,6 @@ LONGGRPO_AVX512_BF16 void store(const float* c, int64_t rows, int64_t lanes, Bf1
 #else
 
 bool supported() { return false; }
-TileState::TileState() = default;
-TileState::~TileState() = default;
 void product(const Bf16*, int64_t, int64_t, int64_t, const Bf16*, int64_t, float*, bool) {}
 void pack(const Bf16* const*, int64_t, int64_t, Bf16*) {}
 void transpose(const Bf16*, int64_t, int64_t, int64_t, int64_t, Bf16*, int64_t) {}

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "amx.h"
+
 namespace longgrpo::lanes {
 
 constexpr int64_t kLanes = 32;
@@ -17,14 +19,7 @@ using Bf16 = uint16_t;
 // Whether bf16 products can be computed here.
 bool supported();
 
-// To be held by a thread around its products of bf16: the state of the tile registers.
-class TileState {
- public:
-  TileState();
-  ~TileState();
-  TileState(const TileState&) = delete;
-  TileState& operator=(const TileState&) = delete;
-};
+using amx::TileState;  // to be held by a thread around its products of bf16
 
 // B from its lanes: rows of k elements each, of which there are `count`; the other lanes are 0.
 //   bf16: [k / 2][32] pairs of neighbouring k, k even      float: [k][32]
