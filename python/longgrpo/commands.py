@@ -95,7 +95,8 @@ def train(options: argparse.Namespace, overrides: list[str]) -> int:
     if summary is None:
         return 128 + (trainer.stop.signal or 0)
     if trainer.ranks.is_first:
-        print(visible(f"done: {trainer.directory}/summary.json, {trainer.directory}/metrics.jsonl"))
+        run = trainer.directory
+        print(visible(f"done: {run}; longgrpo report {run} makes its page, longgrpo sample {run} shows its replies"))
     return 0
 
 
