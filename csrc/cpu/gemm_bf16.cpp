@@ -16,7 +16,8 @@ using avx512::transpose;
 // Of k at once: all of it, so that C is written once, or little enough for many columns to stay packed. It depends on k
 // only, for it decides how a product is summed.
 constexpr int64_t kWholeK = 2048, kBlockK = 1024;
-constexpr int64_t kBlockRows = 8 * kTileRows, kMostBlockRows = std::max(kBlockRows, kAmxBlockRows);
+constexpr int64_t kVectorRows = 14, kAmxRows = 2 * 16;  // of a tile of C, which has kTileColumns columns
+constexpr int64_t kVectorBlock = 8 * kVectorRows, kAmxBlock = 4 * kAmxRows;  // rows of A that are packed at once
 // Pairs of bf16 from one row of packed A, and from one panel of packed B, to the next: no power of two, so that they
 // fall into different sets of the cache.
 constexpr int64_t kRowStride = kWholeK / 2 + 16;
@@ -206,12 +207,14 @@ bool supported() {
   return yes;
 }
 
+int64_t tile_rows() { return amx::available() ? kAmxRows : kVectorRows; }
+
 void multiply(const Operand& a, const Operand& b, Range rows, Range columns, int64_t k, bool accumulate, float* c,
               int64_t c_stride, uint32_t* packed_b, int64_t pairs) {
-  alignas(64) uint32_t packed_a[kMostBlockRows * kRowStride];
+  alignas(64) uint32_t packed_a[kAmxBlock * kRowStride];
   const amx::TileState state;
   const bool by_tiles = amx::available();
-  const int64_t block_rows = by_tiles ? kAmxBlockRows : kBlockRows, tile_rows = by_tiles ? kAmxTileRows : kTileRows;
+  const int64_t block_rows = by_tiles ? kAmxBlock : kVectorBlock, tile_height = tile_rows();
   const int64_t depths = k <= kWholeK ? 1 : (k + kBlockK - 1) / kBlockK;
   const int64_t block_k = ((k + depths - 1) / depths + 31) / 32 * 32, stride = panel_stride(block_k);
   const int64_t block_columns = pairs / stride * kTileColumns;
@@ -226,8 +229,8 @@ void multiply(const Operand& a, const Operand& b, Range rows, Range columns, int
         const int64_t height = std::min(block_rows, rows.end - i);
         pack_rows(a, i, height, p, depth, packed_a);
         for (int64_t q = 0; q < width; q += kTileColumns) {
-          for (int64_t r = 0; r < height; r += tile_rows) {
-            const int64_t count = std::min(tile_rows, height - r), columns_left = std::min(kTileColumns, width - q);
+          for (int64_t r = 0; r < height; r += tile_height) {
+            const int64_t count = std::min(tile_height, height - r), columns_left = std::min(kTileColumns, width - q);
             const uint32_t* from = packed_a + r * kRowStride;
             const uint32_t* panel = packed_b + q / kTileColumns * stride;
             const Store store = accumulate || p > 0 ? Store::add : once;
@@ -235,7 +238,7 @@ void multiply(const Operand& a, const Operand& b, Range rows, Range columns, int
             if (by_tiles)
               multiply_by_tiles(count, from, panel, depth, columns_left, store, to, c_stride);
             else
-              multiply_tile<kTileRows>(count, from, panel, (depth + 1) / 2, columns_left, store, to, c_stride);
+              multiply_tile<kVectorRows>(count, from, panel, (depth + 1) / 2, columns_left, store, to, c_stride);
           }
         }
       }
@@ -250,6 +253,7 @@ void multiply(const Operand& a, const Operand& b, Range rows, Range columns, int
 
 namespace longgrpo::bf16 {
 bool supported() { return false; }
+int64_t tile_rows() { return 14; }
 void multiply(const Operand&, const Operand&, Range, Range, int64_t, bool, float*, int64_t, uint32_t*, int64_t) {}
 }  // namespace longgrpo::bf16
 

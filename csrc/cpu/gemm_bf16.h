@@ -1,6 +1,7 @@
 // C [m, n] (+)= A [m, k] B [k, n] with bf16 operands and fp32 accumulation and output, which torch's CPU GEMM cannot
-// give: its bf16 output would round the logits, and fp32 operands cost twice the time. By AMX tiles (Sapphire Rapids
-// and later) or AVX512-BF16 (Zen 4, Cooper Lake and later); elsewhere the head upcasts and uses the fp32 GEMM.
+// give: its bf16 output would round the logits, and fp32 operands cost twice the time. By AMX tiles where the processor
+// has them (Sapphire Rapids and later), else by AVX512-BF16 (Zen 4, Cooper Lake and later); elsewhere the head upcasts
+// and uses the fp32 GEMM.
 //
 // Each thread has a rectangle of C and packs what it reads by itself: packed operands that threads share are written by
 // one core and read by another, which took a third of the time if the two have no cache in common. A product is
@@ -23,8 +24,9 @@ struct Operand {
   const float* k_scale;  // multiplies element (i, k) before it is rounded; fp32 only, or null
 };
 
-constexpr int64_t kTileRows = 14, kTileColumns = 32;       // 28 accumulators of 32 registers
-constexpr int64_t kAmxTileRows = 32, kAmxBlockRows = 128;  // two tiles; four of these
+constexpr int64_t kTileColumns = 32;
+int64_t tile_rows();  // of C in registers: 32 in four tiles of AMX, else 14 in 28 accumulators of 32 registers
+
 // A thread's packed columns of B, in pairs of bf16: 1,024 columns of 1,024 elements, fewer if there are many threads.
 constexpr int64_t kPackedPairs = 1024 * 1024 / 2 + 1024, kPackedPairsInAll = 8 * kPackedPairs, kMostThreads = 128;
 
@@ -47,7 +49,7 @@ struct Grid {
   Grid(int64_t m, int64_t n, int64_t threads) {
     int64_t best = INT64_MAX;
     for (int64_t r = 1; r <= threads; ++r) {
-      const int64_t height = size(m, kTileRows, r), width = size(n, kTileColumns, threads / r);
+      const int64_t height = size(m, tile_rows(), r), width = size(n, kTileColumns, threads / r);
       // Of a step in k: 32 products take about as long as one element that is packed.
       const int64_t cost = height * width / 32 + height + width;
       if (cost < best) best = cost, rows = r, columns = threads / r;
@@ -73,7 +75,7 @@ void gemm(Runtime& runtime, const Operand& a, const Operand& b, int64_t m, int64
   const Grid grid(m, n, std::min(runtime.threads(), kMostThreads));
   const int64_t count = grid.rows * grid.columns, pairs = std::min(kPackedPairs, kPackedPairsInAll / count / 16 * 16);
   runtime.parallel_for(count, [&](int64_t i) {
-    multiply(a, b, Grid::range(m, kTileRows, grid.rows, i / grid.columns),
+    multiply(a, b, Grid::range(m, tile_rows(), grid.rows, i / grid.columns),
              Grid::range(n, kTileColumns, grid.columns, i % grid.columns), k, accumulate, c, c_stride,
              static_cast<uint32_t*>(workspace) + i * pairs, pairs);
   });

@@ -182,8 +182,9 @@ def kernels() -> Iterator[Finding]:
 
 
 def _gemm() -> str:
-    native = set(_processor().get("flags", "").split()) >= BF16_FLAGS
-    return "bf16 by AVX512-BF16" if native else "bf16 is converted to fp32: the processor has no AVX512-BF16"
+    flags = set(_processor().get("flags", "").split())
+    native = "AMX" if "amx_bf16" in flags else "AVX512-BF16"
+    return f"bf16 by {native}" if flags >= BF16_FLAGS else "bf16 is converted to fp32: the processor has no AVX512-BF16"
 
 
 def _no_cuda(torch: Any) -> Finding | None:

@@ -136,14 +136,31 @@ def test_any_number_of_threads(threads, tokens, hidden, vocabulary, set_threads)
     check(head, train_head=True, entropy=False, bound=2 * EPS[torch.bfloat16] + 5e-6)
 
 
+@pytest.mark.parametrize(("tokens", "hidden", "vocabulary"), [(40, 100, 3001), (333, 70, 500), (20, 2500, 300)])
+def test_bf16_bits_are_the_same_on_any_number_of_threads(tokens, hidden, vocabulary, set_threads):
+    """Also a row's logp alone: the processor's tiles of 14 or 32 rows, their last rows and last k change nothing."""
+    head = make_head(6, tokens, hidden, vocabulary, torch.bfloat16).cast(torch.bfloat16, train_head=True)
+    results = []
+    for threads in (1, 3, 7):
+        set_threads(threads)
+        logp = linear_logprob(head.hidden, head.weight, head.target).logp
+        results.append((logp, *torch.autograd.grad(logp.sum(), head.leaves)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    rows = range(0, tokens, 7)
+    one = [linear_logprob(head.hidden[i : i + 1], head.weight, head.target[i : i + 1]).logp for i in rows]
+    assert torch.equal(results[0][0][::7], torch.cat(one))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"softcap": 10.0}, {"temperature": 0.7}])
-def test_scoring_and_training_give_the_same_bits(options):
-    head = make_head(4, 60, 32, 700, **options)
+def test_scoring_and_training_give_the_same_bits(options, dtype):
+    head = make_head(4, 60, 32, 700, dtype, **options)
     with torch.no_grad():
         scored = linear_logprob(head.hidden, head.weight, head.target, **head.options)
     for train_head in (False, True):
         for entropy in (False, True):
-            h = head.cast(torch.float32, train_head=train_head)
+            h = head.cast(dtype, train_head=train_head)
             trained = linear_logprob(h.hidden, h.weight, h.target, entropy=entropy, **h.options)
             assert torch.equal(scored.logp, trained.logp)
 
