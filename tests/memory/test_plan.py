@@ -79,6 +79,32 @@ def test_every_family(model, name):
 
 
 @pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("name", ["qwen3-8b-128k", "qwen2.5-1.5b"])
+def test_attention_by_groups_of_heads(model, name, lora):
+    memory = BOTH | {"tile_rows": 2048, "attention_heads": 1, "inputs_on_device": 1}
+    config = run_config(model(name, LAYERS), 8192, lora=lora, memory=memory)
+    agree(config)
+    agree(replace(config, memory=replace(config.memory, tiled_mlp=False)))
+
+
+def test_attention_by_groups_needs_less(model):
+    config = run_config(model("qwen3-8b-128k", 2), 32768, memory=BOTH)
+    needs = []
+    for heads in (8, 2, 1):
+        plan, _ = planned(replace(config, memory=replace(config.memory, attention_heads=heads)), H100)
+        needs.append(plan.training.device_bytes)
+    whole, _ = planned(config, H100)
+    assert needs[2] <= needs[1] <= needs[0]
+    assert needs[2] < whole.training.device_bytes
+
+
+def test_attention_by_groups_is_refused_where_heads_do_not_come_apart(model):
+    config = run_config(model("phi-4", 2), 4096, memory={"checkpoint": True, "attention_heads": 1})
+    with pytest.raises(ValueError, match="a phi3 model"):
+        planned(config, H100)
+
+
+@pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("loss", [{"kl": "exact_reverse", "beta": 0.1}, {"entropy_coef": 0.01}], ids=str)
 def test_the_head_of_a_loss_beyond_logp(model, loss, lora):
     dtype = "bfloat16" if lora else "float32"

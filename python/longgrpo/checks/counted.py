@@ -13,9 +13,10 @@ from longgrpo.config.run import TrainConfig
 from longgrpo.errors import ConfigError
 from longgrpo.memory.dryrun import MetaEngine
 from longgrpo.memory.internal import Internal, Target
+from longgrpo.memory.limits import check
 from longgrpo.memory.live import LiveStorages
 from longgrpo.memory.phases import Phase, Plan, Rows
-from longgrpo.memory.plan import Formulas, check
+from longgrpo.memory.plan import Formulas
 from longgrpo.memory.shape import ModelShape, UnknownArchitecture, config_file
 from longgrpo.offload import OffloadEngine
 from longgrpo.rollout.protocol import Completion
@@ -63,7 +64,8 @@ def rows_of(config: TrainConfig, rollout: Rollout) -> Rows:
 def dry_run(config: TrainConfig, rollout: Rollout, target: Target) -> dict[str, Phase]:
     """count_step on storages that are not there, with the attention of a GPU."""
     dtype = getattr(torch, config.model.dtype)
-    offload = OffloadEngine(backend="count", host_bytes=1 << 44) if config.memory.offload else None
+    memory = config.memory
+    offload = OffloadEngine(backend="count", host_bytes=1 << 44, **memory.depths) if memory.offload else None
     engine: Any = MetaEngine(config_file(config.model.path).parent, dtype, config.model.quantization)
     name = config.train.optimizer
     if name in OPTIMIZERS and OPTIMIZERS[name].module != "torch.optim":

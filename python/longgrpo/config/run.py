@@ -134,6 +134,7 @@ class TrainConfig:
                 self.lora and self.lora.mode == "merge"
             ),
             f"rollout.kv_cache_dtype = {rollout.kv_cache_dtype}": rollout.kv_cache_dtype != "auto",
+            "memory.attention_heads, whose attention is another": self.memory.attention_heads is not None,
             "rollout.repack_weights, which computes in another order": rollout.repack_weights,
             f"rollout.sampling: {', '.join(sampling)}": bool(sampling),
         }

@@ -164,16 +164,38 @@ class MemoryConfig:
     """Keep only the input of each layer and recompute the layer in the backward."""
     offload: bool = False
     """Checkpoint every layer and keep its input in host memory until the backward needs it (longgrpo.offload)."""
+    inputs_on_device: int = 3
+    """Layer inputs that offload leaves on the device: the newest, which the backward needs first, and those on their
+    way. With fewer than 3 a layer's forward waits for the copy of one before it, with 1 the backward's first too."""
     tiled_mlp: bool = False
     """Run the MLPs and the norms on one tile of the sequence at a time (longgrpo.model.tiled_mlp)."""
     tile_rows: int | None = None
     """Tokens per tile; default: the hidden size."""
+    attention_heads: int | None = None
+    """Run attention on so many key-value heads at a time, and recompute it so in the backward
+    (longgrpo.model.grouped_attention); default: all at once. Its price is one more forward of attention."""
     autotune: bool | None = None
     """Measure the head's tiles before step 1, for the whole run (longgrpo.autotune); default: on a GPU."""
 
     def __post_init__(self) -> None:
         require(self.tile_rows is None or self.tile_rows >= 1, f"tile_rows = {self.tile_rows}: must be at least 1")
+        require(
+            self.inputs_on_device >= 1, f"inputs_on_device = {self.inputs_on_device}: one is always on its way; set 1"
+        )
+        heads = self.attention_heads
+        require(heads is None or heads >= 1, f"attention_heads = {heads}: must be at least 1")
+        require(
+            heads is None or self.checkpointed,
+            f"attention_heads = {heads} saves memory in a layer that is recomputed: set memory.checkpoint or "
+            "memory.offload",
+        )
 
     @property
     def checkpointed(self) -> bool:
         return self.checkpoint or self.offload
+
+    @property
+    def depths(self) -> dict[str, Any]:
+        """The arguments of OffloadEngine that leave inputs_on_device there."""
+        kept = self.inputs_on_device
+        return {"inflight": max(1, kept - 1), "keep_last": min(1, kept - 1)}

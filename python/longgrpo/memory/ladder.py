@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from longgrpo.memory.cards import GIB
+from longgrpo.memory.limits import kv_bytes
 from longgrpo.memory.phases import Plan
-from longgrpo.memory.plan import kv_bytes
 from longgrpo.memory.shape import ModelShape
 
 if TYPE_CHECKING:

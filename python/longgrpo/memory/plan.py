@@ -7,13 +7,12 @@ the vocabulary. Every formula of this module is in bytes and next to what it cou
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from longgrpo.loss.linear import DEFAULT_WORKSPACE
 from longgrpo.memory.cards import CONTEXT, GIB
 from longgrpo.memory.internal import Target, attention_workspace, head_gradient, head_workspace, ring_bytes
+from longgrpo.memory.limits import check, dtype_of, element_of, kv_bytes
 from longgrpo.memory.phases import Phase, Plan, Rows
 from longgrpo.memory.ranks import owned, sum_buffer
 from longgrpo.memory.shape import ModelShape
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 NF4_BYTES = 0.5 + 4 / 64  # a weight: 4 bits, and a float32 for each 64
 FP32 = 4
-KEPT_RECORDS = 3  # sources that the offload engine still holds when the backward begins: keep_last + inflight
 MIN_RECORD = 1 << 20  # smaller layer inputs stay on the device (OffloadEngine's min_bytes)
 
 
@@ -38,32 +36,6 @@ def plan_memory(config: TrainConfig, shape: ModelShape, rows: Rows, target: Targ
     return Plan(model.rollout(), model.scoring(), model.training(), rows)
 
 
-def check(config: TrainConfig, shape: ModelShape, rows: Rows) -> None:
-    if rows.longest > shape.context:
-        raise ValueError(
-            f"a sequence of {rows.longest} tokens: the positions of this {shape.kind} model reach {shape.context}; "
-            "lower rollout.max_model_len or rollout.max_completion_length"
-        )
-    if shape.sliding_window and rows.longest > shape.sliding_window:
-        raise ValueError(
-            f"a sequence of {rows.longest} tokens under a sliding window of {shape.sliding_window}: the trainer has no "
-            "windowed attention; lower rollout.max_model_len"
-        )
-    cache = int(config.rollout.kv_cache_gib * GIB)
-    one = kv_bytes(config, shape, rows.longest)
-    if config.rollout.engine != "transformers" and one > cache:
-        raise ValueError(
-            f"rollout.kv_cache_gib = {config.rollout.kv_cache_gib:g}: one sequence of {rows.longest} tokens needs "
-            f"{one / GIB:.2f} GiB; raise it, set rollout.kv_cache_dtype: fp8 or lower rollout.max_model_len"
-        )
-
-
-def kv_bytes(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
-    """Keys and values of a sequence in the rollout engine."""
-    element = 1 if config.rollout.kv_cache_dtype == "fp8" else _element(config)
-    return 2 * element * shape.layers * shape.kv_width * tokens
-
-
 class Formulas:
     """Attributes named as a width are one micro-batch's bytes of a tensor of that width."""
 
@@ -72,9 +44,11 @@ class Formulas:
         self.prompts = -(-config.train.prompts_per_step // ranks)  # a rank's
         self.full = config.lora is None
         self.tiled = config.memory.tiled_mlp
+        self.group = min(config.memory.attention_heads or shape.kv_heads, shape.kv_heads)
+        self.grouped = config.memory.attention_heads is not None
         self.quantized = config.model.quantization == "nf4"
         self.copies = rows.attention > rows.tokens
-        self.element = element = _element(config)
+        self.element = element = element_of(config)
         n, k = rows.tokens, rows.attention
         self.h, self.i = element * shape.hidden * n, element * shape.mlp * n
         self.q, self.kv = element * shape.q_width * n, element * shape.kv_width * n
@@ -186,8 +160,9 @@ class Formulas:
         if not self._moves:
             return {"layer inputs": layers * h}, 0
         moved = layers - (first > 0)
-        held = min(moved, KEPT_RECORDS) * h + self._slots + first
-        return {"layer inputs on the device": held}, max(0, moved - 1) * h
+        held = min(moved, self.config.memory.inputs_on_device) * h + self._slots + first
+        newest = self.config.memory.depths["keep_last"]
+        return {"layer inputs on the device": held}, max(0, moved - newest) * h
 
     def _below(self) -> dict[str, int]:
         """The same while the last layer's backward runs: its own activations are counted there."""
@@ -202,7 +177,7 @@ class Formulas:
     def _slots(self) -> int:
         """Nothing is brought back if all records are still there."""
         moved = self.shape.layers - (0 if self.full else 1)
-        return ring_bytes(self.h) if moved > KEPT_RECORDS else 0
+        return ring_bytes(self.h) if moved > self.config.memory.inputs_on_device else 0
 
     @property
     def _moves(self) -> bool:
@@ -240,10 +215,9 @@ class Formulas:
         norm = self._norm()
         if self.config.memory.checkpointed and self._input_kept:
             norm -= self.h  # the checkpoint has it
-        heads = 0
-        if family.head_norms:  # over heads x head_dim, as _norm over H
-            per_width = (1 if self._input_kept else FP32 / self.element) + (self.full and not self.tiled)
-            heads = int((self.q + self.kv) * per_width)
+        if self.grouped:  # its input, and o_proj's
+            return norm + self.h + (self.q if self._reads("o_proj") else 0) + self._downs("o_proj")
+        heads = self._head_norms()
         lse = FP32 * shape.heads * self.rows.attention
         qkv = self.q_rows + 2 * self.kv_rows
         if family.fused and not self.copies:
@@ -254,6 +228,37 @@ class Formulas:
             norm + (self.h if self._reads(*inputs) else 0) + self._downs(*inputs, "o_proj")
             + heads + qkv + self.q_rows + lse + output
         )  # fmt: skip
+
+    def _head_norms(self) -> int:
+        """What the norms over head_dim keep, as _norm over H."""
+        if not self.shape.family.head_norms:
+            return 0
+        per_width = (1 if self._input_kept else FP32 / self.element) + (self.full and not self.tiled)
+        return int((self.q + self.kv) * per_width)
+
+    def _of_group(self, size: int) -> int:
+        """`size` bytes of all heads -> those of one group."""
+        return size * self.group // self.shape.kv_heads
+
+    def _grouped_backward(self, dweight: int, unpacked: int) -> dict[str, int]:
+        """Moments of attention's backward by groups, o_proj's behind it: the layer's gradient, that of the output, and
+        q, k and v, whose gradients take their place."""
+        shape, h = self.shape, self.h
+        q, kv = self.q_rows, self.kv_rows
+        held = self._attention_saved() - (self.q if self._reads("o_proj") else 0) - self._downs("o_proj")
+        held += h + 2 * self.q + 2 * self.kv
+        lse = FP32 * shape.heads * self.rows.attention
+        saved = self._head_norms() + q + kv * (2 if self.copies else 1) + q + lse
+        heads = shape.heads * self.group // shape.kv_heads
+        workspace = attention_workspace(
+            self.target, self.rows.attention, heads, self.group, shape.head_dim, self.element
+        )
+        core = self._of_group(saved + 2 * q + 2 * kv) + workspace
+        tile = self._tile(4 * h + 2 * self.q + 4 * self.kv)
+        return {
+            "attention's backward, a group": held + core,
+            "projections' backward": held + h + tile + 4 * dweight + unpacked,
+        }
 
     def _mlp_saved(self) -> int:
         norm = self._norm()
@@ -287,16 +292,18 @@ class Formulas:
             mlp = rest + h + max(6 * self.i, 5 * self.i + dweight)
             # pow, its factor, the product, the mean's gradient and the other one, in fp32
             norm = self._norm() + h + 5 * self.wide
+        moments = {
+            "MLP's backward": attention + mlp + unpacked,
+            "norm's backward": attention + norm,
+            "output projection's backward": attention + h + 2 * self.q + dweight,
+        }
+        if self.grouped:
+            return moments | self._grouped_backward(dweight, unpacked)
         gradients = self.q_rows + 2 * self.kv_rows + max(self.q_rows, self.q)  # of q, k, v and of the output
         workspace = attention_workspace(
             self.target, self.rows.attention, self.shape.heads, self.shape.kv_heads, self.shape.head_dim, self.element
         )
-        return {
-            "MLP's backward": attention + mlp + unpacked,
-            "norm's backward": attention + norm,
-            "attention's backward": attention + h + gradients + workspace,
-            "output projection's backward": attention + h + 2 * self.q + dweight,
-        }
+        return moments | {"attention's backward": attention + h + gradients + workspace}
 
     def _forward(self) -> int:
         """The largest moment of a layer's forward of which nothing is kept."""
@@ -307,20 +314,23 @@ class Formulas:
         attention = 2 * h + self.q + 2 * self.kv + copies + self.q_rows + (0 if self.target.is_cuda else self.q)
         products = (4 if self.shape.family.fused else 3) * i
         mlp = 2 * h + (h + self._tile(products) if self.tiled else products)
+        if self.grouped:  # q, k, v and the output whole, the rest of a group
+            rotation = self._of_group(rotation - 2 * h) + 2 * h + 2 * self.q + 2 * self.kv
+            attention = self._of_group(copies + 2 * self.q_rows + self.kv_rows) + 2 * h + 2 * self.q + 2 * self.kv
         return 2 * h + max(norm, rotation, attention, mlp)  # the embeddings and the layer's input are held throughout
 
     # ---- head and optimizer
     def _head(self, *, hidden_gradient: bool, weight_gradient: bool = False) -> int:
         exact = hidden_gradient and self.config.loss.exact_kl
         return head_workspace(
-            self.target, self.rows.loss, self.shape.hidden, self.shape.vocabulary, _dtype(self.config),
+            self.target, self.rows.loss, self.shape.hidden, self.shape.vocabulary, dtype_of(self.config),
             hidden_gradient=hidden_gradient, weight_gradient=weight_gradient, workspace=DEFAULT_WORKSPACE,
             reference=exact, beyond_logp=exact or (hidden_gradient and self.config.loss.has_entropy_bonus),
         )  # fmt: skip
 
     @property
     def _head_gradient(self) -> int:
-        return head_gradient(self.target, self.shape.vocabulary, self.shape.hidden, _dtype(self.config))
+        return head_gradient(self.target, self.shape.vocabulary, self.shape.hidden, dtype_of(self.config))
 
     @property
     def _dense(self) -> tuple[int, int]:
@@ -356,13 +366,3 @@ class Formulas:
 def _largest(moments: dict[str, int]) -> dict[str, int]:
     name = max(moments, key=lambda name: moments[name])
     return {name: moments[name]}
-
-
-def _dtype(config: Any) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, config.model.dtype)
-    return dtype
-
-
-def _element(config: Any) -> int:
-    """Bytes of a number of the model."""
-    return _dtype(config).itemsize

@@ -15,7 +15,7 @@ so never runs the MLP a third time.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -94,7 +94,7 @@ class _Input(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mlp: Any, rows: int, *weights: Tensor) -> Tensor:
         ctx.mlp, ctx.rows, ctx.weights = mlp, rows, weights
-        ctx.autocast = _autocast_of(x)
+        ctx.autocast = autocast_of(x)
         ctx.save_for_backward(x)
         return x.view_as(x)
 
@@ -102,20 +102,37 @@ class _Input(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        sums: list[Tensor | None] = [None] * len(ctx.weights)
-        for start in range(0, len(x), ctx.rows):
-            tile = slice(start, start + ctx.rows)
-            x_tile = x[tile].detach().requires_grad_(dx is not None)
-            with torch.enable_grad(), torch.autocast(**ctx.autocast):
-                y = ctx.mlp(x_tile)
-            wanted = [x_tile, *ctx.weights] if dx is not None else list(ctx.weights)
-            grads = list(torch.autograd.grad(y, wanted, dy[tile].to(y.dtype), allow_unused=True))
-            if dx is not None:
-                dx[tile] = grads.pop(0)
-            sums = [_add(total, grad) for total, grad in zip(sums, grads, strict=True)]
-        totals = (None if s is None else s.to(w.dtype) for s, w in zip(sums, ctx.weights, strict=True))
+        dx, totals = tiled_gradients(
+            lambda tile: [ctx.mlp(tile)], x, ctx.weights, [dy], ctx.rows, ctx.autocast, ctx.needs_input_grad[0]
+        )
         return dx, None, None, *totals
+
+
+def tiled_gradients(
+    run: Callable[[Tensor], Sequence[Tensor]],
+    x: Tensor,  # [..., T, H]
+    weights: Sequence[Tensor],
+    dys: Sequence[Tensor],  # [..., T, .] of each output of `run`
+    rows: int,
+    autocast: dict[str, Any],
+    need_input: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx and the gradients of `weights`, of a `run` that acts on each token by itself: `rows` tokens at a time, each
+    tile with a graph of its own. Weights' gradients are summed in fp32 at least."""
+    dx = torch.empty_like(x) if need_input else None
+    sums: list[Tensor | None] = [None] * len(weights)
+    for start in range(0, x.shape[-2], rows):
+        tile = (..., slice(start, start + rows), slice(None))
+        x_tile = x[tile].detach().requires_grad_(dx is not None)
+        with torch.enable_grad(), torch.autocast(**autocast):
+            ys = run(x_tile)
+        wanted = [x_tile, *weights] if dx is not None else list(weights)
+        given = [dy[tile].to(y.dtype) for y, dy in zip(ys, dys, strict=True)]
+        grads = list(torch.autograd.grad(ys, wanted, given, allow_unused=True))
+        if dx is not None:
+            dx[tile] = grads.pop(0)
+        sums = [_add(total, grad) for total, grad in zip(sums, grads, strict=True)]
+    return dx, [None if s is None else s.to(w.dtype) for s, w in zip(sums, weights, strict=True)]
 
 
 class _Output(torch.autograd.Function):
@@ -146,7 +163,8 @@ def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
     return grad.to(wide) if total is None else total.add_(grad)
 
 
-def _autocast_of(x: Tensor) -> dict[str, Any]:
+def autocast_of(x: Tensor) -> dict[str, Any]:
+    """The arguments of torch.autocast that a recompute runs under."""
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind):
         return {"device_type": "cpu", "enabled": False}

@@ -77,7 +77,9 @@ def build(config: TrainConfig, directory: Path, force: bool, given: Mapping[str,
         raise ConfigError(str(error)) from error
     probe = Probe(prompts[0], engine, config.rollout, config.model.dtype)
     try:
-        state = make_state(config, engine, OffloadEngine() if config.memory.offload else None, ranks)
+        state = make_state(
+            config, engine, OffloadEngine(**config.memory.depths) if config.memory.offload else None, ranks
+        )
     except (ValueError, NotImplementedError) as error:
         engine.close()
         raise ConfigError(str(error)) from error

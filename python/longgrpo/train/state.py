@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longgrpo.config.run import TrainConfig
+from longgrpo.model.grouped_attention import group_attention
 from longgrpo.model.head import head_of
 from longgrpo.model.lean_lora import use_lean_lora
 from longgrpo.model.lora import add_lora, merge
@@ -97,6 +98,8 @@ def _trained_model(engine: RolloutEngine, config: TrainConfig, offload: OffloadE
         engine.shared.use_in(model)
     if config.memory.tiled_mlp:
         tile_norms(tile_mlp(model, config.memory.tile_rows), config.memory.tile_rows)
+    if config.memory.attention_heads:
+        group_attention(model, config.memory.attention_heads, config.memory.tile_rows)
     if offload:
         offload.install(model)
     elif config.memory.checkpoint:
