@@ -13,6 +13,31 @@ ACTIVATIONS = ("silu", "gelu_tanh")  # the order of Activation in csrc/cpu/gate.
 Activation = Literal["silu", "gelu_tanh"]
 
 
+_LIBRARY = torch.library.Library("longgrpo", "FRAGMENT")
+
+
+@torch.library.register_fake("longgrpo::fixed_linear", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, bias: Any) -> Any:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("longgrpo::fixed_attention", lib=_LIBRARY)
+def _(
+    query: Tensor, key: Any, value: Any, pages: Any, query_start: Any, length: Any, scale: Any, window: Any
+) -> Any:  # fmt: skip
+    return query.new_empty(query.shape)
+
+
+@torch.library.register_fake("longgrpo::fixed_gate", lib=_LIBRARY)
+def _(gate: Tensor, up: Any, activation: Any) -> Any:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("longgrpo::fixed_gate_backward", lib=_LIBRARY)
+def _(gate: Tensor, up: Any, grad: Any, activation: Any) -> Any:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
 def has_bf16() -> bool:
     """Whether this processor computes them in bfloat16 (AVX512-BF16)."""
     return bool(ops.fixed_bf16())
