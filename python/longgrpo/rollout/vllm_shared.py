@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PAGE = 32  # tokens of a block of the cache, as VllmEngine has it on the CPU
 GREEDY = 1e-5  # vLLM samples greedily below this temperature
+NOT_SHARED = ("alibi_slopes", "logits_soft_cap", "sinks", "kv_sharing_target_layer_name")  # of an attention: None or 0
 
 
 def share_operators(llm: LLM, shared: SharedOperators) -> None:
@@ -74,10 +75,10 @@ class Rotation(nn.Module):
 
 def _share_attention(name: str, layer: Any) -> None:
     impl = layer.impl
-    odd = [what for what in ("alibi_slopes", "logits_soft_cap", "sinks") if getattr(impl, what, None)]
-    odd += ["kv_sharing_target_layer_name"] if impl.kv_sharing_target_layer_name else []
-    if odd:
-        raise NotImplementedError(f"rollout.bitwise: the engine's {name} has {odd[0]}, which is not shared")
+    for what in NOT_SHARED:
+        value = getattr(impl, what)
+        if isinstance(value, Tensor) or value:
+            raise NotImplementedError(f"rollout.bitwise: the engine's {name} has {what}, which is not shared")
     impl.do_kv_cache_update = _write_cache
     impl.forward = functools.partial(_attend, impl.scale, max(impl.sliding_window, 0))
 
