@@ -117,7 +117,7 @@ def test_an_attention_that_has_more_is_refused_by_name(attention, name):
     impl = SimpleNamespace(**{n: getattr(attention.impl, n) for n in (*vllm_shared.NOT_SHARED, "scale")})
     setattr(impl, name, {"logits_soft_cap": 30.0, "kv_sharing_target_layer_name": "other"}.get(name, torch.ones(4)))
     with pytest.raises(NotImplementedError, match=f"the engine's layer has {name}, which is not shared"):
-        vllm_shared._share_attention("layer", SimpleNamespace(impl=impl))
+        vllm_shared._check_attention("layer", impl)
 
 
 @pytest.mark.parametrize(

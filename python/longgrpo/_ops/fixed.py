@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -43,24 +44,27 @@ def has_bf16() -> bool:
     return bool(ops.fixed_bf16())
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias, [..., M] from x [..., K], W [M, K] and bias [M], float32 or bfloat16, K even. Differentiable in all
-    three; its backward is that of torch's linear."""
-    y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch's own
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, [N, M] from x [N, K], W [M, K] and bias [M], float32 or bfloat16, K even; without a gradient."""
+    y: Tensor = ops.fixed_linear(x, weight, bias)
     return y
 
 
-def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same without a gradient, of x [N, K]."""
-    y: Tensor = ops.fixed_linear(x, weight, bias)
+Rows = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, rows: Rows = linear_rows) -> Tensor:
+    """The same of x [..., K], differentiable in all three; its backward is that of torch's linear. `rows`: what
+    computes it."""
+    y: Tensor = _Linear.apply(x, weight, bias, rows)  # type: ignore[no-untyped-call]  # torch's own
     return y
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> Any:
         ctx.save_for_backward(x, weight)
-        y = linear_rows(x.reshape(-1, x.shape[-1]), weight, bias)
+        y = rows(x.reshape(-1, x.shape[-1]), weight, bias)
         # No view: LoRA adds into it.
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
 
@@ -68,12 +72,13 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         rows = dy.flatten(0, -2)
         return (
             dy @ weight if need_x else None,
             rows.t() @ x.flatten(0, -2) if need_weight else None,
             rows.sum(0) if need_bias else None,
+            None,
         )
 
 

@@ -19,7 +19,7 @@ from longgrpo.rollout import vllm_private
 class Seen(NamedTuple):
     """An operator at L positions of the sequence."""
 
-    positions: Tensor  # [L] int64, rising
+    positions: Tensor  # [L] int64, rising, on the host
     inputs: tuple[Tensor, ...]  # [L, ...] each
     output: Tensor  # [L, W]
 
@@ -64,7 +64,7 @@ class EngineTrace:
         turn: dict[int, int] = {}  # which of its names is next
 
         def begins(module: nn.Module, args: Any, kwargs: Any) -> None:
-            batch.update(tokens=kwargs["input_ids"].clone(), positions=kwargs["positions"].clone())
+            batch.update({name: kwargs[name].to("cpu", copy=True) for name in ("input_ids", "positions")})
             turn.clear()
 
         def runs(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -72,7 +72,7 @@ class EngineTrace:
             inputs_before[id(module)] = tuple(value.clone() for value in values if isinstance(value, Tensor))
 
         def ran(module: nn.Module, args: Any, output: Any) -> None:
-            places = torch.stack((batch["positions"], batch["tokens"]), 1)  # [T, 2]
+            places = torch.stack((batch["positions"], batch["input_ids"]), 1)  # [T, 2]
             which = turn.get(id(module), 0)
             turn[id(module)] = which + 1
             seen = Seen(places, inputs_before.pop(id(module)), rows_of(output).clone())
@@ -214,7 +214,7 @@ class TrainerTrace:
         attention: Any = AttentionInterface()[self.base.config._attn_implementation]
         length = len(query)
         heads = [x.view(1, length, -1, module.head_dim).transpose(1, 2) for x in (query, key, value)]
-        bounds = torch.tensor([0, length], dtype=torch.int32)
+        bounds = torch.tensor([0, length], dtype=torch.int32, device=query.device)
         out, _ = attention(
             module, *heads, None, scaling=module.scaling, cu_seq_lens_q=bounds, max_length_q=length, lengths=[length],
             own_lengths=[length],
