@@ -28,11 +28,11 @@ CURVES = {
 }
 
 
-def train(config: Path, directory: Path, seed: int) -> None:
+def train(config: Path, directory: Path, seed: int, overrides: Sequence[str] = ()) -> None:
     """The run in `directory`, from its last checkpoint if there is one."""
     if (directory / "summary.json").exists():
         return
-    new = [config, "--train.seed", seed, "--output_dir", directory]
+    new = [config, "--train.seed", seed, "--output_dir", directory, *overrides]
     options = ["--resume", directory] if (directory / "config.yaml").exists() else new
     subprocess.run([sys.executable, "-m", "longgrpo.cli", "train", *map(str, options)], check=True)
 

@@ -19,15 +19,15 @@ from testing.families import FAMILIES, write_family
 
 @pytest.fixture
 def config(tmp_path):
-    def build(engine="vllm", **groups):
+    def build(engine="vllm", family="Llama", **groups):
         rollout = {"engine": engine, "max_completion_length": 8, "max_model_len": 256, "kv_cache_gib": 0.05}
         return build_config(
             {
-                "model": {"path": str(write_family(FAMILIES["Llama"], tmp_path / "model"))},
+                "model": {"path": str(write_family(FAMILIES[family], tmp_path / "model"))},
                 "lora": {"rank": 8, "alpha": 8, "mode": "views"},
                 "task": {"name": "chain_sum", "parameters": {"max_terms": 2}, "eval_n": 0},
                 "rewards": [{"function": f"{OWN_REWARDS}:digits"}],
-                "rollout": rollout | {"num_generations": 4},
+                "rollout": rollout | {"num_generations": 4} | groups.pop("rollout", {}),
             }
             | groups
         )
@@ -58,6 +58,18 @@ def test_the_first_operator_that_differs_is_named(config, tmp_path):
     assert was == now, "each operator is given the engine's inputs"
     assert not after.equal
     assert after.logprob_diff_max > 10 * before.logprob_diff_max
+
+
+def test_with_shared_operators_everything_is_equal(config, tmp_path):
+    """Of Gemma, whose embedding scales in itself and vLLM's model after it."""
+    pytest.importorskip("vllm")
+    trainer = Trainer(config(family="Gemma 3", rollout={"bitwise": True}), tmp_path / "run")
+    try:
+        found = parity(trainer.loop)
+    finally:
+        trainer.close()
+    assert found.equal, str(found)
+    assert {"embed_tokens", "q_norm", "attn"} <= {operator.name for operator in found.operators}
 
 
 def test_the_command_prints_json(config, tmp_path, capsys):

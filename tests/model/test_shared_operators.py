@@ -198,13 +198,13 @@ def packed_arguments(dtype):
     positions = torch.cat([torch.arange(40), torch.arange(40, 47), torch.arange(40, 53), torch.arange(35)])
     batch = pack_sequences(torch.arange(95), positions, bounds, prefix)
     heads = [randn(1, h, 95, 32, dtype=dtype, seed=i).requires_grad_() for i, h in enumerate((6, 2, 2))]
-    return heads, (batch.lengths, batch.own_lengths, batch.shared_rows, batch.own_rows, None)
+    return heads, (batch.cu_seqlens, batch.lengths, batch.own_lengths, batch.shared_rows, batch.own_rows, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_attention_and_its_gradient_are_those_of_each_sequence_with_its_prefix(dtype):
     heads, batch = packed_arguments(dtype)
-    out = packed_attention(*heads, *batch)
+    out = packed_attention(fixed, *heads, *batch)
     dy = randn(*out.shape, dtype=dtype, seed=9)
     found = torch.autograd.grad(out, heads, dy)
     wide = [x.detach().double().requires_grad_() for x in heads]
@@ -289,8 +289,8 @@ def test_lora_adds_into_the_columns_of_a_wider_tensor():
     x, a, b = randn(7, 64), randn(8, 64, seed=1), randn(24, 8, seed=2)
     wide, alone = randn(7, 40, seed=3), randn(7, 40, seed=3)[:, 5:29].contiguous()
     expected = alone.double() + x.double() @ a.double().T @ b.double().T
-    add_lora_(wide[:, 5:29], x, a, b)
-    add_lora_(alone, x, a, b)
+    add_lora_(fixed, wide[:, 5:29], x, a, b)
+    add_lora_(fixed, alone, x, a, b)
     assert torch.equal(wide[:, 5:29], alone)
     torch.testing.assert_close(alone.double(), expected, rtol=1e-5, atol=1e-4)
 

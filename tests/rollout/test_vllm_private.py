@@ -1,5 +1,5 @@
-"""A canary for each private name of vLLM that longgrpo.rollout.vllm_private and vllm_cache touch: in a version that
-moved one, the name stands in the failure."""
+"""A canary for each private name of vLLM that longgrpo.rollout.vllm_private touches: in a version that moved one, the
+name stands in the failure. Those of vllm_shared and vllm_cache: test_vllm_shared.py."""
 
 import inspect
 import os

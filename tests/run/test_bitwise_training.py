@@ -21,12 +21,13 @@ VIEWS = {"rank": 8, "alpha": 8, "mode": "views"}
 
 
 def tree(directory, family="Llama", dtype="bfloat16", lora=VIEWS, **groups):
-    """Prompts of one to 150 tokens, completions that end by themselves, micro-batches of a few sequences."""
+    """Prompts of 60 to 150 tokens, completions that end at one of several tokens, micro-batches of a few sequences."""
     rollout = {"engine": "vllm", "max_completion_length": 12, "max_model_len": 256, "kv_cache_gib": 0.05}
+    rollout["sampling"] = {"stop_token_ids": [*range(5, 100, 9)]}
     return {
         "model": {"path": str(write_family(FAMILIES[family], directory / "model")), "dtype": dtype},
         "lora": lora,
-        "task": {"name": "chain_sum", "parameters": {"max_terms": 6}, "eval_n": 0},
+        "task": {"name": "chain_sum", "parameters": {"max_terms": 8}, "eval_n": 0},
         "rewards": [{"function": f"{OWN_REWARDS}:digits"}],
         "rollout": rollout | {"num_generations": 4, "bitwise": True, "importance": "none"} | groups.pop("rollout", {}),
         "train": {"prompts_per_step": 3, "steps": 3, "learning_rate": 1e-2, "token_budget": 150, "probe_prompts": 0}
@@ -44,19 +45,68 @@ def differences(trainer):
     return [tuple(metrics[name] for name in names) for metrics in steps]
 
 
+class Seen:
+    """The lengths of a run's prompts and completions, and how many of its requests were preempted."""
+
+    def __init__(self, engine, monkeypatch):
+        self.prompts, self.completions, self.preempted = set(), [], 0
+        scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
+        self._generate, self._preempt = engine.generate, scheduler._preempt_request
+        monkeypatch.setattr(engine, "generate", self.generate)
+        monkeypatch.setattr(scheduler, "_preempt_request", self.preempt)
+
+    def generate(self, prompts, *args, **options):
+        completions = self._generate(prompts, *args, **options)
+        self.prompts |= set(map(len, prompts))
+        self.completions.append({len(completion.token_ids) for completion in completions})
+        return completions
+
+    def preempt(self, *args, **options):
+        self.preempted += 1
+        return self._preempt(*args, **options)
+
+
+LONG = {"marks": pytest.mark.long}
+CACHE = 0.00025  # GiB in bfloat16: for some of the requests
+
+
 @pytest.mark.parametrize(
-    ("family", "lora"),
+    ("family", "lora", "dtype", "threads", "budget"),
     [
-        ("Llama", VIEWS),
-        *(pytest.param(f, VIEWS, marks=pytest.mark.long) for f in ("Qwen3", "Phi-3, Phi-4", "Gemma 3")),
-        *(pytest.param(f, None, marks=pytest.mark.long) for f in ("Llama", "Qwen3", "Phi-3, Phi-4", "Gemma 3")),
+        ("Llama", VIEWS, "bfloat16", 2, 150),
+        ("Phi-3, Phi-4", None, "float32", 1, 400),
+        pytest.param("Llama", None, "bfloat16", 1, 1, **LONG),
+        pytest.param("Llama", VIEWS, "float32", 2, 400, **LONG),
+        pytest.param("Llama", None, "float32", 2, 150, **LONG),
+        pytest.param("Qwen3", VIEWS, "bfloat16", 1, 1, **LONG),
+        pytest.param("Qwen3", None, "bfloat16", 2, 4000, **LONG),
+        pytest.param("Qwen3", VIEWS, "float32", 2, 150, **LONG),
+        pytest.param("Qwen3", None, "float32", 1, 1, **LONG),
+        pytest.param("Phi-3, Phi-4", VIEWS, "bfloat16", 2, 4000, **LONG),
+        pytest.param("Phi-3, Phi-4", None, "bfloat16", 2, 1, **LONG),
+        pytest.param("Phi-3, Phi-4", VIEWS, "float32", 1, 150, **LONG),
+        pytest.param("Gemma 3", VIEWS, "bfloat16", 2, 400, **LONG),
+        pytest.param("Gemma 3", None, "bfloat16", 1, 150, **LONG),
+        pytest.param("Gemma 3", VIEWS, "float32", 1, 4000, **LONG),
+        pytest.param("Gemma 3", None, "float32", 2, 1, **LONG),
     ],
 )
-@pytest.mark.parametrize("dtype", [BF16, pytest.param("float32", marks=pytest.mark.long)])
-def test_no_step_has_a_difference(family, lora, dtype, tmp_path):
+def test_no_step_has_a_difference(family, lora, dtype, threads, budget, tmp_path, monkeypatch, set_threads):
+    """Prompts over 128 tokens, read from the prefix cache; completions of unequal lengths, some of them put back and
+    computed again; micro-batches of one sequence to all."""
     pytest.importorskip("vllm")
-    trainer = Trainer(build_config(tree(tmp_path, family, dtype, lora)), tmp_path / "run")
-    assert differences(trainer) == [(0.0, 0.0, 1.0)] * 3
+    if dtype == "bfloat16" and not fixed.has_bf16():
+        pytest.skip("no AVX512-BF16")
+    set_threads(threads)
+    train = {"steps": 20, "token_budget": budget, "learning_rate": 1e-2 if lora else 1e-3}
+    cache = CACHE * (2 if dtype == "float32" else 1)
+    config = tree(tmp_path, family, dtype, lora, train=train, rollout={"kv_cache_gib": cache})
+    trainer = Trainer(build_config(config), tmp_path / "run")
+    seen = Seen(trainer.loop.collector.engine, monkeypatch)
+    assert differences(trainer) == [(0.0, 0.0, 1.0)] * 20
+    assert max(seen.prompts) > 128
+    assert max(map(len, seen.completions)) > 1
+    assert seen.preempted
 
 
 @pytest.mark.parametrize("dtype", [BF16])

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from longgrpo._ops import fixed
 from testing import OWN_REWARDS, ROOT
 from testing.commands import train_command, write_config
 from testing.models import write_tiny_llama
 
 pytest.importorskip("vllm")
 
+BITWISE = "bfloat16" if fixed.has_bf16() else "float32"
 EXAMPLE = ROOT / "examples" / "smollm2-sums.yaml"
 WHOLE = ["--train.steps", "2", "--train.save_steps", "1", "--train.probe_prompts", "0", "--task.eval_n", "0"]
 
@@ -91,3 +93,18 @@ def test_two_ranks_of_smollm2(tmp_path):
     trained(*options, "--output_dir", tmp_path / "one")
     trained(*options, "--output_dir", tmp_path / "two", "--ranks", "2")
     assert_like_one_rank(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_ranks_with_shared_operators_have_no_difference(tree, tmp_path):
+    """rollout.bitwise: of both ranks' tokens, in every step."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+    tree["model"] = {"path": str(write_tiny_llama(tmp_path / "model", **sizes)), "dtype": BITWISE}
+    tree["lora"] = {"rank": 8, "alpha": 8, "mode": "views"}
+    tree["rollout"] |= {"engine": "vllm", "kv_cache_gib": 0.05, "bitwise": True, "importance": "none"}
+    tree["task"]["eval_n"] = 0
+    tree["train"] |= {"prompts_per_step": 4, "steps": 20, "probe_prompts": 0, "token_budget": 60}
+    trained(write_config(tree, tmp_path / "tiny.yaml"), "--output_dir", tmp_path / "run", "--ranks", "2")
+    steps = steps_of(tmp_path / "run")
+    names = ("engine_trainer_logprob_diff_max", "probe_logprob_diff", "importance_ratio_mean")
+    assert [tuple(step[name] for name in names) for step in steps] == [(0.0, 0.0, 1.0)] * 20
+    assert any(step["grad_norm"] > 0 for step in steps)

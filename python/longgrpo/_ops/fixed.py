@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,29 +14,57 @@ ACTIVATIONS = ("silu", "gelu_tanh")  # the order of Activation in csrc/cpu/gate.
 Activation = Literal["silu", "gelu_tanh"]
 
 
+_LIBRARY = torch.library.Library("longgrpo", "FRAGMENT")
+
+
+@torch.library.register_fake("longgrpo::fixed_linear", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, bias: Any) -> Any:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("longgrpo::fixed_attention", lib=_LIBRARY)
+def _(
+    query: Tensor, key: Any, value: Any, pages: Any, query_start: Any, length: Any, scale: Any, window: Any
+) -> Any:  # fmt: skip
+    return query.new_empty(query.shape)
+
+
+@torch.library.register_fake("longgrpo::fixed_gate", lib=_LIBRARY)
+def _(gate: Tensor, up: Any, activation: Any) -> Any:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("longgrpo::fixed_gate_backward", lib=_LIBRARY)
+def _(gate: Tensor, up: Any, grad: Any, activation: Any) -> Any:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
 def has_bf16() -> bool:
     """Whether this processor computes them in bfloat16 (AVX512-BF16)."""
     return bool(ops.fixed_bf16())
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias, [..., M] from x [..., K], W [M, K] and bias [M], float32 or bfloat16, K even. Differentiable in all
-    three; its backward is that of torch's linear."""
-    y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch's own
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, [N, M] from x [N, K], W [M, K] and bias [M], float32 or bfloat16, K even; without a gradient."""
+    y: Tensor = ops.fixed_linear(x, weight, bias)
     return y
 
 
-def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same without a gradient, of x [N, K]."""
-    y: Tensor = ops.fixed_linear(x, weight, bias)
+Rows = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, rows: Rows = linear_rows) -> Tensor:
+    """The same of x [..., K], differentiable in all three; its backward is that of torch's linear. `rows`: what
+    computes it."""
+    y: Tensor = _Linear.apply(x, weight, bias, rows)  # type: ignore[no-untyped-call]  # torch's own
     return y
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> Any:
         ctx.save_for_backward(x, weight)
-        y = linear_rows(x.reshape(-1, x.shape[-1]), weight, bias)
+        y = rows(x.reshape(-1, x.shape[-1]), weight, bias)
         # No view: LoRA adds into it.
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
 
@@ -43,12 +72,13 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         rows = dy.flatten(0, -2)
         return (
             dy @ weight if need_x else None,
             rows.t() @ x.flatten(0, -2) if need_weight else None,
             rows.sum(0) if need_bias else None,
+            None,
         )
 
 

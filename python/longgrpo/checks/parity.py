@@ -105,12 +105,17 @@ class Parity:
 @torch.no_grad()
 def parity(loop: Loop) -> Parity:
     """Compares the run's engine with its trainer, before training. An adapter's B, which is 0 then, gets small random
-    numbers and keeps them. Raises ConfigError if the engine is not vLLM: transformers' runs the trainer's operators."""
+    numbers and keeps them. Raises ConfigError if the engine is not vLLM (transformers' runs the trainer's operators),
+    and on a GPU without rollout.bitwise, where vLLM runs compiled graphs and no operators by themselves."""
     engine: Any = loop.collector.engine
     if engine.name != "vllm":
         raise ConfigError(
             f"parity compares vLLM with the trainer, and the engine is {engine.name}, which runs the trainer's own "
             "model: set rollout.engine: vllm"
+        )
+    if not vllm_private.is_cpu() and not loop.config.rollout.bitwise:
+        raise ConfigError(
+            "parity watches vLLM's operators, and on a GPU they run in compiled graphs: set rollout.bitwise: true"
         )
     _move_adapter(loop)
     engine_trace = EngineTrace(engine)
@@ -205,7 +210,7 @@ def difference(a: Tensor, b: Tensor) -> tuple[float, float, Tensor]:
     """The share of the numbers that differ, the largest difference in units of the largest number, and the rows that
     have one."""
     differs = (a != b) & ~(a.isnan() & b.isnan())
-    rows = differs.any(1).nonzero()[:, 0]
+    rows = differs.any(1).nonzero()[:, 0].cpu()
     if not len(rows):
         return 0.0, 0.0, rows
     apart = (a.double() - b.double()).abs().max().item()

@@ -19,7 +19,7 @@ from longgrpo.rollout import vllm_private
 class Seen(NamedTuple):
     """An operator at L positions of the sequence."""
 
-    positions: Tensor  # [L] int64, rising
+    positions: Tensor  # [L] int64, rising, on the host
     inputs: tuple[Tensor, ...]  # [L, ...] each
     output: Tensor  # [L, W]
 
@@ -64,7 +64,7 @@ class EngineTrace:
         turn: dict[int, int] = {}  # which of its names is next
 
         def begins(module: nn.Module, args: Any, kwargs: Any) -> None:
-            batch.update(tokens=kwargs["input_ids"].clone(), positions=kwargs["positions"].clone())
+            batch.update({name: kwargs[name].to("cpu", copy=True) for name in ("input_ids", "positions")})
             turn.clear()
 
         def runs(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -72,7 +72,7 @@ class EngineTrace:
             inputs_before[id(module)] = tuple(value.clone() for value in values if isinstance(value, Tensor))
 
         def ran(module: nn.Module, args: Any, output: Any) -> None:
-            places = torch.stack((batch["positions"], batch["tokens"]), 1)  # [T, 2]
+            places = torch.stack((batch["positions"], batch["input_ids"]), 1)  # [T, 2]
             which = turn.get(id(module), 0)
             turn[id(module)] = which + 1
             seen = Seen(places, inputs_before.pop(id(module)), rows_of(output).clone())
@@ -143,6 +143,8 @@ class TrainerTrace:
         rows: dict[str, dict[int, Tensor]] = {}
 
         def keep(name: str, part: int, tensor: Tensor) -> None:
+            if tensor.ndim == 4 and tensor.shape[1] != len(tokens):  # [1, heads, L, D]: Gemma's norm of queries
+                tensor = tensor.transpose(1, 2)
             rows.setdefault(name, {}).setdefault(part, tensor.detach().reshape(len(tokens), -1).clone())
 
         def kept(name: str, part: int) -> Callable[..., None]:
@@ -150,6 +152,9 @@ class TrainerTrace:
 
         def read_by(name: str) -> Callable[..., None]:
             return lambda module, args: keep(name, 0, args[0])
+
+        def looked_up(name: str) -> Callable[..., None]:
+            return lambda module, args: keep(name, 0, _rows_of_table(module, args[0]))
 
         handles = []
         for name in self.names:
@@ -160,6 +165,8 @@ class TrainerTrace:
             elif kind == "act_fn":
                 after = self.module(f"{name.rpartition('.')[0]}.down_proj")
                 handles.append(after.register_forward_pre_hook(read_by(name)))
+            elif kind == "embed_tokens":
+                handles.append(self.module(name).register_forward_pre_hook(looked_up(name)))
             elif kind != "rotary_emb":
                 for part, module in enumerate(self.parts(name)):
                     handles.append(module.register_forward_hook(kept(name, part)))
@@ -184,6 +191,8 @@ class TrainerTrace:
             return self._attention(self.module(owner), *inputs[:3])
         if kind == "act_fn":
             return self._gated(self.module(owner), inputs[0])
+        if kind == "embed_tokens":
+            return _rows_of_table(self.module(name), inputs[0])
         if kind == "rotary_emb":
             return self._rotated(self.module(owner), *inputs[:3])
         if len(inputs) == 2:  # a norm that adds the residual first
@@ -214,7 +223,7 @@ class TrainerTrace:
         attention: Any = AttentionInterface()[self.base.config._attn_implementation]
         length = len(query)
         heads = [x.view(1, length, -1, module.head_dim).transpose(1, 2) for x in (query, key, value)]
-        bounds = torch.tensor([0, length], dtype=torch.int32)
+        bounds = torch.tensor([0, length], dtype=torch.int32, device=query.device)
         out, _ = attention(
             module, *heads, None, scaling=module.scaling, cu_seq_lens_q=bounds, max_length_q=length, lengths=[length],
             own_lengths=[length],
@@ -229,6 +238,11 @@ class TrainerTrace:
         cos, sin = rotary(query, positions[None], **kinds)
         heads = [x.view(1, length, -1, module.head_dim).transpose(1, 2) for x in (query, key)]
         return rows_of(tuple(x.transpose(1, 2)[0] for x in rotate(*heads, cos, sin)))
+
+
+def _rows_of_table(embedding: Any, tokens: Tensor) -> Tensor:
+    """An embedding before it is scaled: Gemma's scales in itself, vLLM's model after it."""
+    return nn.functional.embedding(tokens, embedding.weight)
 
 
 def kind_of(name: str) -> str:

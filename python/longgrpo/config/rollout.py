@@ -32,7 +32,8 @@ class RolloutConfig:
     derived from `seed`, or from train.seed if it is not set."""
     bitwise: bool = False
     """Let vLLM and the trainer share their operators, so that both give a token the same logprob, bit for bit
-    (docs/bitwise.md). On a CPU, with float32 or bfloat16; importance has nothing to correct then."""
+    (docs/bitwise.md). On a CPU, with float32 or bfloat16; importance has nothing to correct then. On a GPU, with
+    bfloat16: all but the head is shared, and nothing is measured yet."""
     importance: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
     """How the ratio of the trainer's to the engine's probability enters a token's loss. The loss is multiplied by the
     ratio of the token or of its sequence (the exponential of the mean log ratio over its tokens). truncate limits the

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
+AddInPlace = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
-def use_lean_lora(model: Model, add: type[AddLora] | None = None) -> Model:
+def add_in_place(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y [T, out] += scale B (A x), for x [T, in], A [r, in] and B [out, r]. Returns A x [T, r]."""
+    down = x @ a.to(x.dtype).t()
+    y.addmm_(down, b.to(y.dtype).t(), alpha=scale)
+    return down
+
+
+def use_lean_lora(model: Model, add: AddInPlace = add_in_place) -> Model:
     """Switches PEFT's LoRA linears to this forward, in place. The adapter's matmuls run in x's dtype. `add`: another
     order of the sums.
 
@@ -26,16 +34,16 @@ def use_lean_lora(model: Model, add: type[AddLora] | None = None) -> Model:
 
     for module in model.modules():
         if isinstance(module, Linear):
-            module.forward = _Lean(module, add or AddLora)  # type: ignore[method-assign]
+            module.forward = _Lean(module, add)  # type: ignore[method-assign]
     return model
 
 
 class _Lean:
     """The forward of a LoRA linear."""
 
-    def __init__(self, layer: Any, add: type[AddLora]) -> None:
+    def __init__(self, layer: Any, add: AddInPlace) -> None:
         self.layer = layer
-        self.add: Callable[..., Tensor] = add.apply
+        self.add = add
         self.peft: Callable[..., Tensor] = type(layer).forward
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -50,16 +58,16 @@ class _Lean:
         if not isinstance(layer.lora_dropout[name], nn.Identity) or layer.lora_bias[name]:
             return self.peft(layer, x)
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # [r, in], [out, r]
-        return self.add(layer.base_layer(x), x, a, b, layer.scaling[name])
+        y: Tensor = AddLora.apply(layer.base_layer(x), x, a, b, layer.scaling[name], self.add)  # type: ignore[no-untyped-call]
+        return y
 
 
 class AddLora(torch.autograd.Function):
-    """(y, x, A, B, scale) -> y + scale B (A x), in place."""
+    """(y, x, A, B, scale, add) -> y + scale B (A x), in place."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        down = x.flatten(0, -2) @ a.to(x.dtype).t()  # [T, r]
-        y.view(-1, y.shape[-1]).addmm_(down, b.to(y.dtype).t(), alpha=scale)
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, add: AddInPlace) -> Tensor:
+        down = add(y.view(-1, y.shape[-1]), x.flatten(0, -2), a, b, scale)  # [T, r]
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, down, a, b)
         ctx.scale = scale
@@ -74,4 +82,4 @@ class AddLora(torch.autograd.Function):
         dx = (d_down @ a.to(dy.dtype)).view(x.shape) if ctx.needs_input_grad[1] else None
         da = (d_down.t() @ x.flatten(0, -2)).to(a.dtype)
         db = (dy.t() @ down).mul_(ctx.scale).to(b.dtype)
-        return grad, dx, da, db, None
+        return grad, dx, da, db, None, None

@@ -190,18 +190,15 @@ def _attention(
     if dropout or options.get("softcap") or options.get("s_aux") is not None:
         raise NotImplementedError(f"{type(module).__name__}: attention with dropout, a softcap or sinks")
     if attend := getattr(module, ATTENTION, None):
-        return attend(query, key, value, lengths, own_lengths, shared_rows, own_rows, scaling), None
-    if not _takes_varlen(query):
-        return attend_packed(query, key, value, lengths, shared_rows, own_rows, scaling), None
-    query, key, value = _behind_prefixes(query, key, value, shared_rows)
-    out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None]
-    return _own(out, own_rows), None
+        return attend(query, key, value, cu_seq_lens_q, lengths, own_lengths, shared_rows, own_rows, scaling), None
+    return attend_packed(query, key, value, cu_seq_lens_q, lengths, shared_rows, own_rows, scaling), None
 
 
 def attend_packed(
     query: Tensor,  # [1, heads, N, D]
     key: Tensor,  # [1, kv_heads, N, D]
     value: Tensor,
+    cu_seqlens: Tensor,
     lengths: Sequence[int],
     shared_rows: Tensor | None,
     own_rows: Tensor | None,
@@ -209,6 +206,8 @@ def attend_packed(
 ) -> Tensor:
     """[1, N, heads, D] of the sequences of a PackedBatch, by torch's attention."""
     query, key, value = _behind_prefixes(query, key, value, shared_rows)
+    if _takes_varlen(query):
+        return _own(_varlen(query, key, value, cu_seqlens, max(lengths), scale)[None], own_rows)
     return _own(_one_by_one(query, key, value, lengths, scale), own_rows)
 
 

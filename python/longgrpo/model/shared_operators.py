@@ -1,9 +1,10 @@
 """The operators that the trainer shares with its engine, so that both give a token the same bits (rollout.bitwise).
 
-Linears, LoRA, the gated activation and attention are longgrpo's own, with a fixed order of sums (longgrpo._ops.fixed).
-Norms and the rotation of queries and keys are transformers' formulas, whose sums are a row's own; the angles are a
-table, because torch's cosine depends on where in a tensor a number stands. The residual is added, and rounded, before a
-norm reads it, as transformers has it.
+Linears, LoRA, the gated activation and attention have a fixed order of sums: on the CPU they are longgrpo's own
+(longgrpo._ops.fixed), on a GPU vLLM's batch-invariant ones (longgrpo.rollout.vllm_invariant). Norms and the rotation of
+queries and keys are transformers' formulas, whose sums are a row's own; the angles are a table, because torch's cosine
+depends on where in a tensor a number stands. The residual is added, and rounded, before a norm reads it, as
+transformers has it.
 """
 
 from __future__ import annotations
@@ -11,19 +12,32 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from longgrpo._ops import fixed
 from longgrpo.model.head import base_model
-from longgrpo.model.lean_lora import AddLora, use_lean_lora
+from longgrpo.model.lean_lora import use_lean_lora
 from longgrpo.model.packed_attention import ATTENTION, attend_packed
 
 _KINDS: dict[str, fixed.Activation] = {
     "SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
 }  # fmt: skip
+
+
+class Operators(Protocol):
+    """Operators with a fixed order of sums, of one device: longgrpo._ops.fixed says what each computes."""
+
+    def linear_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+    def gated(self, gate: Tensor, up: Tensor, activation: fixed.Activation) -> Tensor: ...
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, query_start: Tensor, length: Tensor, *, scale: float,
+        pages: Tensor | None = None, window: int = 0,
+    ) -> Tensor: ...  # fmt: skip
 
 
 class SharedOperators:
@@ -32,10 +46,14 @@ class SharedOperators:
     Raises NotImplementedError, which names it, for a part of the model that cannot be shared.
     """
 
-    def __init__(self, model: Any, max_length: int) -> None:
+    def __init__(self, model: Any, max_length: int, operators: Operators = fixed) -> None:
         """max_length: positions of the angles' table."""
         self.base = base_model(model)
-        check_dtype(self.base.dtype)
+        self.operators = operators
+        # Whether every bit is known to be equal. On a GPU the head is not shared, and nothing has been measured.
+        self.exact = operators is fixed
+        if self.exact:
+            check_dtype(self.base.dtype)
         self.mlps = {n: m for n, m in self.base.named_modules() if n.rpartition(".")[2] == "mlp"}
         self.activations = {name: _activation(name, mlp) for name, mlp in self.mlps.items()}
         self.attentions: dict[str, Any] = {
@@ -65,9 +83,10 @@ class SharedOperators:
 
     def _table(self, kind: str | None, max_length: int) -> tuple[Tensor, Tensor]:
         """cos and sin [max_length, D] in the model's dtype."""
-        like = torch.empty(0, dtype=self.base.dtype)
+        like = torch.empty(0, dtype=self.base.dtype, device=self.base.device)
         options = {"layer_type": kind} if kind else {}
-        cos, sin = type(self.rotary).forward(self.rotary, like, torch.arange(max_length)[None], **options)
+        positions = torch.arange(max_length, device=self.base.device)[None]
+        cos, sin = type(self.rotary).forward(self.rotary, like, positions, **options)
         return cos[0], sin[0]
 
     def rotate(self, attention: str, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,15 +101,15 @@ class SharedOperators:
     def use_in(self, model: Any) -> None:
         """Makes `model`, PEFT or not, run them, in place. Its base is the model that they are of."""
         if model is not self.base:
-            use_lean_lora(model, add=AddLoraFixed)
+            use_lean_lora(model, add=functools.partial(_add_lora, self.operators))
         head = self.base.get_output_embeddings()
         for name, module in self.base.named_modules():
             if type(module) is nn.Linear and module is not head and "lora_" not in name:
-                module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
+                module.forward = functools.partial(_linear, self.operators, module)  # type: ignore[method-assign]
         for name, mlp in self.mlps.items():
-            mlp.forward = functools.partial(_mlp, mlp, self.activations[name])
+            mlp.forward = functools.partial(_mlp, self.operators, mlp, self.activations[name])
         for attention in self.attentions.values():
-            setattr(attention, ATTENTION, packed_attention)
+            setattr(attention, ATTENTION, functools.partial(packed_attention, self.operators))
         self.rotary.forward = self._rotary
 
     def _rotary(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
@@ -120,45 +139,40 @@ def _activation(name: str, mlp: Any) -> fixed.Activation:
     return kind
 
 
-def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    return fixed.linear(x, module.weight, module.bias)
+def _linear(operators: Operators, module: nn.Linear, x: Tensor) -> Tensor:
+    return fixed.linear(x, module.weight, module.bias, operators.linear_rows)
 
 
-def _mlp(mlp: Any, activation: fixed.Activation, x: Tensor) -> Tensor:
+def _mlp(operators: Operators, mlp: Any, activation: fixed.Activation, x: Tensor) -> Tensor:
     if hasattr(mlp, "gate_proj"):
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     else:
         gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
-    y: Tensor = mlp.down_proj(fixed.gated(gate, up, activation))
+    y: Tensor = mlp.down_proj(operators.gated(gate, up, activation))
     return y
 
 
 @torch.no_grad()
-def add_lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def add_lora_(operators: Operators, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """y [N, out] += B (A x), in place: x [N, in], A [r, in], B [out, r]; y may be columns of a wider tensor. Returns
     A x."""
-    down = fixed.linear_rows(x, a)
-    y.add_(fixed.linear_rows(down, b))
+    down = operators.linear_rows(x, a)
+    y.add_(operators.linear_rows(down, b))
     return down
 
 
-class AddLoraFixed(AddLora):
-    """Its backward is that of the lean LoRA."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        scaled = b if scale == 1 else b * scale  # as LoraSlots.publish has it
-        down = add_lora_(y.view(-1, y.shape[-1]), x.flatten(0, -2), a.to(x.dtype), scaled.to(x.dtype))
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x, down, a, b)
-        ctx.scale = scale
-        return y
+def _add_lora(operators: Operators, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """add_in_place in the shared order."""
+    scaled = b if scale == 1 else b * scale  # as LoraSlots.publish has it
+    return add_lora_(operators, y, x, a.to(x.dtype), scaled.to(x.dtype))
 
 
 def packed_attention(
+    operators: Operators,
     query: Tensor,  # [1, heads, N, D]
     key: Tensor,  # [1, kv_heads, N, D]
     value: Tensor,
+    cu_seqlens: Tensor,
     lengths: Sequence[int],
     own_lengths: Sequence[int],
     shared_rows: Tensor | None,
@@ -166,25 +180,28 @@ def packed_attention(
     scale: float | None,
 ) -> Tensor:
     """[1, N, heads, D]; see PackedBatch. Forward in the fixed order, backward through torch's attention."""
-    out: Tensor = _PackedAttention.apply(query, key, value, lengths, own_lengths, shared_rows, own_rows, scale)  # type: ignore[no-untyped-call]
+    out: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, cu_seqlens, lengths, own_lengths, shared_rows, own_rows, scale, operators
+    )
     return out
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], own_lengths: Sequence[int],
-        shared_rows: Tensor | None, own_rows: Tensor | None, scale: float | None,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, lengths: Sequence[int],
+        own_lengths: Sequence[int], shared_rows: Tensor | None, own_rows: Tensor | None, scale: float | None,
+        operators: Operators,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(query, key, value)
-        ctx.batch = lengths, shared_rows, own_rows, scale
+        ctx.batch = cu_seqlens, lengths, shared_rows, own_rows, scale
         if shared_rows is not None:
             key, value = key.index_select(2, shared_rows), value.index_select(2, shared_rows)
         rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, heads, D]
         starts = torch.tensor([0, *own_lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         length = torch.tensor(lengths, dtype=torch.int32)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return fixed.attention(*_alike(*rows), starts, length, scale=scale)[None]
+        return operators.attention(*_alike(*rows), starts, length, scale=scale)[None]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -192,7 +209,7 @@ class _PackedAttention(torch.autograd.Function):
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
             out = attend_packed(*inputs, *ctx.batch)
-        return (*torch.autograd.grad(out, inputs, dy), None, None, None, None, None)
+        return (*torch.autograd.grad(out, inputs, dy), *[None] * 7)
 
 
 def _alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

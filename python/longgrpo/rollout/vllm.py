@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Iterator, Sequence
@@ -10,14 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from longgrpo._ops import fixed
 from longgrpo.config.model import LoraConfig, ModelConfig
 from longgrpo.config.rollout import RolloutConfig
 from longgrpo.config.sampling import NEED_TOKENIZER, Sampling
 from longgrpo.model.head import base_model
 from longgrpo.model.load import architecture, check_weights, end_token_ids, model_on, resolve_model, vocabulary
 from longgrpo.model.lora import linear_names, outline
-from longgrpo.model.shared_operators import SharedOperators, check_dtype
-from longgrpo.rollout import vllm_cache, vllm_private, vllm_shared
+from longgrpo.model.shared_operators import Operators, SharedOperators, check_dtype
+from longgrpo.rollout import vllm_cache, vllm_invariant, vllm_private, vllm_shared
 from longgrpo.rollout.adapters import Adapter, LoraMerge, LoraSlots, Mode, choose_mode
 from longgrpo.rollout.protocol import Completion, Finished, Turns, batched_tokens, check_prompts, max_length
 from longgrpo.rollout.turns import Episodes
@@ -42,7 +44,7 @@ class VllmEngine:
         self._max_length = max_length(config, self.directory)
         self._end_tokens = end_token_ids(self.directory)
         check_weights(self.directory)
-        vllm = vllm_private.import_vllm()
+        vllm = vllm_private.import_vllm(invariant=config.bitwise)
         self._architecture = architecture(self.directory)
         vllm_private.check_implementation(self._architecture)
         # With it the engine reports what it sampled from. It bounds the mask by top_k, and the CPU's runner has none.
@@ -98,18 +100,20 @@ class VllmEngine:
 
     def _check_bitwise(self, model: ModelConfig) -> None:
         """Raises NotImplementedError for what cannot share its operators, before the engine is started."""
-        if not vllm_private.is_cpu():
-            raise NotImplementedError(
-                "rollout.bitwise is for the CPU; on a GPU VLLM_BATCH_INVARIANT=1 makes vLLM agree with itself, and "
-                "`longgrpo parity` says where it parts from the trainer"
-            )
-        check_dtype(getattr(torch, model.dtype))
-        SharedOperators(outline(self.directory), self._max_length)
+        if vllm_private.is_cpu():
+            check_dtype(getattr(torch, model.dtype))
+        else:
+            vllm_invariant.check_card(model.dtype)
+        SharedOperators(outline(self.directory), self._max_length, self._operators)
+
+    @property
+    def _operators(self) -> Operators:
+        return fixed if vllm_private.is_cpu() else vllm_invariant
 
     def _share_operators(self) -> SharedOperators:
-        operators = SharedOperators(self.model, self._max_length)
-        vllm_shared.share_operators(self.llm, operators)
-        return operators
+        shared = SharedOperators(self.model, self._max_length, self._operators)
+        vllm_shared.share_operators(self.llm, shared)
+        return shared
 
     def _some_tokens(self) -> list[int]:
         """A prompt that is the same whenever the engine is built: a resumed run has the scales that it had."""
@@ -163,6 +167,8 @@ class VllmEngine:
         else:
             # What the planner counts. The cache has its size: of the utilization vLLM only checks that as much is free.
             options |= dict(max_num_batched_tokens=batched_tokens(self._max_length), gpu_memory_utilization=0.01)
+            if config.bitwise:  # a compiled graph has operators of its own
+                options |= dict(enforce_eager=True, attention_backend="FLASH_ATTN", block_size=vllm_invariant.PAGE)
         return options
 
     def _lora_options(self, rank: int) -> dict[str, Any]:
@@ -182,8 +188,8 @@ class VllmEngine:
     def _enter(self, model: Any) -> Adapter:
         if self.lora_mode == "merge":
             return LoraMerge(model, self.directory)
-        own = {"add_slice": vllm_shared.add_slice} if self.shared else {}
-        self._adapter_request = vllm_private.activate_adapter(self.llm, **own)
+        add_slice = functools.partial(vllm_shared.add_slice, self.shared.operators) if self.shared else None
+        self._adapter_request = vllm_private.activate_adapter(self.llm, add_slice)
         return LoraSlots(model, vllm_private.lora_slots(self.llm), views=self.lora_mode == "views")
 
     def generate(

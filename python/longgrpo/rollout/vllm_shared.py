@@ -1,5 +1,5 @@
 """vLLM runs the operators that the trainer runs (rollout.bitwise): those of SharedOperators take the place of its own,
-module by module, in the engine that is given and in no other."""
+module by module, in the engine that is given and in no other. On a GPU its attention and its head stay its own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from longgrpo._ops import fixed
 from longgrpo._ops.library import ops
 from longgrpo.model.head import head_of
-from longgrpo.model.shared_operators import SharedOperators, add_lora_
-from longgrpo.rollout import vllm_private
+from longgrpo.model.shared_operators import Operators, SharedOperators, add_lora_
+from longgrpo.rollout import vllm_invariant, vllm_private
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 PAGE = 32  # tokens of a block of the cache, as VllmEngine has it on the CPU
 GREEDY = 1e-5  # vLLM samples greedily below this temperature
+NOT_SHARED = ("alibi_slopes", "logits_soft_cap", "sinks", "kv_sharing_target_layer_name")  # of an attention: None or 0
 
 
 def share_operators(llm: LLM, shared: SharedOperators) -> None:
@@ -27,7 +28,7 @@ def share_operators(llm: LLM, shared: SharedOperators) -> None:
     module = vllm_private.engine_module(llm)
     own = dict(shared.base.named_modules())
     operators: dict[str, Any] = dict(vllm_private.operators(module))
-    layers: list[Any] = list(module.modules())
+    cpu = vllm_private.is_cpu()
     for name, operator in operators.items():
         kind, (owner, _, leaf) = type(operator).__name__, name.rpartition(".")
         if kind.endswith("RMSNorm"):
@@ -35,15 +36,31 @@ def share_operators(llm: LLM, shared: SharedOperators) -> None:
         elif leaf == "rotary_emb":  # vLLM's is shared by all engines of a process
             setattr(module.get_submodule(owner), leaf, Rotation(shared, owner))
         elif kind == "Attention":
-            _share_attention(name, operator)
+            _check_attention(name, operator.impl)
+            (_share_attention if cpu else _check_invariant)(name, operator.impl)
         elif kind.endswith("AndMul") and owner in shared.activations:
-            operator._forward_method = functools.partial(_gate, shared.activations[owner])
+            operator._forward_method = functools.partial(_gate, shared.operators, shared.activations[owner])
         elif not ("Linear" in kind or kind.endswith("Embedding")):
             raise NotImplementedError(f"rollout.bitwise: the engine's {name} is a {kind}, which is not shared")
-    for layer in layers:
+    if cpu:
+        _share_linears(module)
+        _share_head(llm, shared.base)
+    else:
+        _share_parts(module)
+
+
+def _share_linears(module: Any) -> None:
+    for layer in module.modules():
         if vars(layer).get("cpu_linear") is vllm_private.plain_linear:
             layer.cpu_linear = fixed.linear_rows
-    _share_head(llm, shared.base)
+
+
+def _share_parts(module: Any) -> None:
+    """A GPU's linears: the size of a fused one may choose another order than those of the trainer's."""
+    for name, layer in module.named_modules():
+        parts = module.packed_modules_mapping.get(name.removesuffix(".base_layer").rpartition(".")[2], ())
+        if len(parts) > 1 and "quant_method" in vars(layer):  # a layer with LoRA has its base's
+            layer.quant_method = vllm_invariant.Parts(layer.quant_method, layer.output_sizes)
 
 
 def _norm(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Any:
@@ -53,9 +70,9 @@ def _norm(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Any:
     return norm(total), total
 
 
-def _gate(activation: fixed.Activation, x: Tensor) -> Tensor:
+def _gate(operators: Operators, activation: fixed.Activation, x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
-    return fixed.gated(gate, up, activation)
+    return operators.gated(gate, up, activation)
 
 
 class Rotation(nn.Module):
@@ -72,12 +89,24 @@ class Rotation(nn.Module):
         return query.flatten(1), key.flatten(1)
 
 
-def _share_attention(name: str, layer: Any) -> None:
-    impl = layer.impl
-    odd = [what for what in ("alibi_slopes", "logits_soft_cap", "sinks") if getattr(impl, what, None)]
-    odd += ["kv_sharing_target_layer_name"] if impl.kv_sharing_target_layer_name else []
-    if odd:
-        raise NotImplementedError(f"rollout.bitwise: the engine's {name} has {odd[0]}, which is not shared")
+def _check_attention(name: str, impl: Any) -> None:
+    for what in NOT_SHARED:
+        value = getattr(impl, what)
+        if isinstance(value, Tensor) or value:
+            raise NotImplementedError(f"rollout.bitwise: the engine's {name} has {what}, which is not shared")
+
+
+def _check_invariant(name: str, impl: Any) -> None:
+    """The trainer calls the kernel of vLLM's FLASH_ATTN."""
+    kind = type(impl).__name__
+    if kind != "FlashAttentionImpl" or not impl.batch_invariant_enabled:
+        raise NotImplementedError(
+            f"rollout.bitwise: the engine's {name} is a {kind}; the trainer shares vLLM's FLASH_ATTN in its "
+            "batch-invariant mode"
+        )
+
+
+def _share_attention(name: str, impl: Any) -> None:
     impl.do_kv_cache_update = _write_cache
     impl.forward = functools.partial(_attend, impl.scale, max(impl.sliding_window, 0))
 
@@ -123,9 +152,9 @@ def _attend(
     return output
 
 
-def add_slice(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+def add_slice(operators: Operators, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     """A slice of vLLM's add_lora_linear in the trainer's order. The scale is in B already."""
-    add_lora_(y, x, a, b)
+    add_lora_(operators, y, x, a, b)
 
 
 def _share_head(llm: LLM, model: Any) -> None:
