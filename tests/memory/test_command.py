@@ -20,6 +20,7 @@ RECIPES = {
     "phi-4-16k-80gb": "h100-80",
     "qwen2.5-1.5b-5gb": "5",
     "qwen3-8b-128k-80gb": "h100-80",
+    "qwen3-8b-512k-80gb": "h100-80",
 }
 
 
@@ -164,6 +165,9 @@ def test_targets():
     device, host = peak("qwen3-8b-128k-80gb")
     assert device < 80e9
     assert host == pytest.approx(36 * 131072 * 4096 * 2, rel=0.1)
+    device, host = peak("qwen3-8b-512k-80gb")
+    assert device < 60 * GIB
+    assert host == pytest.approx(36 * 524288 * 4096 * 2, rel=0.1)
     small = Forecast(load_config(EXAMPLES / "qwen2.5-1.5b-5gb.yaml"), "5").plan
     assert small.device_bytes <= 5 * GIB
 
