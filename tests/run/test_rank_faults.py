@@ -88,7 +88,7 @@ def test_a_rank_that_hangs_is_named(config, run, tmp_path):
     assert f"the last checkpoint is step-000002; go on with: longgrpo train --resume {run}" in first.said
 
 
-@pytest.mark.parametrize("function", ["dies_in_the_reward", "dies_in_the_backward", "dies_in_the_save"])
+@pytest.mark.parametrize("function", ["dies_slowly", "dies_in_the_reward", "dies_in_the_backward", "dies_in_the_save"])
 @pytest.mark.parametrize("victim", ["0", "1"])
 def test_a_rank_that_dies_is_named_and_the_run_goes_on_from_its_checkpoint(config, run, tmp_path, function, victim):
     if function == "dies_in_the_save" and victim == "1":

@@ -1,7 +1,9 @@
 """Reward functions, and a sampler, that are not alike on all ranks."""
 
+import contextlib
 import os
 import signal
+import socket
 import time
 
 from longgrpo.tasks.data import Shuffled
@@ -53,6 +55,16 @@ def _die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _die_slowly():
+    """As one that has much memory to give back."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as one:
+            one.getpeername()  # which a listening one has not; gloo aborts without that
+            one.shutdown(socket.SHUT_RDWR)
+    time.sleep(1)
+    _die()
+
+
 def breaks_the_backward(completions, trainer_state, **columns):
     from longgrpo.train import loop
 
@@ -76,6 +88,12 @@ def dies_in_the_backward(completions, trainer_state, **columns):
 
     if _victim(trainer_state):
         _at(loop, "_accumulate", _die)
+    return digits(completions)
+
+
+def dies_slowly(completions, trainer_state, **columns):
+    if _victim(trainer_state):
+        _die_slowly()
     return digits(completions)
 
 

@@ -64,9 +64,9 @@ def config_file(tree, tmp_path):
 
 
 def test_offload_changes_no_bit(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "OffloadEngine", functools.partial(OffloadEngine, min_bytes=0, keep_last=0))
+    monkeypatch.setattr(building, "OffloadEngine", functools.partial(OffloadEngine, min_bytes=0))
     trainer(tree, tmp_path / "plain").run()
-    trainer(tree | {"memory": {"offload": True}}, tmp_path / "offload").run()
+    trainer(tree | {"memory": {"offload": True, "inputs_on_device": 1}}, tmp_path / "offload").run()
     assert same(final_state(tmp_path / "plain"), final_state(tmp_path / "offload"))
     steps = [m for m in records(tmp_path / "offload" / "metrics.jsonl") if m["step"] > 0]
     moved = [m for m in steps if m["grad_norm"] > 0]

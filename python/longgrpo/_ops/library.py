@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from importlib.resources import files
 from typing import Any
 
@@ -39,8 +38,9 @@ class _Ops:
 
     def __getattr__(self, name: str) -> Any:
         op = getattr(torch.ops.longgrpo, name)
+        if torch.compiler.is_compiling():  # a graph is traced over the operator itself
+            return op
 
-        @functools.wraps(op)
         def call(*arguments: Any, **options: Any) -> Any:
             try:
                 return op(*arguments, **options)

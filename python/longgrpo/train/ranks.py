@@ -27,6 +27,7 @@ from longgrpo.errors import ConfigError, TrainingError, UserError
 from longgrpo.memory.ranks import Layout
 
 T = TypeVar("T")
+_ENDING = 5.0  # seconds: a killed process closes its connections, which the others notice, some time before it has ended
 
 
 class RankError(TrainingError):
@@ -275,7 +276,7 @@ class Group(Ranks):
         try:
             at = [int(self._store.get(f"at/{rank}")) for rank in range(self.world)]
             behind = [rank for rank, count in enumerate(at) if count < self._count]
-            missing = [rank for rank in behind or range(self.world) if self._is_dead(rank)]
+            missing = self._ended(behind or list(range(self.world)), _ENDING if seconds < self._timeout else 0.0)
         except RuntimeError:
             missing, behind = [0], []
         if missing:
@@ -290,6 +291,13 @@ class Group(Ranks):
         error = RankLost(text)
         error.missing = missing or behind
         return error
+
+    def _ended(self, ranks: list[int], wait: float) -> list[int]:
+        """Those whose processes have ended."""
+        until = time.monotonic() + wait
+        while not (ended := [rank for rank in ranks if self._is_dead(rank)]) and time.monotonic() < until:
+            time.sleep(0.05)
+        return ended
 
     def _is_dead(self, rank: int) -> bool:
         """Whether the process of a rank on this machine has ended; one elsewhere cannot be seen."""

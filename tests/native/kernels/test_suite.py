@@ -32,8 +32,9 @@ def test_as_the_rule_tiles():
 
 
 def test_scoring_on_the_tensor_cores():
+    # The kernel adds a logit's products in its own order, so its bits are not those of the GEMM that training takes.
     run_suite("--simulated-score", "--simulated-schedule", "shuffled", "--simulated-examples", "15",
-              suites=["tests/loss/test_linear.py"])  # fmt: skip
+              suites=["tests/loss/test_linear.py"], left_out=f"{LEFT_OUT} and not give_the_same_bits")  # fmt: skip
 
 
 @pytest.mark.long
