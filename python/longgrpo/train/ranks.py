@@ -27,7 +27,7 @@ from longgrpo.errors import ConfigError, TrainingError, UserError
 from longgrpo.memory.ranks import Layout
 
 T = TypeVar("T")
-_ENDING = 5.0  # seconds: a killed process closes its connections, which the others notice, some time before it has ended
+_ENDING = 5.0  # seconds: a killed process closes its connections, which others notice, some time before it has ended
 
 
 class RankError(TrainingError):
