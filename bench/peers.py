@@ -5,7 +5,8 @@ median of the ratios within a round, with its quartiles, and a target is met onl
 meets it. The floor is the bare GEMMs on the rows that matter: forward on the tokens of the mask, backward on those
 with an advantage. Memory is measured in a fresh process for each figure, beyond the inputs and with the gradients. The
 error is that of dL/dhidden (of logp when scoring) on a few rows against float64. A peer that is absent or fails is a
-row that says so.
+row that says so. Shapes that nobody chose come after the listed ones: drawn with a seed, ours beside the floor, and the
+worst at the end.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -23,12 +25,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from statistics import median, quantiles
 
 import torch
 from programs import (
     ALL,
     DTYPES,
+    FUSED,
     GROWTH,
     Case,
     Inputs,
@@ -47,6 +51,7 @@ import memory
 
 SHAPES = ((4, 128, 576, 32768), (8, 512, 576, 49152), (4, 1024, 2048, 128256), (2, 2048, 1536, 151936))  # B, T, H, V
 QUICK_SHAPE = (2, 16, 64, 512)
+PADDING = 0.375
 LARGE_VOCABULARY, FEW_TOKENS = 100_000, 256  # heads that get few tokens unless --full
 TOO_SLOW = 12  # times the floor (of 0.1 s at least): such a program would take most of the time of a run
 MODES = ("frozen", "trainable", "scoring")
@@ -112,7 +117,9 @@ def relative_error(x: Inputs, result: Tensor, exact: tuple[Tensor, Tensor]) -> f
     return float((got - expected).norm() / expected.norm())
 
 
-def measure(case: Case, rounds: int, seconds: float, with_memory: bool) -> Iterator[dict]:
+def measure(
+    case: Case, rounds: int, seconds: float, with_memory: bool, among: Callable[[Case], dict] = programs
+) -> Iterator[dict]:
     """One record a program: the floors first."""
     x, calls, broken, errors = make_inputs(case), {}, {}, {}
     exact = exact_rows(x)
@@ -120,7 +127,7 @@ def measure(case: Case, rounds: int, seconds: float, with_memory: bool) -> Itera
     for gemms in floors.values():
         gemms()
     floor = _seconds(floors[f"GEMMs {case.dtype}"])
-    for name, program in programs(case).items():
+    for name, program in among(case).items():
         try:
             errors[name] = relative_error(x, run(program, x)[0], exact)  # and warm-up
             call = functools.partial(run, program, x)
@@ -184,7 +191,7 @@ TARGETS = {
 
 
 def target_key(case: Case) -> tuple[str, bool, bool]:
-    return case.mode, case.padded, case.half_zero
+    return case.mode, bool(case.padding), case.half_zero
 
 
 def check_targets(case: Case, records: list[dict]) -> Iterator[Target]:
@@ -206,6 +213,59 @@ def check_targets(case: Case, records: list[dict]) -> Iterator[Target]:
         yield Target(f"times faster than {rival}", Spread.of(ratios), speedup, at_most=False)
 
 
+# ---- shapes that nobody chose ----
+
+DRAWN = {"frozen": 1.10, "trainable": 1.2}  # the limit of each, in floors
+MOST = 1 << 29  # elements of the head, or of the logits; the products are bounded so that a round takes seconds
+MOST_PRODUCTS = 1 << 36
+
+
+def draw_shape(random: Random) -> tuple[int, int, int, int]:
+    """B, T, H, V: each size evenly on a logarithmic scale, H and V of any remainder."""
+
+    def size(low: int, high: int) -> int:
+        return round(math.exp(random.uniform(math.log(low), math.log(high))))
+
+    while True:
+        batch, rows, hidden, vocabulary = size(1, 16), size(16, 8192), size(256, 4096), size(5000, 262_144)
+        length = max(rows // batch, 1)
+        products = batch * length * hidden * vocabulary
+        if max(hidden, batch * length) * vocabulary <= MOST and products <= MOST_PRODUCTS:
+            return batch, length, hidden, vocabulary
+
+
+def drawn_cases(count: int, args: argparse.Namespace) -> Iterator[Case]:
+    random = Random(0)
+    for _ in range(count):
+        shape, padding, half_zero = draw_shape(random), random.uniform(0, 0.7), random.random() < 0.25
+        for mode, dtype in itertools.product(DRAWN, DTYPES):
+            if args.dtype in (None, dtype) and args.mode in (None, mode):
+                yield Case(shape, dtype, mode, padding, half_zero and shape[0] > 1, args.device)
+
+
+def measure_drawn(count: int, args: argparse.Namespace) -> Iterator[tuple[Case, list[float]]]:
+    """Times of linear_grpo_loss in floors of the case's own dtype."""
+    for case in drawn_cases(count, args):
+        records = {r["program"]: r for r in measure(case, args.rounds, args.seconds, False, lambda _: FUSED)}
+        (name,) = FUSED
+        if records[name]["failed"]:
+            raise RuntimeError(f"{case}: {records[name]['failed']}")
+        yield case, records[name]["over_own"]
+
+
+def print_worst(measured: list[tuple[Case, list[float]]]) -> None:
+    for mode, dtype in itertools.product(DRAWN, DTYPES):
+        those = [(Spread.of(ratios), case) for case, ratios in measured if (case.mode, case.dtype) == (mode, dtype)]
+        if not those:
+            continue
+        value, case = max(those, key=lambda one: one[0].median)
+        within = sum(spread.median <= DRAWN[mode] for spread, _ in those)
+        middle = median(spread.median for spread, _ in those)
+        print(
+            f"{mode} {dtype}: {within} of {len(those)} within {DRAWN[mode]}, median {middle:.2f}, worst {value} {case}"
+        )
+
+
 # ---- command line ----
 
 
@@ -217,7 +277,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         short = (4, FEW_TOKENS // 4, *shape[2:])
         used = short if shape[3] > LARGE_VOCABULARY and args.device == "cpu" and not args.full else shape
         for mode, padding, half_zero in itertools.product(MODES, (False, True), (False, True)):
-            case = Case(used, dtype, mode, padding, half_zero, args.device)
+            case = Case(used, dtype, mode, PADDING * padding, half_zero, args.device)
             known = mode == "scoring" and half_zero  # scoring knows no advantage
             wanted = target_key(case) in TARGETS or (not args.targets and (args.full or shape == SHAPES[0]))
             if args.mode in (None, mode) and wanted and not known:
@@ -280,6 +340,8 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--mode", choices=MODES)
+    parser.add_argument("--drawn", type=int, default=40, help="so many drawn shapes after the listed ones")
+    parser.add_argument("--only-drawn", action="store_true", help="none of the listed shapes")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=60, help="a case starts no round after this, beyond 3 rounds")
     parser.add_argument("--no-memory", action="store_true", help="skip the fresh processes")
@@ -300,7 +362,7 @@ def main() -> None:
     where = (f"{k} {about[k]}" for k in ("gpu", "cpu", "threads", "machine", "commit") if about[k])
     print(", ".join(where), about["versions"], sep="\n")
     verdicts = []
-    for case in cases(args):
+    for case in () if args.only_drawn else cases(args):
         with_memory = not args.no_memory and target_key(case) in TARGETS
         records = list(measure(case, 2 if args.quick else args.rounds, args.seconds, with_memory))
         print_records(case, records)
@@ -310,13 +372,19 @@ def main() -> None:
             print(target)
         for record in records:
             save("result", record)
-    if not args.no_memory:
+    if not (args.no_memory or args.only_drawn):
         lengths = [1 << 10, 1 << 12] if args.quick else [1 << 10, 1 << 13, 1 << 16, 1 << 18]
         print("\nlinear_grpo_loss, H = 64, V = 4096, workspace 16 MiB: MiB beyond the inputs and dhidden")
         for record in memory_growth(lengths, args.device):
             print(f"{record['tokens']:8} tokens {record['less_dhidden'] / 2**20:8.1f}")
             save("memory", record)
     print("\nTargets", *verdicts, sep="\n")
+    drawn = []
+    for case, ratios in measure_drawn(1 if args.quick else args.drawn, args):
+        drawn.append((case, ratios))
+        save("drawn", {"case": asdict(case), "over_own": ratios})
+        print(f"{Spread.of(ratios)!s:>19}  {case}", flush=True)
+    print_worst(drawn)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 import longgrpo
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PADDING, TEMPERATURE, CLIP, BETA = 0.375, 0.9, 0.2, 0.04
+TEMPERATURE, CLIP, BETA = 0.9, 0.2, 0.04
 
 
 # ---- cases and inputs ----
@@ -32,12 +32,12 @@ class Case:
     shape: tuple[int, int, int, int]  # B, T, H, V
     dtype: str
     mode: str  # "frozen", "trainable" or "scoring"
-    padded: bool = False
+    padding: float = 0.0  # share of the batch: lengths rise evenly from T (1 - 2 padding) to T
     half_zero: bool = False  # half the sequences have advantage 0, and beta is 0
     device: str = "cpu"
 
     def __str__(self) -> str:
-        padding, zero = f", {PADDING:.0%} padding" * self.padded, ", half of A = 0" * self.half_zero
+        padding, zero = f", {self.padding:.0%} padding" * bool(self.padding), ", half of A = 0" * self.half_zero
         return f"{self.mode} {self.dtype} {tuple(self.shape)}{padding}{zero}"
 
     @property
@@ -73,9 +73,9 @@ def make_inputs(case: Case) -> Inputs:
     h = randn(batch, length, hidden).to(dtype)
     w = torch.empty(vocabulary, hidden, dtype=dtype, device=case.device).normal_(0, 3 / hidden**0.5, generator=g)
     ids = torch.randint(vocabulary, (batch, length), generator=g, device=case.device)
-    # lengths rise from a quarter of T to T: a mean of 5/8
-    lengths = torch.linspace(0.25, 1, batch).mul(length).long() if case.padded else torch.full((batch,), length)
-    lengths = lengths.to(case.device)
+    shortest, mean = max(1 - 2 * case.padding, 0.05), 1 - case.padding
+    lengths = torch.linspace(shortest, 2 * mean - shortest, batch).clamp(max=1).mul(length).long()
+    lengths = lengths.clamp(min=1).to(case.device)
     advantages = randn(batch)
     if case.half_zero:  # a long one and a short one, so that it is half the tokens too
         order = [i // 2 if i % 2 == 0 else batch - 1 - i // 2 for i in range(batch)]
@@ -246,7 +246,8 @@ GPU_PEERS = {"Liger Triton": liger_triton, "verl Triton": verl_triton, "CCE": cu
 NO_SCORING = (liger, liger_triton)  # these give the loss alone
 # What a reader who packs by hand may want to know: no bound on memory, so no peer.
 BASELINES = {"naive packed": naive_packed}
-LOSS_OURS = {"linear_logprob + grpo_loss": linear_logprob_grpo_loss, "linear_grpo_loss": linear_grpo_loss}
+FUSED = {"linear_grpo_loss": linear_grpo_loss}
+LOSS_OURS = {"linear_logprob + grpo_loss": linear_logprob_grpo_loss, **FUSED}
 SCORING_OURS = {"linear_logprob": linear_logprob}
 GROWTH = {"linear_grpo_loss, 16 MiB": functools.partial(linear_grpo_loss, workspace=16 << 20)}
 ALL = PEERS | GPU_PEERS | BASELINES | LOSS_OURS | SCORING_OURS | GROWTH
