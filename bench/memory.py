@@ -14,11 +14,17 @@ import torch
 FRESH_HEAP = {"MALLOC_MMAP_MAX_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Bytes of a field of this process's /proc/self/status, such as VmRSS, or VmHWM since the last reset_peak()."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) << 10
     raise OSError(f"/proc/self/status has no {field}")
+
+
+def reset_peak() -> None:
+    # getrusage's ru_maxrss will not do: it starts at the parent's peak and cannot be reset.
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_extra(call: Callable[[], object]) -> int:
@@ -29,11 +35,10 @@ def peak_extra(call: Callable[[], object]) -> int:
         used = torch.cuda.memory_allocated()
         result = call()
         return torch.cuda.max_memory_allocated() - used
-    # getrusage's ru_maxrss will not do: it starts at the parent's peak and cannot be reset.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    reset_peak()
+    before = status("VmRSS")
     result = call()
-    extra = _status("VmHWM") - before
+    extra = status("VmHWM") - before
     del result
     return extra
 

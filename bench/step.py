@@ -19,22 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from synthetic import random_state, run_config
 
 from longgrpo.checks.counted import NOT_TRAINERS, longest_rollout, rows_of
-from longgrpo.config.run import TrainConfig, build_config
 from longgrpo.memory.cards import GIB
-from longgrpo.memory.dryrun import MetaEngine
 from longgrpo.memory.internal import Internal, Target
 from longgrpo.memory.live import LiveStorages
 from longgrpo.memory.plan import plan_memory
 from longgrpo.memory.shape import model_shape
-from longgrpo.offload import OffloadEngine
 from longgrpo.train.loop import loss_and_backward, optimizer_step
 from longgrpo.train.losses import PolicyLoss
-from longgrpo.train.state import TrainState, make_state
+from longgrpo.train.state import TrainState
 from longgrpo.train.update import plan_updates
 
-SHAPE = Path(__file__).parents[1] / "examples/models/llama-3.1-8b"
+SHAPE = Path(__file__).parents[1] / "examples/models/llama-3.1-8b/config.json"
 MODES = {
     "offload and tiles": {"offload": True, "tiled_mlp": True, "tile_rows": 2048},
     "checkpointing and tiles": {"checkpoint": True, "tiled_mlp": True, "tile_rows": 2048},
@@ -68,7 +66,8 @@ def measure(
     device: torch.device, kind: str | None, name: str, memory: dict[str, Any], sequences: int, tokens: int, layers: int
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
-        config = run_config(Path(directory), kind, memory, sequences, tokens, layers)
+        layered = json.loads(SHAPE.read_text()) | {"num_hidden_layers": layers}
+        config = run_config(Path(directory), layered, tokens, memory, {"dtype": "bfloat16", "quantization": kind})
         shape = model_shape(config.model.path)
         rollout = longest_rollout(config, shape.context)
         on_gpu = device.type == "cuda"
@@ -146,44 +145,6 @@ class DryClock(Clock):
 
     def peak(self) -> int:
         return self.live.peak
-
-
-def run_config(
-    directory: Path, kind: str | None, memory: dict[str, Any], sequences: int, tokens: int, layers: int
-) -> TrainConfig:
-    shape = json.loads((SHAPE / "config.json").read_text()) | {"num_hidden_layers": layers}
-    (directory / "config.json").write_text(json.dumps(shape))
-    return build_config(
-        {
-            "model": {"path": str(directory), "dtype": "bfloat16", "quantization": kind},
-            "lora": {"rank": 32, "alpha": 32},
-            "task": {"name": "chain_sum"},
-            "rewards": [{"function": "score_answer"}],
-            "rollout": {
-                "engine": "transformers", "num_generations": 8, "max_completion_length": tokens - tokens // 10,
-                "max_model_len": tokens,
-            },
-            "train": {"prompts_per_step": 1, "token_budget": tokens},
-            "memory": memory,
-        }
-    )  # fmt: skip
-
-
-def random_state(config: TrainConfig, device: torch.device) -> TrainState:
-    """The model in training, its weights small random numbers; without storage on `meta`."""
-    engine: Any = MetaEngine(Path(config.model.path), torch.bfloat16, config.model.quantization)
-    if device.type == "meta":
-        counting = OffloadEngine(backend="count", host_bytes=1 << 44) if config.memory.offload else None
-        return make_state(config, engine, counting)
-    engine.model.to_empty(device="cuda")
-    for parameter in engine.model.parameters():
-        if parameter.is_floating_point():
-            torch.nn.init.normal_(parameter, std=0.02)
-        else:
-            parameter.data.random_(0, 255)
-    rotary = engine.model.model.rotary_emb
-    engine.model.model.rotary_emb = type(rotary)(config=engine.model.config).to("cuda")
-    return make_state(config, engine, OffloadEngine() if config.memory.offload else None)
 
 
 if __name__ == "__main__":
