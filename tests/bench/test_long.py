@@ -12,7 +12,7 @@ from testing import ROOT
 
 def test_a_row_is_measured_once_and_the_plan_stands_beside_it(tmp_path):
     file = tmp_path / "rows.jsonl"
-    command = [sys.executable, ROOT / "bench/long.py", "--tokens", "256", "--program", "everything", "--json", file]
+    command = [sys.executable, ROOT / "bench/long.py", "--tokens", "512", "--program", "everything", "--json", file]
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     (row,) = [json.loads(line) for line in file.read_text().splitlines()]
     assert "failed" not in row, row
