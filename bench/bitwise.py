@@ -44,7 +44,7 @@ def row(setting: str, directory: Path) -> dict[str, str]:
 def write_page(page: Path, runs: Sequence[tuple[str, Path]]) -> None:
     rows = [row(setting, run) for setting, run in runs]
     table = [list(rows[0]), ["---"] * len(rows[0]), *(list(one.values()) for one in rows)]
-    splice(page, [*(f"| {' | '.join(cells)} |" for cells in table), ""])
+    splice(page, [f"| {' | '.join(cells)} |" for cells in table])
 
 
 def main() -> None:

@@ -64,4 +64,4 @@ def splice(page: Path, lines: Sequence[str]) -> None:
     """Replaces what lies between the page's markers."""
     before, begin, rest = page.read_text().partition("<!-- results -->\n")
     _, end, after = rest.partition("<!-- end of results -->")
-    page.write_text("".join([before, begin, "\n", "\n".join(lines), end, after]))
+    page.write_text("".join([before, begin, "\n", "\n".join(lines).strip(), "\n\n", end, after]))

@@ -69,7 +69,7 @@ def write_page(page: Path, runs: Sequence[Path]) -> None:
     draw(panels, {"": {name: [one[name] for one in curves] for name in panels}}, image)
     rows = [row(run) for run in runs]
     table = [list(rows[0]), ["---"] * len(rows[0]), *(list(one.values()) for one in rows)]
-    splice(page, [*(f"| {' | '.join(cells)} |" for cells in table), "", f"![curves over the seeds]({image.name})", ""])
+    splice(page, [*(f"| {' | '.join(cells)} |" for cells in table), "", f"![curves over the seeds]({image.name})"])
 
 
 def main() -> None:
