@@ -239,7 +239,7 @@ def write_page(results: list[dict[str, Any]]) -> None:
         lines.append(f"| {NAMES[model]} | {dtype} | {program} | {within} |")
     image = PAGE.with_name("long-context.svg")
     draw(curves, image)
-    splice(PAGE, [*lines, "", f"![peak memory by sequence length]({image.name})", ""])
+    splice(PAGE, [*lines, "", f"![peak memory by sequence length]({image.name})"])
 
 
 def order(result: dict[str, Any]) -> tuple[Any, ...]:
