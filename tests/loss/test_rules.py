@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from longgrpo import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_logprob
+from longgrpo.loss import reference
+from longgrpo.loss.tokens import LossTokens
 from longgrpo.loss.types import KL_ESTIMATORS, LOSS_TYPES
 from testing.cases import make_batch, make_head, relative_error
 
@@ -121,14 +123,19 @@ def test_on_policy_ratio_is_exactly_one():
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("where", ["logp", "advantage"])
 def test_nan_of_a_token_in_the_loss_is_not_swallowed(loss_type, where):
-    """A gradient of 0 for a NaN would train on as if nothing had happened."""
+    """A gradient of 0 for a NaN would train on as if nothing had happened; a type without a ratio has its own."""
     logp, advantages = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([1.0, -1.0, 1.0])
     (logp if where == "logp" else advantages)[1] = float("nan")
     logp.requires_grad_()
-    loss = grpo_loss(logp, advantages, cu_seqlens=torch.tensor([0, 3]), old_logp=torch.tensor([-1.0, -2.0, -3.0]),
-                     config=a_config(loss_type, beta=0.0)).loss  # fmt: skip
+    given = {"cu_seqlens": torch.tensor([0, 3]), "old_logp": torch.tensor([-1.0, -2.0, -3.0])}
+    config = a_config(loss_type, beta=0.0)
+    loss = grpo_loss(logp, advantages, **given, config=config).loss
     assert math.isnan(float(loss.detach()))
-    assert bool(torch.autograd.grad(loss, logp)[0].isnan().any())
+    (gradient,) = torch.autograd.grad(loss, logp)
+    tokens = LossTokens(advantages, mask=torch.ones(3, dtype=torch.bool), **given)
+    (expected,) = torch.autograd.grad(reference.grpo_loss(logp, tokens, config=config), logp)
+    assert gradient[1] != 0  # a NaN is not 0 either
+    assert torch.equal(gradient.isnan(), expected.isnan())
 
 
 @pytest.mark.parametrize("tokens", [70_000, 1_000_000])
