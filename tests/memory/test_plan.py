@@ -79,7 +79,7 @@ def test_every_family(model, name):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("name", ["qwen3-8b-128k", "qwen2.5-1.5b"])
+@pytest.mark.parametrize("name", ["qwen3-8b-128k", "qwen2.5-1.5b", "phi-4"])
 def test_attention_by_groups_of_heads(model, name, lora):
     memory = BOTH | {"tile_rows": 2048, "attention_heads": 1, "inputs_on_device": 1}
     config = run_config(model(name, LAYERS), 8192, lora=lora, memory=memory)
@@ -99,9 +99,11 @@ def test_attention_by_groups_needs_less(model):
 
 
 def test_attention_by_groups_is_refused_where_heads_do_not_come_apart(model):
-    config = run_config(model("phi-4", 2), 4096, memory={"checkpoint": True, "attention_heads": 1})
-    with pytest.raises(ValueError, match="a phi3 model"):
-        planned(config, H100)
+    config = run_config(model("qwen3-8b-128k", 2), 4096, memory={"checkpoint": True, "attention_heads": 1})
+    shape = replace(model_shape(config.model.path), kind="olmo2")
+    rows = rows_of(config, longest_rollout(config, shape.context))
+    with pytest.raises(ValueError, match="the architecture 'olmo2'"):
+        plan_memory(config, shape, rows, H100)
 
 
 @pytest.mark.parametrize("lora", [True, False])

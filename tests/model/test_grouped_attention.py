@@ -18,6 +18,8 @@ from longgrpo.model.tiled_mlp import tile_mlp, tile_norms
 from longgrpo.offload import OffloadEngine
 from testing.models import random_model, trainable_parameters
 
+PAD = {"pad_token_id": 0}  # Phi-3's own is beyond this vocabulary
+
 
 def batch_of(groups):
     """Of each group a prefix and the sequences that go on from it, by their lengths."""
@@ -64,7 +66,7 @@ def agree(got, want, tolerance):
 )
 @settings(max_examples=8, deadline=None)
 def test_gradients_are_those_of_the_whole(family, heads, group, rows, groups, lora):
-    sizes = {"hidden_size": 60, "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    sizes = PAD | {"hidden_size": 60, "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     model, batch = prepared(random_model(family, **sizes).double(), lora), batch_of(groups)
     want = run(model, batch)
     agree(run(group_attention(model, group, rows), batch), want, 1e-6)  # rotation and norms are fp32
@@ -74,7 +76,7 @@ def test_gradients_are_those_of_the_whole(family, heads, group, rows, groups, lo
 @pytest.mark.parametrize("lora", [True, False])
 def test_all_switches_on_equal_none(family, lora):
     """In fp32, within its rounding."""
-    model, batch = prepared(random_model(family), lora), batch_of([(19, [7, 11]), (30, [])])
+    model, batch = prepared(random_model(family, **PAD), lora), batch_of([(19, [7, 11]), (30, [])])
     want = run(model, batch)
     with OffloadEngine(min_bytes=0, backend="count") as offload:
         tile_norms(tile_mlp(model, 7), 7)
@@ -83,9 +85,9 @@ def test_all_switches_on_equal_none(family, lora):
         agree(run(model, batch), want, 1e-4)
 
 
-@pytest.mark.parametrize("family", ["phi3", "olmo2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["olmo2", "gemma3_text"])
 def test_other_families_are_refused_by_name(family):
-    with pytest.raises(ValueError, match=f"a {family} model"):
+    with pytest.raises(ValueError, match=f"the architecture '{family}'"):
         check_family(family)
 
 

@@ -24,17 +24,17 @@ from longgrpo.model.tiled_mlp import autocast_of, tiled_gradients
 
 Model = TypeVar("Model", bound=nn.Module)
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
-"""Those whose attention has projections of its own for q, k and v, and nothing that mixes heads before o_proj."""
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma")
+"""Those whose attention has nothing that mixes heads between the projections of q, k and v and o_proj."""
+FUSED, APART = ("qkv_proj",), ("q_proj", "k_proj", "v_proj")
 
 
 def check_family(kind: str) -> None:
     """Raises ValueError for a `model_type` whose attention cannot be had by groups of heads."""
     if kind not in FAMILIES:
         raise ValueError(
-            f"memory.attention_heads: the attention of a {kind} model is not known to come apart by heads; leave it "
-            f"out, or take a model of {', '.join(FAMILIES)}"
+            f"memory.attention_heads: the attention of the architecture {kind!r} is not known to come apart by heads; "
+            f"leave it out, or take a model of {', '.join(FAMILIES)}"
         )
 
 
@@ -73,8 +73,11 @@ class _Grouped:
 
     def __init__(self, module: Any, kv_heads: int, rows: int | None) -> None:
         self.module, self.kv_heads, self.rows = module, kv_heads, rows
+        self.names = FUSED if hasattr(module, FUSED[0]) else APART
+        config, head_dim = module.config, module.head_dim
+        self.widths = [head_dim * config.num_attention_heads, *[head_dim * config.num_key_value_heads] * 2]  # q, k, v
         self.core = copy.copy(module)  # the same norms and config, other projections
-        given = {name: _Given() for name in PROJECTIONS}
+        given = {name: _Given() for name in self.names}
         self.core._modules = {**module._modules, **given, "o_proj": nn.Identity()}
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -91,18 +94,25 @@ class _Grouped:
 
     def project(self, x: Tensor) -> list[Tensor]:
         """q, k and v [1, N, heads D], before their norms and rotation."""
-        return [getattr(self.module, name)(x) for name in PROJECTIONS]
+        out = [getattr(self.module, name)(x) for name in self.names]
+        return list(out[0].split(self.widths, -1)) if self.names == FUSED else out
 
-    def width(self, name: str) -> int:
-        width: int = getattr(self.module, name).out_features
-        return width
+    def give(self, qkv: list[Tensor]) -> None:
+        """The core's projections return these heads."""
+        if self.names == FUSED:  # the core cuts them apart by the numbers of heads
+            query, key = (part.shape[-1] // self.module.head_dim for part in qkv[:2])
+            self.core.config, self.core.num_key_value_heads = copy.copy(self.module.config), key
+            self.core.config.num_attention_heads = query
+            qkv = [torch.cat(qkv, -1)]
+        for name, value in zip(self.names, qkv, strict=True):
+            getattr(self.core, name).value = value
 
     def groups(self) -> Iterator[list[slice]]:
         """Columns of q, k and v."""
-        head_dim = self.module.head_dim
-        ratio = self.width("q_proj") // self.width("k_proj")
-        for start in range(0, self.width("k_proj"), self.kv_heads * head_dim):
-            end = min(start + self.kv_heads * head_dim, self.width("k_proj"))
+        ratio = self.widths[0] // self.widths[1]
+        step = self.kv_heads * self.module.head_dim
+        for start in range(0, self.widths[1], step):
+            end = min(start + step, self.widths[1])
             yield [slice(ratio * start, ratio * end), slice(start, end), slice(start, end)]
 
 
@@ -111,19 +121,18 @@ class _Call:
 
     def __init__(self, layer: _Grouped, run: Callable[[Tensor], Tensor]) -> None:
         self.layer, self.run = layer, run
-        projections = [getattr(layer.module, name) for name in PROJECTIONS]
+        projections = [getattr(layer.module, name) for name in layer.names]
         self.projections = [p for module in projections for p in module.parameters() if p.requires_grad]
         self.inside = [p for p in layer.core.parameters() if p.requires_grad]  # of the norms
         self.weights = [*self.projections, *self.inside]
 
     def core(self, x: Tensor, qkv: list[Tensor]) -> Tensor:
         """[1, N, Q] of the heads in `qkv`; of x only the shape is read."""
-        for name, value in zip(PROJECTIONS, qkv, strict=True):
-            getattr(self.layer.core, name).value = value
+        self.layer.give(qkv)
         try:
             return self.run(x)
         finally:
-            for name in PROJECTIONS:
+            for name in self.layer.names:
                 del getattr(self.layer.core, name).value
 
 
@@ -132,7 +141,7 @@ class _Input(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, call: _Call, *weights: Tensor) -> Tensor:
         ctx.call, ctx.autocast = call, autocast_of(x)
         ctx.save_for_backward(x)
-        return x.new_zeros(()).expand(*x.shape[:-1], call.layer.width("q_proj"))
+        return x.new_zeros(()).expand(*x.shape[:-1], call.layer.widths[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
