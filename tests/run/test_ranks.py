@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from testing import OWN_REWARDS, OWN_TOOLS
+from testing import OWN_DATA, OWN_REWARDS, OWN_TOOLS
 from testing.ranks import run_ranks, train_all
 
 OF_A_RANK = (
@@ -58,6 +58,17 @@ def variants(tree):
             lora=None,
             loss={"beta": 0.05, "loss_type": "grpo"},
             train={"num_iterations": 2, "off_policy_threshold": 1e-4, "minibatches": 2, "reference_sync_steps": 1},
+        ),
+        "nf4": changed(tree, model={"quantization": "nf4"}),
+        "curriculum": changed(
+            tree,
+            task={
+                "name": f"{OWN_DATA}:thirty",
+                "parameters": {},
+                "sampler": f"{OWN_DATA}:Harder",
+                "eval_reward": f"{OWN_REWARDS}:digits",
+            },
+            rewards=[{"function": f"{OWN_REWARDS}:digits", "weight": 8.0}],  # solved at once
         ),
         "gdpo": changed(
             tree, rewards=rewards("digits", "digits_of_odd_sums"), train={"aggregation": "normalize_then_sum"}
