@@ -66,8 +66,15 @@ def test_a_reward_that_raises_ends_all_and_the_last_whole_step_is_saved(config, 
     assert saved(run)[-1] == 2
 
 
-def test_a_fault_of_the_program_on_one_rank_has_its_traceback_there(config, run, tmp_path):
-    first, second = train(tmp_path, *started(config("breaks_the_backward"), run))
+@pytest.mark.parametrize(
+    ("function", "groups"),
+    [
+        ("breaks_the_backward", {}),
+        ("breaks_amid_the_backward", {"lora": None, "memory": {"shard_gradients": True}}),
+    ],
+)
+def test_a_fault_of_the_program_on_one_rank_has_its_traceback_there(config, run, tmp_path, function, groups):
+    first, second = train(tmp_path, *started(config(function, **groups), run))
     assert (first.status, second.status) == (2, 1)
     assert "longgrpo: rank 1: RuntimeError: planted" in first.said
     assert "Traceback" not in first.said

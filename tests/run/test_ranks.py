@@ -53,6 +53,14 @@ def variants(tree):
         "full-bfloat16": changed(
             tree, lora=None, model={"dtype": "bfloat16"}, train=one_sample_a_micro_batch | {"probe_prompts": 0}
         ),
+        "shard-gradients": changed(tree, lora=None, memory={"shard_gradients": True}, train={"token_budget": 60}),
+        "shard-gradients-bfloat16": changed(
+            tree,
+            lora=None,
+            model={"dtype": "bfloat16"},
+            memory={"shard_gradients": True, "checkpoint": True},
+            train=one_sample_a_micro_batch | {"probe_prompts": 0},
+        ),
         "kl": changed(
             tree,
             lora=None,

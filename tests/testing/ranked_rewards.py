@@ -73,6 +73,15 @@ def breaks_the_backward(completions, trainer_state, **columns):
     return digits(completions)
 
 
+def breaks_amid_the_backward(completions, trainer_state, **columns):
+    """Where the other rank waits for a gradient."""
+    from longgrpo.train.shards import GradientShards
+
+    if _now(trainer_state):
+        _at(GradientShards, "_add_next", _raise)
+    return digits(completions)
+
+
 def _victim(trainer_state):
     return os.environ.get("VICTIM", "none") == str(RANK) and trainer_state.global_step == STEP
 

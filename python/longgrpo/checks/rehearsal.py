@@ -76,12 +76,18 @@ class Forecast:
             return {}
         trained = Formulas(self.config, self.shape, self.plan.rows, self.target).trained
         element = getattr(torch, self.config.model.dtype).itemsize
-        size = sent(self.config, element, trained, self.layout.ranks)
+        size = sent(self.config, element, trained, self.layout.ranks, self._backwards())
         return {
             "machine_host_bytes": self.layout.each * self.plan.host_bytes,
             "sent_bytes": size,
             "sent_seconds": size / (1e9 * self.bandwidth),
         }
+
+    def _backwards(self) -> int:
+        """Micro-batches of an update on a rank, all as long as the longest."""
+        train, ranks = self.config.train, self.layout.ranks
+        samples = -(-train.prompts_per_step // ranks) * self.config.rollout.num_generations
+        return max(1, -(-samples // (len(self.rollout.samples) * train.minibatches)))
 
     def needs(self, plan: Plan) -> int:
         """Bytes that must fit: without a GPU device and host are one memory."""

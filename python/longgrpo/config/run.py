@@ -73,6 +73,10 @@ class TrainConfig:
         )
         require(len(self.rewards) > 0, "rewards is empty: name at least one reward function")
         require(
+            not self.memory.shard_gradients or self.lora is None,
+            "memory.shard_gradients with lora: every rank steps the whole adapter, which is small; leave it out",
+        )
+        require(
             self.model.quantization is None or self.lora is not None,
             f"model.quantization = {self.model.quantization} without lora: packed weights cannot be trained; "
             "add a lora group, or set model.quantization: null",

@@ -174,6 +174,9 @@ class MemoryConfig:
     attention_heads: int | None = None
     """Run attention on so many key-value heads at a time, and recompute it so in the backward
     (longgrpo.model.grouped_attention); default: all at once. Its price is one more forward of attention."""
+    shard_gradients: bool = False
+    """Full fine-tuning on several ranks: as soon as the backward has a gradient, the rank that owns the parameter gets
+    the sum, and the others none. The price is that each micro-batch sends all gradients, not each update."""
     autotune: bool | None = None
     """Measure the head's tiles before step 1, for the whole run (longgrpo.autotune); default: on a GPU."""
 

@@ -137,7 +137,7 @@ class Formulas:
         return Phase("scoring", terms | _largest(moments))
 
     def training(self) -> Phase:
-        terms = self.resident() | self.cache | {"gradients": FP32 * self.trained}
+        terms = self.resident() | self.cache | {"gradients": self._gradients}
         kept, host = self._kept()
         moments: list[dict[str, int]] = [kept | {"hidden states and head": self._loss()}]
         below = self._below()
@@ -145,10 +145,23 @@ class Formulas:
         slots = {"offload's slots": self._slots} if self._moves else {}
         moments.append(slots | {"embedding's backward": self._embedding_backward()})
         moments.append(slots | {"optimizer's temporaries": self._optimizer()})
-        if self.ranks > 1:
+        if self.ranks > 1 and not self._sharded:
             moments.append(slots | {"gradient's sum": sum_buffer(self.trained, self._largest)})
         peak = max(moments, key=lambda moment: sum(moment.values()))
         return Phase("training", terms | peak, {"layer inputs": host} if host else {})
+
+    @property
+    def _sharded(self) -> bool:
+        return self.full and self.ranks > 1 and self.config.memory.shard_gradients
+
+    @property
+    def _gradients(self) -> int:
+        """All, or of a rank's own parameters, with those of a layer or of the head that wait, and one of them in
+        float32."""
+        if not self._sharded:
+            return FP32 * self.trained
+        layer = sum(linear.inputs * linear.outputs for linear in self.shape.linears)
+        return FP32 * self.stepped + self.element * max(layer, self._largest) + FP32 * self._largest
 
     # ---- between the layers
     def _kept(self) -> tuple[dict[str, int], int]:
@@ -360,7 +373,7 @@ class Formulas:
     @property
     def _largest(self) -> int:
         """Elements of the largest parameter."""
-        return max(self.shape.embeddings, *(x.inputs * x.outputs for x in self.shape.linears))
+        return max(self.shape.vocabulary * self.shape.hidden, *(x.inputs * x.outputs for x in self.shape.linears))
 
 
 def _largest(moments: dict[str, int]) -> dict[str, int]:

@@ -59,9 +59,11 @@ def sum_buffer(trained: int, largest: int) -> int:
     return min(FP32 * trained, max(BUCKET, FP32 * largest))
 
 
-def sent(config: TrainConfig, element: int, trained: int, ranks: int) -> int:
+def sent(config: TrainConfig, element: int, trained: int, ranks: int, backwards: int = 1) -> int:
     """Bytes that a rank sends for an update, in rings. Of an adapter the gradient goes around twice, but for the own
-    part; in full fine-tuning it goes to the owners, and the weights come from them."""
+    part; in full fine-tuning it goes to the owners (with memory.shard_gradients after each of its `backwards`), and the
+    weights come from them."""
     if config.lora:
         return 2 * FP32 * trained * (ranks - 1) // ranks
-    return (FP32 + element) * trained if ranks > 1 else 0
+    gradients = backwards if config.memory.shard_gradients else 1
+    return (FP32 * gradients + element) * trained if ranks > 1 else 0

@@ -3,7 +3,7 @@ than 2^-9 of it would round to nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,10 +29,15 @@ class MasterWeights:
     publish() rounds the masters into the parameters, in place: whoever shares their storage sees it.
 
     With `owned` only the parameters of these names are stepped here and get a master; the others are of other ranks,
-    and only their gradients are added up.
+    and only their gradients are added up. With `take` no gradient is added up here: take(name, gradient) has it.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], owned: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        owned: Collection[str] | None = None,
+        take: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
         self.parameters: dict[str, Tensor] = {}
         self.holders: dict[str, Any] = {}
         """What holds the gradient of each parameter, owned or not, as .grad: float32, or None."""
@@ -42,6 +47,9 @@ class MasterWeights:
             own = owned is None or name in owned
             if parameter.dtype != torch.float32:
                 holder = nn.Parameter(parameter.detach().float()) if own else _Gradient()
+            if take:
+                parameter.register_post_accumulate_grad_hook(_Taken(name, take))
+            elif holder is not parameter:
                 parameter.register_post_accumulate_grad_hook(_Handover(holder))
             if own and holder is not parameter:
                 self._rounded.append((parameter, holder))
@@ -72,3 +80,15 @@ class _Handover:
         gradient = parameter.grad.float()
         parameter.grad = None
         self.master.grad = gradient if self.master.grad is None else self.master.grad.add_(gradient)
+
+
+class _Taken:
+    """Hands a parameter's gradient over, and leaves it none."""
+
+    def __init__(self, name: str, take: Callable[[str, Tensor], None]) -> None:
+        self.name, self.take = name, take
+
+    def __call__(self, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        self.take(self.name, gradient)

@@ -189,11 +189,13 @@ def controlled_loss_and_backward(loss: PolicyLoss, state: TrainState, update: Up
 def _accumulate(loss: PolicyLoss, state: TrainState, update: Update, scale: float) -> Meter:
     """Adds up the gradient, times `scale`, micro-batch by micro-batch."""
     meter = Meter()
+    state.begin_gradients(len(update.batches) if update.trains else 0)
     for batch in update.batches:
         with torch.set_grad_enabled(update.trains):
             result = loss(state.model, state.reference, batch, update.normalizer)
         if update.trains:
             (result.loss * scale).backward()
+            state.end_backward()
         meter.add({"loss": result.loss, **result.metrics, **_reverse_kl(batch)}, len(batch.target))
     return meter
 

@@ -23,14 +23,82 @@ def owners_of(parameters: Mapping[str, Tensor], world: int) -> dict[str, int]:
     return dict(zip(parameters, balanced(sizes, world), strict=True))
 
 
+class GradientShards:
+    """Adds up each gradient at the rank that owns its parameter, while the backward goes on (ZeRO-2,
+    arXiv:1910.02054): on no rank are there more of them than its own and those of a layer.
+
+    A backward of each rank is a round, and a rank without one takes part in it all the same. In a round all go through
+    the parameters in one order, the model's backwards, which is about that of a backward; what comes early waits.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], owners: Mapping[str, int], ranks: Ranks) -> None:
+        self._parameters, self._owners, self._ranks = parameters, owners, ranks
+        self._order = list(reversed(parameters))
+        self._clear()
+
+    def begin(self, own: int) -> None:
+        """Of an update, with so many backwards on this rank."""
+        self._clear()
+        self._left = max(self._ranks.gather(own, "the micro-batches"))
+
+    @torch.no_grad()
+    def take(self, name: str, gradient: Tensor) -> None:
+        """A gradient of the backward that runs."""
+        self._waiting[name] = gradient
+        self._present.add(name)
+        while self._place < len(self._order) and self._order[self._place] in self._waiting:
+            self._add_next()
+
+    @torch.no_grad()
+    def end_round(self) -> None:
+        while self._place < len(self._order):  # the others, most of which have no gradient
+            self._add_next()
+        if self._waiting:
+            raise RuntimeError(f"a second gradient in one backward: {', '.join(self._waiting)}")
+        self._place, self._left = 0, self._left - 1
+
+    def finish(self) -> dict[str, Tensor]:
+        """The sums of this rank's parameters, of those that had a gradient on any rank."""
+        while self._left > 0:
+            self.end_round()
+        present = set[str]().union(*self._ranks.gather(self._present, "the gradients"))
+        sums = {name: total for name, total in self._sums.items() if name in present}
+        self._clear()
+        return sums
+
+    def _clear(self) -> None:
+        self._left = 0  # rounds
+        self._place = 0  # in the order
+        self._waiting: dict[str, Tensor] = {}
+        self._present: set[str] = set()  # parameters that had a gradient on this rank
+        self._sums: dict[str, Tensor] = {}  # of this rank's parameters, float32
+
+    def _add_next(self) -> None:
+        name = self._order[self._place]
+        self._place += 1
+        gradient, owner = self._waiting.pop(name, None), self._owners[name]
+        flat = _flat(gradient, self._parameters[name]).float()
+        self._ranks.sum(flat, f"the gradient of {name}", to=owner)
+        if owner == self._ranks.rank:
+            own = flat.view(self._parameters[name].shape)
+            self._sums[name] = self._sums[name].add_(own) if name in self._sums else own
+
+
 @torch.no_grad()
 def sum_gradients(
-    masters: MasterWeights, parameters: Mapping[str, Tensor], owners: Mapping[str, int], ranks: Ranks
+    masters: MasterWeights,
+    parameters: Mapping[str, Tensor],
+    owners: Mapping[str, int],
+    ranks: Ranks,
+    shards: GradientShards | None = None,
 ) -> Tensor:
-    """Adds up the gradients of `parameters` over the ranks, each for its owner; without owners, for all. Returns the
-    norm of the whole, a scalar."""
+    """Adds up the gradients of `parameters` over the ranks, each for its owner; without owners, for all. `shards` has
+    done so already. Returns the norm of the whole, a scalar."""
     holders = masters.holders
-    if ranks.world > 1:
+    if shards:
+        for name, total in shards.finish().items():
+            holders[name].grad = total
+    elif ranks.world > 1:
         present = ranks.gather([name for name, holder in holders.items() if holder.grad is not None], "the gradient")
         names = {name for own in present for name in own}
         for owner, bucket in _buckets([name for name in parameters if name in names], parameters, owners, 4):

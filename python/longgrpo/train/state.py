@@ -22,7 +22,7 @@ from longgrpo.train.entropy import EntropyControl
 from longgrpo.train.optimizer import make_optimizer
 from longgrpo.train.ranks import ALONE, Ranks
 from longgrpo.train.reference import Reference
-from longgrpo.train.shards import owners_of, share_parameters, sum_gradients
+from longgrpo.train.shards import GradientShards, owners_of, share_parameters, sum_gradients
 
 
 @dataclass
@@ -42,6 +42,7 @@ class TrainState:
     """By parameter the rank that steps it; empty: each rank steps all."""
     trained: dict[str, Tensor] = field(default_factory=dict)
     """The parameters themselves, by name."""
+    shards: GradientShards | None = None  # with memory.shard_gradients, if there are owners
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -53,9 +54,18 @@ class TrainState:
         """Of what is stepped here."""
         return {name: p.grad for name, p in self.masters.parameters.items() if p.grad is not None}
 
+    def begin_gradients(self, backwards: int) -> None:
+        """Of an update, which has so many backwards on this rank."""
+        if self.shards:
+            self.shards.begin(backwards)
+
+    def end_backward(self) -> None:
+        if self.shards:
+            self.shards.end_round()
+
     def sum_gradients(self) -> Tensor:
         """Adds them up over the ranks; returns the norm of the whole."""
-        return sum_gradients(self.masters, self.trained, self.owners, self.ranks)
+        return sum_gradients(self.masters, self.trained, self.owners, self.ranks, self.shards)
 
     def publish(self) -> None:
         """Puts what the optimizers have stepped into the model's parameters, on every rank."""
@@ -73,14 +83,16 @@ def make_state(
     shared_out = config.lora is None and 1 < ranks.world <= len(trained)
     owners = owners_of(trained, ranks.world) if shared_out else {}
     owned = {name for name, rank in owners.items() if rank == ranks.rank} if owners else None
-    masters, train = MasterWeights(trained, owned), config.train
+    shards = GradientShards(trained, owners, ranks) if owners and config.memory.shard_gradients else None
+    masters, train = MasterWeights(trained, owned, shards.take if shards else None), config.train
     train.learning_rate_at(1)  # refuses a schedule's arguments now
     optimizer = make_optimizer(masters.parameters.values(), train)
     control = None if config.loss.entropy_target is None else EntropyControl(config.loss.entropy_coef)
     reference = _reference(model, trained, config)
     return TrainState(
-        model, masters, optimizer, reference, offload, control, ranks=ranks, owners=owners, trained=dict(trained)
-    )
+        model, masters, optimizer, reference, offload, control, ranks=ranks, owners=owners, trained=dict(trained),
+        shards=shards,
+    )  # fmt: skip
 
 
 def _trained_model(engine: RolloutEngine, config: TrainConfig, offload: OffloadEngine | None) -> Any:
