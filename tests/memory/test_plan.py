@@ -106,6 +106,20 @@ def test_attention_by_groups_is_refused_where_heads_do_not_come_apart(model):
         plan_memory(config, shape, rows, H100)
 
 
+@pytest.mark.parametrize(("dtype", "element"), [("bfloat16", 2), ("float32", 4)])
+def test_gradients_of_eight_ranks(model, dtype, element):
+    """All of them, or a rank's own: an eighth or the largest, with a layer's or a table's, and one of them in float32."""
+    config = run_config(model("llama-3.1-8b", 4), 4096, lora=False, dtype=dtype, memory={"checkpoint": True})
+    shape = model_shape(config.model.path)
+    rows = rows_of(config, longest_rollout(config, shape.context))
+    sharded = replace(config, memory=replace(config.memory, shard_gradients=True))
+    whole, own = (plan_memory(c, shape, rows, H100, 8).training.terms["gradients"] for c in (config, sharded))
+    assert whole == 4 * shape.parameters
+    table = 128256 * 4096
+    assert own == 4 * table + element * table + (4 * table if element < 4 else 0)
+    assert plan_memory(sharded, shape, rows, H100).training.terms["gradients"] == whole  # of one rank
+
+
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("loss", [{"kl": "exact_reverse", "beta": 0.1}, {"entropy_coef": 0.01}], ids=str)
 def test_the_head_of_a_loss_beyond_logp(model, loss, lora):

@@ -156,12 +156,12 @@ class Formulas:
 
     @property
     def _gradients(self) -> int:
-        """All, or of a rank's own parameters, with those of a layer or of the head that wait, and one of them in
-        float32."""
+        """All, or of a rank's own parameters, with those of a layer or of the head that wait, and one of them widened."""
         if not self._sharded:
             return FP32 * self.trained
         layer = sum(linear.inputs * linear.outputs for linear in self.shape.linears)
-        return FP32 * self.stepped + self.element * max(layer, self._largest) + FP32 * self._largest
+        widened = FP32 * self._largest if self.element < FP32 else 0
+        return FP32 * self.stepped + self.element * max(layer, self._largest) + widened
 
     # ---- between the layers
     def _kept(self) -> tuple[dict[str, int], int]:
