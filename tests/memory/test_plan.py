@@ -108,7 +108,7 @@ def test_attention_by_groups_is_refused_where_heads_do_not_come_apart(model):
 
 @pytest.mark.parametrize(("dtype", "element"), [("bfloat16", 2), ("float32", 4)])
 def test_gradients_of_eight_ranks(model, dtype, element):
-    """All of them, or a rank's own: an eighth or the largest, with a layer's or a table's, and one of them in float32."""
+    """All, or a rank's own (an eighth, or the largest), a layer's or a table's that wait, and one in float32."""
     config = run_config(model("llama-3.1-8b", 4), 4096, lora=False, dtype=dtype, memory={"checkpoint": True})
     shape = model_shape(config.model.path)
     rows = rows_of(config, longest_rollout(config, shape.context))

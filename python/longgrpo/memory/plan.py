@@ -156,7 +156,7 @@ class Formulas:
 
     @property
     def _gradients(self) -> int:
-        """All, or of a rank's own parameters, with those of a layer or of the head that wait, and one of them widened."""
+        """All, or those of a rank's own parameters, a layer's or a table's that wait, and one that is widened."""
         if not self._sharded:
             return FP32 * self.trained
         layer = sum(linear.inputs * linear.outputs for linear in self.shape.linears)

@@ -33,7 +33,7 @@ class GradientShards:
 
     def __init__(self, parameters: Mapping[str, Tensor], owners: Mapping[str, int], ranks: Ranks) -> None:
         self._parameters, self._owners, self._ranks = parameters, owners, ranks
-        self._order = list(reversed(parameters))
+        self._order = list(parameters)[::-1]
         self._clear()
 
     def begin(self, own: int) -> None:
@@ -68,7 +68,7 @@ class GradientShards:
 
     def _clear(self) -> None:
         self._left = 0  # rounds
-        self._place = 0  # in the order
+        self._place: int = 0  # in the order
         self._waiting: dict[str, Tensor] = {}
         self._present: set[str] = set()  # parameters that had a gradient on this rank
         self._sums: dict[str, Tensor] = {}  # of this rank's parameters, float32
