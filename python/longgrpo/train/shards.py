@@ -36,6 +36,13 @@ class GradientShards:
         self._order = list(parameters)[::-1]
         self._clear()
 
+    def _clear(self) -> None:
+        self._left = 0  # rounds
+        self._place = 0  # in the order
+        self._waiting: dict[str, Tensor] = {}
+        self._present: set[str] = set()  # parameters that had a gradient on this rank
+        self._sums: dict[str, Tensor] = {}  # of this rank's parameters, float32
+
     def begin(self, own: int) -> None:
         """Of an update, with so many backwards on this rank."""
         self._clear()
@@ -65,13 +72,6 @@ class GradientShards:
         sums = {name: total for name, total in self._sums.items() if name in present}
         self._clear()
         return sums
-
-    def _clear(self) -> None:
-        self._left = 0  # rounds
-        self._place: int = 0  # in the order
-        self._waiting: dict[str, Tensor] = {}
-        self._present: set[str] = set()  # parameters that had a gradient on this rank
-        self._sums: dict[str, Tensor] = {}  # of this rank's parameters, float32
 
     def _add_next(self) -> None:
         name = self._order[self._place]
